@@ -1,0 +1,41 @@
+"""Nested optimisation on PyTorch: exact hypergradients through an inner training run."""
+
+from bilevel import clip, estimators, optim, truncation
+from bilevel.errors import (
+    BilevelError,
+    ConfigurationError,
+    NonFiniteError,
+    ProblemError,
+    UnusedOuterVariableError,
+)
+from bilevel.hypergradient import Hypergradient
+from bilevel.inner import InnerLoop
+from bilevel.module import fresh_parameters, refuse_running_statistics
+from bilevel.problem import Problem
+from bilevel.random import Key
+from bilevel.result import HypergradientResult, Stats
+from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+
+__all__ = [
+    "BilevelError",
+    "ConfigurationError",
+    "Hypergradient",
+    "HypergradientResult",
+    "InnerLoop",
+    "Iterate",
+    "Key",
+    "NonFiniteError",
+    "Problem",
+    "ProblemError",
+    "Stats",
+    "Trace",
+    "Trajectory",
+    "UnusedOuterVariableError",
+    "Window",
+    "clip",
+    "estimators",
+    "fresh_parameters",
+    "optim",
+    "refuse_running_statistics",
+    "truncation",
+]

@@ -1,0 +1,66 @@
+"""Clipping of hypergradients, whose norms vary over orders of magnitude between windows."""
+
+from collections.abc import Iterable, Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import ConfigurationError
+
+
+@final
+class MovingAverageClip:
+    """Clip the norm of a gradient to a multiple of the moving average of that norm.
+
+        e ← decay·e + (1 − decay)·‖g‖        (e starts at the first ‖g‖; the update comes first)
+        g ← g · min(1, factor·e / ‖g‖)
+
+    Args:
+        decay: In [0, 1).
+        factor: Positive.
+
+    Raises:
+        ConfigurationError: An argument outside its range.
+
+    Source: the released code of RaT-BPTT (arXiv 2311.07025), with decay 0.9 and factor 2.
+    """
+
+    def __init__(self, decay: float = 0.9, factor: float = 2.0) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigurationError(f"decay={decay}: it must be in [0, 1)")
+        if not factor > 0:
+            raise ConfigurationError(f"factor={factor}: it must be positive")
+        self.decay = decay
+        self.factor = factor
+        self.average: float | None = None
+
+    def __call__(self, tensors: Iterable[Tensor]) -> tuple[float, float]:
+        """Scale the `.grad` of `tensors` in place.
+
+        Returns:
+            (‖g‖ before clipping, the bound it was clipped to).
+
+        Raises:
+            ConfigurationError: A tensor has no gradient.
+        """
+        grads = [tensor.grad for tensor in tensors]
+        if not grads or any(grad is None for grad in grads):
+            raise ConfigurationError("every tensor to clip must have a gradient, at least one")
+        norm = float(torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None]))
+        previous = norm if self.average is None else self.average
+        self.average = self.decay * previous + (1 - self.decay) * norm
+        bound = self.factor * self.average
+        if norm > bound:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(bound / norm)
+        return norm, bound
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The moving average, None before the first call."""
+        return {"average": self.average}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Restore the moving average."""
+        self.average = state["average"]

@@ -1,0 +1,21 @@
+"""What `bilevel` raises. Every message names the thing, its value and what is allowed."""
+
+
+class BilevelError(Exception):
+    """Base of every error raised on purpose by `bilevel`."""
+
+
+class ConfigurationError(BilevelError, ValueError):
+    """An argument has a value that can never work."""
+
+
+class ProblemError(BilevelError, ValueError):
+    """A method of a `Problem` returned something that breaks its contract."""
+
+
+class UnusedOuterVariableError(ProblemError):
+    """An outer variable on which neither the inner run nor the outer loss depends."""
+
+
+class NonFiniteError(BilevelError, ArithmeticError):
+    """A loss or a hypergradient became NaN or infinite; the message says where it began."""

@@ -1,0 +1,175 @@
+"""The entry point: record, select, differentiate."""
+
+from typing import Any, final
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
+from bilevel.estimators import Adjoint, Estimator
+from bilevel.inner import InnerLoop
+from bilevel.module import modules_held_by, refuse_running_statistics
+from bilevel.problem import Problem
+from bilevel.random import Key
+from bilevel.result import HypergradientResult
+from bilevel.tree import named_leaves
+from bilevel.truncation import Full, Truncation
+
+
+@final
+class Hypergradient:
+    """d(outer loss)/d(outer variables) through an inner training run.
+
+    Args:
+        problem: The nested problem.
+        optimizer: The inner optimizer: a `bilevel.optim` or `torchopt` gradient transformation,
+            or, when the problem has `hyperparameters`, a function that makes one from them.
+        steps: T, the length of a full inner run.
+        truncation: Which steps are differentiated. Default: all of them.
+        estimator: How they are differentiated. Default: `Adjoint`, exact in flat memory.
+        keep_every: Keep every k-th iterate of the run and recompute the others exactly while
+            going backward: memory of steps/k + k iterates instead of steps, for one more forward
+            pass over the window.
+        keep_on: Device that holds the kept iterates, "cpu" to spare an accelerator's memory.
+
+    Raises:
+        ConfigurationError: An argument that cannot work, such as a window longer than the run.
+        ProblemError: The problem holds a module with running statistics.
+
+    Example::
+
+        hypergradient = bilevel.Hypergradient(
+            problem,
+            optimizer=bilevel.optim.adam(1e-3),
+            steps=200,
+            truncation=bilevel.truncation.RandomWindow(window=40),
+        )
+        for real_batch in loader:
+            outer_optimizer.zero_grad()
+            result = hypergradient.backward(outer, real_batch)
+            outer_optimizer.step()
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: Any,
+        steps: int,
+        truncation: Truncation | None = None,
+        estimator: Estimator | None = None,
+        *,
+        keep_every: int = 1,
+        keep_on: torch.device | str | None = None,
+    ) -> None:
+        for name, value in (("steps", steps), ("keep_every", keep_every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"{name}={value!r}: it must be an integer of at least 1")
+        self.truncation = Full() if truncation is None else truncation
+        self.estimator = Adjoint() if estimator is None else estimator
+        if not isinstance(problem, Problem):
+            raise ConfigurationError(f"problem is a {type(problem).__name__}, not a Problem")
+        if not isinstance(self.truncation, Truncation):
+            raise ConfigurationError(f"truncation={truncation!r} is not a Truncation")
+        if not isinstance(self.estimator, Estimator):
+            raise ConfigurationError(f"estimator={estimator!r} is not an Estimator")
+        if steps < self.truncation.minimum_steps:
+            raise ConfigurationError(
+                f"steps={steps}: {type(self.truncation).__name__} needs at least "
+                f"{self.truncation.minimum_steps}, the width of its window"
+            )
+        for name, module in modules_held_by(problem):
+            refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
+        self.inner = InnerLoop(problem, optimizer)
+        self.steps = steps
+        self.keep_every = keep_every
+        self.keep_on = None if keep_on is None else torch.device(keep_on)
+
+    def __call__(
+        self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
+    ) -> HypergradientResult:
+        """One hypergradient.
+
+        Args:
+            outer: φ, a pytree of floating-point tensors. It is not changed.
+            outer_batch: Passed on to `Problem.outer_loss`.
+            generator: Source of all randomness of this call, through one integer drawn from it;
+                the generators that the problem sees live on its device. Default: PyTorch's
+                global generator.
+
+        Returns:
+            The result; `result.grads` is a pytree like `outer`.
+
+        Raises:
+            ProblemError: A method of the problem breaks its contract.
+            UnusedOuterVariableError: Nothing depends on some outer variable.
+            NonFiniteError: The outer loss or the hypergradient is NaN or infinite.
+        """
+        key = Key.draw(generator)
+        schedule_generator = key.generator("truncation", device=torch.device("cpu"))
+        horizon = self.truncation.horizon(self.steps, schedule_generator)
+        trajectory = self.inner.rollout(
+            outer,
+            key,
+            steps=self.steps,
+            horizon=horizon,
+            signals=self.truncation.signals,
+            keep_from=self.truncation.earliest_start(horizon),
+            keep_every=self.keep_every,
+            keep_on=self.keep_on,
+        )
+        window = self.truncation.select(trajectory.trace, schedule_generator)
+        result = self.estimator(self.inner, trajectory.select(window), outer, outer_batch)
+        _check_finite(result)
+        return result
+
+    def backward(
+        self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
+    ) -> HypergradientResult:
+        """One hypergradient, added to the `.grad` of every outer tensor, as autograd would.
+
+        Raises:
+            ProblemError: An outer tensor is not a leaf that requires gradients.
+        """
+        leaves = named_leaves(outer)
+        for name, leaf in leaves:
+            if not (isinstance(leaf, Tensor) and leaf.is_leaf and leaf.requires_grad):
+                raise ProblemError(
+                    f"outer variable {name!r} is not a leaf tensor with requires_grad=True, so "
+                    "its .grad cannot be filled"
+                )
+        result = self(outer, outer_batch, generator)
+        for (_, leaf), grad in zip(leaves, optree.tree_leaves(result.grads), strict=True):
+            leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
+        return result
+
+
+def _check_finite(result: HypergradientResult) -> None:
+    """Raise if anything is not finite, saying where along the run it began."""
+    if bool(torch.isfinite(result.loss + result.stats.hypergradient_norm)):
+        return
+    window = result.window
+    bad = (~torch.isfinite(result.trace["inner_loss"])).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise NonFiniteError(
+            f"the inner loss became {float(result.trace['inner_loss'][step])} at inner step {step} "
+            f"of {result.trace.horizon}: lower the inner learning rate or look at the inner batch"
+        )
+    if not bool(torch.isfinite(result.loss)):
+        raise NonFiniteError(
+            f"the outer loss is {float(result.loss)} at inner step {window.stop}, though every "
+            "inner loss before it is finite: look at outer_loss and its batch"
+        )
+    norms = result.stats.cotangent_norms
+    bad = (~torch.isfinite(torch.zeros(0) if norms is None else norms)).nonzero()
+    where = (
+        f"; going backward over [{window.start}, {window.stop}), the cotangent is not finite "
+        f"from inner step {window.start + int(bad[-1])} on"
+        if len(bad)
+        else ""
+    )
+    raise NonFiniteError(
+        f"the hypergradient's norm is {float(result.stats.hypergradient_norm)}{where}: shorten "
+        "the window, lower the inner learning rate, or raise the optimizer's eps_root"
+    )

@@ -1,0 +1,283 @@
+"""The inner loop: one step, and the rollout that records a trajectory without a graph."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import optree
+import torch
+from optree.integrations.torch import tree_ravel
+from torch import Tensor
+
+from bilevel.errors import ConfigurationError, ProblemError
+from bilevel.problem import Problem
+from bilevel.random import Key
+from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.tree import detach, is_differentiable, named_leaves, to_device
+
+#: Per-step signals that a truncation schedule may ask for, as functions of the inner gradient.
+SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gradient_norm": torch.linalg.vector_norm,
+}
+
+
+@final
+class InnerLoop:
+    """The inner optimisation of a `Problem` by a gradient transformation, on one flat vector.
+
+    Args:
+        problem: The nested problem.
+        optimizer: A `torchopt` or `bilevel.optim` gradient transformation, or a function that
+            makes one from the problem's `hyperparameters`.
+
+    Raises:
+        ConfigurationError: `optimizer` is neither.
+    """
+
+    def __init__(self, problem: Problem, optimizer: Any) -> None:
+        self._is_transformation = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+        if not self._is_transformation and (
+            not callable(optimizer) or hasattr(optimizer, "zero_grad")
+        ):
+            raise ConfigurationError(
+                f"optimizer is a {type(optimizer).__name__}; it must be a gradient transformation "
+                "such as bilevel.optim.adam(1e-3) or torchopt.adam(1e-3), or a function that "
+                "makes one from the problem's hyperparameters, such as bilevel.optim.sgd"
+            )
+        self.problem = problem
+        self.optimizer = _settled(optimizer) if self._is_transformation else optimizer
+        self._unravel: Callable[[Tensor], Any] | None = None
+        self._structure: Any = None
+        self._loss_checked = False
+
+    # Pure functions of their arguments, differentiable by autograd and by torch.func.
+
+    def start(self, outer: Any, key: Key, hyperparameters: Mapping[str, Tensor]) -> Iterate:
+        """(θ_0, s_0)."""
+        params = self.problem.init(outer, generator=key.generator("init"))
+        self._check_params(params)
+        flat, unravel = tree_ravel(params)
+        structure = (
+            optree.tree_structure(params),
+            [leaf.shape for leaf in optree.tree_leaves(params)],
+        )
+        if self._unravel is None:
+            self._unravel, self._structure = unravel, structure
+        elif structure != self._structure:
+            raise ProblemError("init returned parameters of another structure than it did before")
+        return Iterate(flat, self._transformation(hyperparameters).init(flat))
+
+    def batch(self, outer: Any, step: int, key: Key) -> Any:
+        """B(φ, t) with the randomness of inner step `step`."""
+        return self.problem.inner_batch(outer, step, generator=key.generator("inner_batch", step))
+
+    def hyperparameters(self, outer: Any) -> dict[str, Tensor]:
+        """h(φ), checked."""
+        values = dict(self.problem.hyperparameters(outer))
+        if values and self._is_transformation:
+            raise ConfigurationError(
+                f"the problem has hyperparameters {sorted(values)}, so optimizer must be a "
+                "function that takes them, such as bilevel.optim.sgd, not a finished transformation"
+            )
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                raise ProblemError(
+                    f"hyperparameters()[{name!r}] is a {type(value).__name__}; it must be a tensor"
+                )
+        return values
+
+    def loss(self, params: Tensor, batch: Any) -> Tensor:
+        """ℓ(θ, b) of flat parameters: a scalar."""
+        return self._scalar(self.problem.inner_loss(self.unravel(params), batch), "inner_loss")
+
+    def gradient(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(∇_θ ℓ(θ, b), ℓ(θ, b))."""
+        return torch.func.grad_and_value(self.loss)(params, batch)
+
+    def update(
+        self, iterate: Iterate, gradient: Tensor, hyperparameters: Mapping[str, Tensor]
+    ) -> Iterate:
+        """Φ: the optimizer's step from (θ_t, s_t) with gradient g_t."""
+        updates, state = self._transformation(hyperparameters).update(
+            gradient, iterate.state, params=iterate.params, inplace=False
+        )
+        return Iterate(iterate.params + updates, state)
+
+    def step(
+        self, iterate: Iterate, batch: Any, hyperparameters: Mapping[str, Tensor]
+    ) -> tuple[Iterate, Tensor, Tensor]:
+        """One inner step: the next iterate, the gradient and the loss it was made with."""
+        gradient, loss = self.gradient(iterate.params, batch)
+        return self.update(iterate, gradient, hyperparameters), gradient, loss
+
+    def outer_loss(
+        self, params: Tensor, outer: Any, batch: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(F(θ, φ), the metrics reported beside it)."""
+        value = self.problem.outer_loss(self.unravel(params), outer, batch)
+        loss, metrics = value if isinstance(value, tuple) else (value, {})
+        return self._scalar(loss, "outer_loss"), dict(metrics)
+
+    def unravel(self, params: Tensor) -> Any:
+        """Flat parameters as the pytree that `Problem.init` returned."""
+        assert self._unravel is not None, "start() comes first"
+        return self._unravel(params)
+
+    # Recording and re-running.
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        outer: Any,
+        key: Key,
+        *,
+        steps: int,
+        horizon: int,
+        signals: Sequence[str] = (),
+        keep_from: int = 0,
+        keep_every: int = 1,
+        keep_on: torch.device | None = None,
+    ) -> Trajectory:
+        """Run `horizon` inner steps and record them, without a graph.
+
+        Args:
+            outer: The outer variables.
+            key: The randomness of this run.
+            steps: The length T of a full run, of which `horizon` steps are run.
+            horizon: How many steps to run, 1 … `steps`.
+            signals: Names of per-step scalars to record beside `inner_loss`.
+            keep_from: The first iterate that a window may start from.
+            keep_every: Keep every k-th iterate from there on; the others are recomputed.
+            keep_on: Device that holds the kept iterates; default: where they are.
+
+        Raises:
+            ConfigurationError: An unknown signal.
+            ProblemError: The inner loss is no scalar, does not depend on its parameters, or
+                changes a tensor in place.
+        """
+        unknown = set(signals) - set(SIGNALS)
+        if unknown:
+            raise ConfigurationError(f"unknown signals {sorted(unknown)}; known: {sorted(SIGNALS)}")
+        outer = detach(outer)
+        hyperparameters = self.hyperparameters(outer)
+        iterate = self.start(outer, key, hyperparameters)
+        kept: dict[int, Iterate] = {}
+        recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
+        for step in range(horizon):
+            if step >= keep_from and (step - keep_from) % keep_every == 0:
+                kept[step] = iterate if keep_on is None else _moved(iterate, keep_on)
+            batch = self.batch(outer, step, key)
+            self._check_loss_once(iterate.params, batch)
+            iterate, gradient, loss = self.step(iterate, batch, hyperparameters)
+            recorded["inner_loss"].append(loss)
+            for name in signals:
+                recorded[name].append(SIGNALS[name](gradient))
+        kept[horizon] = iterate
+        trace = Trace({name: torch.stack(values) for name, values in recorded.items()})
+        return Trajectory(kept, key, steps, trace, Window(min(keep_from, horizon - 1), horizon))
+
+    @torch.no_grad()
+    def iterate_at(self, trajectory: Trajectory, outer: Any, step: int) -> Iterate:
+        """(θ_t, s_t) for any t from the first kept iterate on, recomputed if need be."""
+        return self._segment(trajectory, outer, trajectory.last_kept(step), step)[-1]
+
+    def iterates_backward(
+        self, trajectory: Trajectory, outer: Any
+    ) -> Iterator[tuple[int, Iterate]]:
+        """(t, (θ_t, s_t)) for t = stop−1 down to start.
+
+        With every k-th iterate kept, one segment of k is recomputed at a time, from the same
+        batches and the same randomness, so the iterates are those of the rollout.
+        """
+        step = trajectory.window.stop - 1
+        while step >= trajectory.window.start:
+            first = trajectory.last_kept(step)
+            segment = self._segment(trajectory, outer, first, step)
+            while segment and step >= trajectory.window.start:
+                yield step, segment.pop()
+                step -= 1
+
+    @torch.no_grad()
+    def _segment(self, trajectory: Trajectory, outer: Any, first: int, last: int) -> list[Iterate]:
+        """The iterates first … last, from the kept one at `first`."""
+        outer = detach(outer)
+        iterate = trajectory.kept[first]
+        device = trajectory.kept[trajectory.horizon].params.device
+        segment = [_moved(iterate, device) if iterate.params.device != device else iterate]
+        if last > first:
+            hyperparameters = self.hyperparameters(outer)
+            for step in range(first, last):
+                batch = self.batch(outer, step, trajectory.key)
+                segment.append(self.step(segment[-1], batch, hyperparameters)[0])
+        return segment
+
+    # Checks.
+
+    def _transformation(self, hyperparameters: Mapping[str, Tensor]) -> Any:
+        if self._is_transformation:
+            return self.optimizer
+        try:
+            return _settled(self.optimizer(**hyperparameters))
+        except TypeError as error:
+            raise ConfigurationError(
+                "optimizer could not be made from the problem's hyperparameters "
+                f"{sorted(hyperparameters)}: {error}"
+            ) from error
+
+    def _check_params(self, params: Any) -> None:
+        leaves = named_leaves(params)
+        for name, leaf in leaves:
+            if not is_differentiable(leaf):
+                kind = f"{leaf.dtype} tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ProblemError(
+                    f"init returned a {kind} at {name!r}; parameters must be floating-point tensors"
+                )
+        dtypes = {leaf.dtype for _, leaf in leaves}
+        if len(dtypes) != 1:
+            raise ProblemError(
+                f"init returned parameters of dtypes {sorted(map(str, dtypes))}; there must be "
+                "at least one parameter, and all of one dtype"
+            )
+
+    def _check_loss_once(self, params: Tensor, batch: Any) -> None:
+        """Find, on the first step only, a loss that would make every hypergradient wrong."""
+        if self._loss_checked:
+            return
+        probe = params.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self.loss(probe, detach(batch))
+            depends = loss.requires_grad and (
+                torch.autograd.grad(loss, probe, allow_unused=True)[0] is not None
+            )
+        if not depends:
+            raise ProblemError(
+                "inner_loss does not depend on the params it is given; call the model through "
+                "torch.func.functional_call(module, params, inputs)"
+            )
+        self._loss_checked = True
+
+    def _scalar(self, value: Any, name: str) -> Tensor:
+        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+            what = (
+                f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else f"a {type(value).__name__}"
+            )
+            raise ProblemError(f"{name} returned {what}; it must be a floating-point scalar tensor")
+        return value
+
+
+def _moved(iterate: Iterate, device: torch.device) -> Iterate:
+    return Iterate(iterate.params.to(device), to_device(iterate.state, device))
+
+
+def _settled(transformation: Any) -> Any:
+    """Make a TorchOpt transformation a pure function of its state.
+
+    TorchOpt 0.7.3's momentum keeps a first-call flag outside its state, which would change what
+    a step gives when it is run again or when the transformation is made anew for every step. One
+    discarded update spends it; afterwards a zero buffer gives the same first step.
+    """
+    if getattr(transformation.update, "__module__", "").startswith("torchopt"):
+        probe = torch.zeros(1)
+        transformation.update(probe, transformation.init(probe), params=probe, inplace=False)
+    return transformation

@@ -1,0 +1,121 @@
+"""The outer variables during one call: private leaves on which gradients accumulate."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel.errors import ProblemError, UnusedOuterVariableError
+from bilevel.inner import InnerLoop
+from bilevel.trajectory import Trajectory
+from bilevel.tree import is_differentiable, named_leaves, partition
+
+
+@final
+class OuterVariables:
+    """Detached copies of the outer variables, made leaves of a private graph.
+
+    Args:
+        outer: A pytree of floating-point tensors.
+
+    Raises:
+        ProblemError: `outer` is empty or holds something else.
+    """
+
+    def __init__(self, outer: Any) -> None:
+        self.names = []
+        self.leaves: list[Tensor] = []
+        for name, leaf in named_leaves(outer):
+            if not is_differentiable(leaf):
+                kind = f"{leaf.dtype} tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ProblemError(
+                    f"outer variable {name!r} is a {kind}; outer variables must be floating-point "
+                    "tensors, constants belong in the problem"
+                )
+            self.names.append(name)
+            self.leaves.append(leaf.detach().clone().requires_grad_())
+        if not self.leaves:
+            raise ProblemError("there are no outer variables to differentiate")
+        self._spec = optree.tree_structure(outer)
+        self.tree = self.like(self.leaves)
+
+    def like(self, leaves: Sequence[Tensor]) -> Any:
+        """`leaves` arranged as the outer variables are."""
+        return optree.tree_unflatten(self._spec, list(leaves))
+
+    def accumulate(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+        """φ̄ += VJP of `outputs` (which depend on the leaves) applied to `cotangents`."""
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(outputs, cotangents, strict=True)
+            if output.requires_grad
+        ]
+        if pairs:
+            outputs, cotangents = zip(*pairs, strict=True)
+            torch.autograd.backward(outputs, cotangents, inputs=self.leaves)
+
+    def outer_loss_at(
+        self, inner: InnerLoop, params: Tensor, outer_batch: Any
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(F, its metrics, ∂F/∂θ) at θ = `params`; ∂F/∂φ is accumulated.
+
+        Raises:
+            ProblemError: F does not depend on θ.
+        """
+        params = params.detach().requires_grad_()
+        with torch.enable_grad():
+            loss, metrics = inner.outer_loss(params, self.tree, outer_batch)
+        if loss.requires_grad:
+            torch.autograd.backward(loss, inputs=[params, *self.leaves])
+        if params.grad is None:
+            raise ProblemError("outer_loss does not depend on the params it is given")
+        return loss.detach(), {k: v.detach() for k, v in metrics.items()}, params.grad
+
+    def gradients(self, inner: InnerLoop, trajectory: Trajectory) -> tuple[list[Tensor], str]:
+        """The accumulated gradients, and a status.
+
+        A variable that received none is an error, unless it is used by a part of the inner run
+        that the window leaves out: then its gradient is zero and the status says so.
+
+        Raises:
+            UnusedOuterVariableError: Nothing depends on some outer variable.
+        """
+        missing = [index for index, leaf in enumerate(self.leaves) if leaf.grad is None]
+        status = "ok"
+        if missing:
+            used = self._used_anywhere(inner, trajectory)
+            unused = [self.names[index] for index in missing if index not in used]
+            if unused:
+                raise UnusedOuterVariableError(
+                    f"nothing depends on outer variables {unused}: not the inner batches, the "
+                    "initialisation, the hyperparameters or the outer loss (inner_loss sees outer "
+                    "variables through the batch only)"
+                )
+            window = trajectory.window
+            status = (
+                f"outer variables {[self.names[index] for index in missing]} receive no gradient "
+                f"through the window [{window.start}, {window.stop}): it is zero here"
+            )
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+        return [grad.detach() for grad in grads], status
+
+    def _used_anywhere(self, inner: InnerLoop, trajectory: Trajectory) -> set[int]:
+        """Indices of the leaves that the start or any batch of the whole run depends on."""
+        used: set[int] = set()
+
+        def look(tree: Any) -> None:
+            outputs = [leaf.sum() for leaf in partition(tree)[0] if leaf.requires_grad]
+            if outputs:
+                total = torch.stack([output.double() for output in outputs]).sum()
+                grads = torch.autograd.grad(total, self.leaves, allow_unused=True)
+                used.update(index for index, grad in enumerate(grads) if grad is not None)
+
+        with torch.enable_grad():
+            start = inner.start(self.tree, trajectory.key, inner.hyperparameters(self.tree))
+            look([start.params, start.state])
+            for step in range(trajectory.steps):
+                if len(used) < len(self.leaves):
+                    look(inner.batch(self.tree, step, trajectory.key))
+        return used

@@ -1,0 +1,55 @@
+"""The interface between a nested optimisation problem and the rest of the package."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Problem(ABC):
+    """A nested optimisation problem: what is trained inside, and what is judged outside.
+
+        minimise over φ    F(θ_stop(φ), φ)
+        where              θ_0 = init(φ),   θ_{t+1} = Φ(θ_t, s_t, ∇_θ ℓ(θ_t, B(φ, t)); h(φ))
+
+    `φ` (`outer`) is a pytree of floating-point tensors, `θ` (`params`) is a pytree of
+    floating-point tensors of one dtype, `Φ` is the optimizer given to `Hypergradient`.
+
+    The outer variables reach the inner loss only through the batch: whatever `inner_loss` needs of
+    them, `inner_batch` puts there. Each method must be a pure function of its arguments: every
+    random draw comes from the `generator` it is given, so that a step can be run again.
+    """
+
+    @abstractmethod
+    def init(self, outer: Any, *, generator: torch.Generator) -> Any:
+        """The initial parameters θ_0, a pytree; may depend on `outer` (a learned start)."""
+
+    @abstractmethod
+    def inner_batch(self, outer: Any, step: int, *, generator: torch.Generator) -> Any:
+        """B(φ, t): the batch of inner step `step`, a pytree.
+
+        Sub-sampling and augmentation belong here. It is differentiated once, never twice.
+        """
+
+    @abstractmethod
+    def inner_loss(self, params: Any, batch: Any) -> Tensor:
+        """ℓ(θ, b): a scalar. The only function that is differentiated twice."""
+
+    @abstractmethod
+    def outer_loss(
+        self, params: Any, outer: Any, batch: Any
+    ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
+        """F(θ, φ): a scalar, or a pair of a scalar and a dict of tensors worth reporting.
+
+        `batch` is whatever was given to `Hypergradient` as `outer_batch`.
+        """
+
+    def hyperparameters(self, outer: Any) -> Mapping[str, Tensor]:
+        """h(φ): keyword arguments for the optimizer that depend on `outer`; none by default.
+
+        When there are any, `Hypergradient` must be given a function that makes the optimizer from
+        them: `optimizer=bilevel.optim.sgd` with `hyperparameters` returning `{"lr": ...}`.
+        """
+        return {}

@@ -1,0 +1,49 @@
+"""What a hypergradient call returns."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.trajectory import Trace, Window
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one debugs a hypergradient with.
+
+    Attributes:
+        status: "ok", or a sentence that says what to know about this result.
+        hypergradient_norm: ‖dF/dφ‖₂ over all outer variables, a scalar tensor.
+        hessian_vector_products: How many products with the inner Hessian were computed.
+        cotangent_norms: ‖λ_t‖₂ for t = start … stop, where λ_t = dF/dθ_t; shape [width + 1]. None
+            where the estimator has no such quantity.
+    """
+
+    status: str
+    hypergradient_norm: Tensor
+    hessian_vector_products: int
+    cotangent_norms: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HypergradientResult:
+    """The outer loss and its derivative. No tensor in it has a graph.
+
+    Attributes:
+        loss: F(θ_stop, φ), a scalar tensor.
+        grads: dF/dφ, a pytree like the outer variables.
+        window: The inner steps that were differentiated.
+        stats: Diagnostics.
+        params: θ_stop, a pytree like the one that `Problem.init` returns.
+        metrics: What `Problem.outer_loss` reported beside the loss.
+        trace: Per-step signals of the inner run.
+    """
+
+    loss: Tensor
+    grads: Any
+    window: Window
+    stats: Stats
+    params: Any
+    trace: Trace
+    metrics: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,35 @@
+"""Backpropagation through the end of the inner run."""
+
+from typing import final
+
+import torch
+
+from bilevel.trajectory import Trace, Window
+from bilevel.truncation.base import Truncation, check_window
+
+
+@final
+class Last(Truncation):
+    """T-BPTT: differentiate the last W steps, window [T − W, T).
+
+    Args:
+        window: W ≥ 1.
+
+    Biased towards short horizons: what an outer variable does before step T − W is not seen.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = check_window(window)
+
+    @property
+    def minimum_steps(self) -> int:
+        return self.window
+
+    def horizon(self, steps: int, generator: torch.Generator) -> int:
+        return steps
+
+    def earliest_start(self, horizon: int) -> int:
+        return horizon - self.window
+
+    def select(self, trace: Trace, generator: torch.Generator) -> Window:
+        return Window(trace.horizon - self.window, trace.horizon)

@@ -1,0 +1,61 @@
+"""Backpropagation through a window at a random place."""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+
+from bilevel.errors import ConfigurationError
+from bilevel.trajectory import Trace, Window
+from bilevel.truncation.base import Truncation, check_window
+
+
+@final
+class RandomWindow(Truncation):
+    """RaT-BPTT: window [stop − W, stop) with stop uniform on {W, …, T}.
+
+    No step past `stop` is ever run, so an outer step costs (T + W)/2 inner steps on average.
+
+    Args:
+        window: W ≥ 1.
+        refresh: For how many outer steps one draw serves (the released code draws once per pass
+            over its real data, 10 outer steps).
+
+    Source: Feng, Vedantam and Kempe, arXiv 2311.07025, section 3.
+    """
+
+    def __init__(self, window: int, refresh: int = 1) -> None:
+        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+            raise ConfigurationError(f"refresh={refresh!r}: it must be an integer of at least 1")
+        self.window = check_window(window)
+        self.refresh = refresh
+        self._stop = 0
+        self._uses_left = 0
+
+    @property
+    def minimum_steps(self) -> int:
+        return self.window
+
+    def horizon(self, steps: int, generator: torch.Generator) -> int:
+        if self._uses_left == 0:
+            self._stop = int(torch.randint(self.window, steps + 1, (), generator=generator))
+            self._uses_left = self.refresh
+        self._uses_left -= 1
+        return self._stop
+
+    def earliest_start(self, horizon: int) -> int:
+        return horizon - self.window
+
+    def select(self, trace: Trace, generator: torch.Generator) -> Window:
+        return Window(trace.horizon - self.window, trace.horizon)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"stop": self._stop, "uses_left": self._uses_left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        try:
+            self._stop, self._uses_left = int(state["stop"]), int(state["uses_left"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"RandomWindow needs a state with integers stop and uses_left, got {dict(state)}"
+            ) from error

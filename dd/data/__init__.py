@@ -1,0 +1,30 @@
+"""Datasets and the transforms between pixels and what the networks see."""
+
+from dd.data.errors import DatasetNotFoundError
+from dd.data.image_dataset import ImageDataset, to_unit_range
+from dd.data.sources import arrays, cifar10, cifar100, digits, image_folder
+from dd.data.transforms import (
+    KIPWhitening,
+    PixelTransform,
+    Standardize,
+    ZCAWhitening,
+    apply_in_chunks,
+    transform_from_state,
+)
+
+__all__ = [
+    "DatasetNotFoundError",
+    "ImageDataset",
+    "KIPWhitening",
+    "PixelTransform",
+    "Standardize",
+    "ZCAWhitening",
+    "apply_in_chunks",
+    "arrays",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "image_folder",
+    "to_unit_range",
+    "transform_from_state",
+]

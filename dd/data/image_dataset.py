@@ -1,0 +1,156 @@
+"""A labelled image dataset held in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dd.data.splitting import stratified_split
+
+__all__ = ["ImageDataset", "to_unit_range"]
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Images as float32 in [0, 1].
+
+    Args:
+        images: uint8, scaled by 1/255, or floating point in [0, 1], any shape.
+
+    Returns:
+        A float32 tensor of the same shape on the same device.
+
+    Raises:
+        ValueError: if the dtype is neither, or a floating point value lies outside [0, 1].
+    """
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32).div_(255)
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images has dtype {images.dtype}; allowed are torch.uint8 and floating point in [0, 1]"
+        )
+    _check_unit_range("images", images)
+    return images.to(torch.float32)
+
+
+def _check_unit_range(name: str, images: Tensor) -> None:
+    if images.numel() == 0:
+        return
+    low, high = (bound.item() for bound in torch.aminmax(images.detach()))
+    # aminmax propagates NaN, for which this comparison is false.
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"{name} has values from {low} to {high}; floating point images must lie in [0, 1] "
+            "(divide by 255?)"
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageDataset:
+    """Training and test images with hard labels, in memory.
+
+    Attributes:
+        name: what reports and artifacts call it.
+        train_images: [N, C, H, W], uint8, or float32 in [0, 1].
+        train_labels: int64 [N], in [0, num_classes); every class occurs.
+        test_images: [M, C, H, W], of the same dtype.
+        test_labels: int64 [M], in [0, num_classes).
+        class_names: one name per class, in label order.
+
+    Raises:
+        ValueError: if any of this does not hold; the message names the field.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.class_names:
+            raise ValueError("class_names is empty; it must name at least one class")
+        self._check_part("train", self.train_images, self.train_labels)
+        self._check_part("test", self.test_images, self.test_labels)
+        if self.test_images.shape[1:] != self.train_images.shape[1:]:
+            raise ValueError(
+                f"test_images has images of shape {tuple(self.test_images.shape[1:])}; "
+                f"train_images has {tuple(self.train_images.shape[1:])}, and they must agree"
+            )
+        if self.test_images.dtype != self.train_images.dtype:
+            raise ValueError(
+                f"test_images has dtype {self.test_images.dtype}; "
+                f"train_images has {self.train_images.dtype}, and they must agree"
+            )
+        counts = torch.bincount(self.train_labels, minlength=self.num_classes)
+        absent = [self.class_names[index] for index in torch.nonzero(counts == 0).flatten()]
+        if absent:
+            shown = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
+            raise ValueError(
+                f"train_labels has no image of {len(absent)} of the {self.num_classes} classes "
+                f"({shown}); every class needs a training image"
+            )
+
+    def _check_part(self, part: str, images: Tensor, labels: Tensor) -> None:
+        if images.dim() != 4 or 0 in images.shape:
+            raise ValueError(
+                f"{part}_images has shape {tuple(images.shape)}; "
+                "it must be [N, C, H, W] and not empty"
+            )
+        if images.dtype not in (torch.uint8, torch.float32):
+            raise ValueError(
+                f"{part}_images has dtype {images.dtype}; "
+                "allowed are torch.uint8 and torch.float32 in [0, 1]"
+            )
+        if images.dtype == torch.float32:
+            _check_unit_range(f"{part}_images", images)
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{part}_labels has shape {tuple(labels.shape)}; "
+                f"for these images it must be ({images.shape[0]},)"
+            )
+        if labels.dtype != torch.int64:
+            raise ValueError(f"{part}_labels has dtype {labels.dtype}; it must be torch.int64")
+        low, high = (int(bound) for bound in torch.aminmax(labels))
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"{part}_labels has labels from {low} to {high}; with {self.num_classes} "
+                f"class_names they must lie in [0, {self.num_classes - 1}]"
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageDataset({self.name!r}: {len(self.train_labels)} training and "
+            f"{len(self.test_labels)} test images of shape {self.image_shape}, "
+            f"{self.num_classes} classes, {self.train_images.dtype})"
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    def split_validation(self, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Hold out a part of the training set, stratified by class.
+
+        Args:
+            fraction: share of the training set to hold out, in (0, 1).
+            seed: the same seed gives the same split.
+
+        Returns:
+            (training indices, validation indices) into ``train_images``, int64, ascending.
+
+        Raises:
+            ValueError: if ``fraction`` is outside (0, 1), or the set is too small for it.
+        """
+        return stratified_split(self.train_labels, fraction, seed, "fraction")

@@ -1,0 +1,8 @@
+"""Where datasets come from: each function returns an :class:`~dd.data.ImageDataset`."""
+
+from dd.data.sources._arrays import arrays
+from dd.data.sources._cifar import cifar10, cifar100
+from dd.data.sources._digits import digits
+from dd.data.sources._image_folder import image_folder
+
+__all__ = ["arrays", "cifar10", "cifar100", "digits", "image_folder"]

@@ -1,0 +1,107 @@
+"""A user's own image files, one folder a class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import functional
+from tqdm import tqdm
+
+from dd.data.errors import DatasetNotFoundError
+from dd.data.image_dataset import ImageDataset
+from dd.data.splitting import stratified_split
+
+__all__ = ["image_folder"]
+
+_LAYOUT = "train/<class>/<image files> and test/<class>/<image files>, or <class>/<image files>"
+
+
+def image_folder(
+    root: str | Path, image_size: int, test_fraction: float = 0.1, seed: int = 0
+) -> ImageDataset:
+    """Image files in one folder a class, as RGB uint8 images [3, image_size, image_size].
+
+    ``root`` holds ``train/<class>/`` and ``test/<class>/``, or only ``<class>/``, of which a
+    stratified part then becomes the test set. The shorter side of each image is resized to
+    ``image_size`` (bilinear, antialiased) and the centre is cropped; greyscale becomes RGB.
+
+    Args:
+        root: the directory; its name becomes the dataset's name.
+        image_size: height and width of the result, at least 1.
+        test_fraction: share held out as test set if there is no ``test/``, in (0, 1).
+        seed: the same seed gives the same split.
+
+    Raises:
+        DatasetNotFoundError: if the directory does not have this layout or a class is empty.
+        ValueError: if ``image_size`` is not positive, the classes of ``train/`` and ``test/``
+            differ, a split is impossible, or an image cannot be decoded (the message names it).
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    root = Path(root)
+    subsets = [part for part in ("train", "test") if (root / part).is_dir()]
+    if len(subsets) == 1:
+        missing = "test" if subsets == ["train"] else "train"
+        raise DatasetNotFoundError.looked_in(
+            root,
+            f"{missing}/ beside {subsets[0]}/",
+            f"add it, or pass root={str(root / subsets[0])!r} to split that folder",
+        )
+    if subsets:
+        train_paths, train_labels, class_names = _list_images(root / "train", root)
+        test_paths, test_labels, test_names = _list_images(root / "test", root)
+        if class_names != test_names:
+            different = sorted(set(class_names) ^ set(test_names))
+            raise ValueError(
+                f"{root.absolute()}: train/ and test/ must have the same classes; "
+                f"only one of them has {different[0]!r}"
+            )
+    else:
+        paths, labels, class_names = _list_images(root, root)
+        train, test = stratified_split(labels, test_fraction, seed, "test_fraction")
+        train_paths, train_labels = [paths[index] for index in train.tolist()], labels[train]
+        test_paths, test_labels = [paths[index] for index in test.tolist()], labels[test]
+    return ImageDataset(
+        name=root.absolute().name,
+        train_images=_decode(train_paths, image_size, "training images"),
+        train_labels=train_labels,
+        test_images=_decode(test_paths, image_size, "test images"),
+        test_labels=test_labels,
+        class_names=class_names,
+    )
+
+
+def _list_images(directory: Path, root: Path) -> tuple[list[str], Tensor, tuple[str, ...]]:
+    try:
+        listing = ImageFolder(str(directory))
+    except FileNotFoundError as error:
+        raise DatasetNotFoundError.looked_in(
+            root, _LAYOUT, f"arrange the image files so ({error})"
+        ) from error
+    paths = [path for path, _ in listing.samples]
+    return paths, torch.tensor(listing.targets, dtype=torch.int64), tuple(listing.classes)
+
+
+def _decode(paths: list[str], image_size: int, description: str) -> Tensor:
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+    # disable=None: no bar where the output is not a terminal.
+    for index, path in enumerate(tqdm(paths, desc=description, unit="image", disable=None)):
+        images[index] = _decode_one(path, image_size)
+    return images
+
+
+def _decode_one(path: str, image_size: int) -> Tensor:
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    # Pillow reports damage as any of these, depending on the format.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode the image {path}: {error}") from error
+    resized = functional.resize(
+        image, [image_size], functional.InterpolationMode.BILINEAR, antialias=True
+    )
+    return functional.pil_to_tensor(functional.center_crop(resized, [image_size, image_size]))

@@ -1,0 +1,16 @@
+"""Invertible maps between pixels in [0, 1] and what the networks see."""
+
+from dd.data.transforms._base import PixelTransform, apply_in_chunks
+from dd.data.transforms._kip import KIPWhitening
+from dd.data.transforms._restore import transform_from_state
+from dd.data.transforms._standardize import Standardize
+from dd.data.transforms._zca import ZCAWhitening
+
+__all__ = [
+    "KIPWhitening",
+    "PixelTransform",
+    "Standardize",
+    "ZCAWhitening",
+    "apply_in_chunks",
+    "transform_from_state",
+]

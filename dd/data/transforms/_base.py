@@ -1,0 +1,162 @@
+"""The interface of pixel transforms, and what they share."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["PixelTransform", "apply_in_chunks", "as_float32", "as_pixels", "check_state"]
+
+
+class PixelTransform(abc.ABC):
+    """A fitted, immutable, invertible map from pixels in [0, 1] to what the networks see.
+
+    Synthetic images live behind the transform, so a distilled set means nothing without it:
+    :meth:`state` travels with the set and :func:`~dd.data.transform_from_state` rebuilds it.
+    Every transform is differentiable, and treats each image on its own.
+    """
+
+    kind: ClassVar[str]
+    """The name under which saved artifacts know the transform."""
+
+    @abc.abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """Transform images.
+
+        Args:
+            images: [N, C, H, W], uint8, or floating point in [0, 1]. The range is not checked, so
+                that learned pixels may leave it.
+
+        Returns:
+            A float32 tensor of the same shape.
+
+        Raises:
+            ValueError: if the shape is not the fitted one or the dtype is not allowed.
+        """
+
+    @abc.abstractmethod
+    def inverse(self, transformed: Tensor) -> Tensor:
+        """Map back to pixels, without clamping them to [0, 1].
+
+        Args:
+            transformed: [N, C, H, W], floating point.
+
+        Returns:
+            A float32 tensor of the same shape.
+
+        Raises:
+            ValueError: if the shape is not the fitted one or the dtype is not allowed.
+        """
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that define the transform; they are not copies, so leave them unchanged."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """Rebuild the transform from :meth:`state`, bit for bit.
+
+        Raises:
+            ValueError: if a tensor is missing, unknown, or has a wrong shape or dtype.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transform computes."""
+        return next(iter(self.state().values())).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same transform on another device; this one stays as it is."""
+        return self.from_state({name: value.to(device) for name, value in self.state().items()})
+
+
+@torch.no_grad()
+def apply_in_chunks(transform: PixelTransform, images: Tensor, chunk: int = 1000) -> Tensor:
+    """Transform a whole dataset, with the temporary memory of one chunk.
+
+    Args:
+        transform: the fitted transform; the chunks are computed on its device.
+        images: [N, C, H, W], uint8, or floating point in [0, 1].
+        chunk: images per chunk, at least 1.
+
+    Returns:
+        float32 [N, C, H, W] on the device of ``images``, without a graph.
+
+    Raises:
+        ValueError: if ``chunk`` is not positive, or the transform refuses the images.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    output = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    for start in range(0, len(images), chunk):
+        part = images[start : start + chunk].to(transform.device)
+        output[start : start + chunk] = transform(part)
+    return output
+
+
+def as_float32(name: str, batch: Tensor, image_shape: tuple[int, ...]) -> Tensor:
+    """Check a batch against the fitted image shape and return it as float32.
+
+    Args:
+        name: what error messages call the batch.
+        batch: [N, C, H, W], floating point.
+        image_shape: (C, H, W), or (C,) if the transform fits any height and width.
+
+    Raises:
+        ValueError: if the shape or the dtype is not allowed.
+    """
+    if batch.dim() != 4 or batch.shape[1 : 1 + len(image_shape)] != image_shape:
+        wanted = ", ".join(["N", *map(str, image_shape), *"HW"][:4])
+        raise ValueError(f"{name} has shape {tuple(batch.shape)}; it must be [{wanted}]")
+    if not batch.is_floating_point():
+        raise ValueError(f"{name} has dtype {batch.dtype}; it must be floating point")
+    return batch.to(torch.float32)
+
+
+def as_pixels(images: Tensor, image_shape: tuple[int, ...]) -> Tensor:
+    """As :func:`as_float32`, for images that may also be uint8, which is scaled by 1/255."""
+    if images.dtype == torch.uint8:
+        images = images.to(torch.float32) / 255
+    return as_float32("images", images, image_shape)
+
+
+def check_state(
+    kind: str,
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """Check that ``state`` has exactly the tensors of ``shapes``, with these shapes and dtypes.
+
+    Args:
+        kind: the transform's kind, for error messages.
+        state: the tensors to check.
+        shapes: for each name the shape it must have; -1 stands for any size.
+        dtypes: the dtype of those that are not float32.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, unknown or wrong.
+    """
+    for name in sorted(shapes.keys() | state.keys()):
+        if name not in state:
+            raise ValueError(f"the state of a {kind!r} transform lacks the tensor {name!r}")
+        if name not in shapes:
+            raise ValueError(
+                f"the state of a {kind!r} transform has the unknown tensor {name!r}; "
+                f"it consists of {', '.join(sorted(shapes))}"
+            )
+        found, wanted = tuple(state[name].shape), shapes[name]
+        fits = len(found) == len(wanted) and all(
+            size in (-1, actual) for size, actual in zip(wanted, found, strict=True)
+        )
+        dtype = (dtypes or {}).get(name, torch.float32)
+        if not fits or state[name].dtype != dtype:
+            raise ValueError(
+                f"the tensor {name!r} of a {kind!r} transform is {state[name].dtype} of shape "
+                f"{found}; it must be {dtype} of shape {wanted}"
+            )

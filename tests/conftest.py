@@ -1,0 +1,17 @@
+"""Settings shared by every test: reproducible draws, few threads, one hypothesis profile."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=200, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,126 @@
+"""Networks: sizes, values, and the derivatives that distillation takes of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import functional_call, grad, jvp, vjp, vmap
+
+from dd.networks import ConvNet
+
+Parameters = dict[str, Tensor]
+
+
+def parameter_count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.fixture
+def network() -> ConvNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ConvNet(num_classes=4, image_size=8, depth=2, width=6).double()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def detached(network: torch.nn.Module) -> Parameters:
+    return {name: value.detach() for name, value in network.named_parameters()}
+
+
+def loss(network: ConvNet, parameters: Parameters, images: Tensor) -> Tensor:
+    logits = functional_call(network, parameters, (images,))
+    return F.cross_entropy(logits, torch.arange(len(images)) % 4)
+
+
+def test_the_published_parameter_count() -> None:
+    assert parameter_count(ConvNet(10, channels=3, image_size=32, depth=3, width=128)) == 320_010
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    num_classes=st.integers(1, 12),
+    channels=st.integers(1, 4),
+    depth=st.integers(1, 4),
+    width=st.integers(1, 9),
+    extra=st.integers(0, 9),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+)
+def test_parameter_count_and_logits_of_any_size(
+    num_classes: int, channels: int, depth: int, width: int, extra: int, dtype: torch.dtype
+) -> None:
+    size = 2**depth + extra
+    network = ConvNet(num_classes, channels, size, depth, width).to(dtype)
+    convolutions = 9 * width * (channels + (depth - 1) * width) + depth * width
+    linear = (width * (size // 2**depth) ** 2 + 1) * num_classes
+    assert parameter_count(network) == convolutions + 2 * depth * width + linear
+    logits = network(torch.randn(2, channels, size, size, dtype=dtype))
+    assert logits.shape == (2, num_classes)
+    assert logits.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["num_classes", "channels", "depth", "width"])
+def test_a_size_below_one_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        ConvNet(**{"num_classes": 10, name: 0})
+
+
+def test_an_image_too_small_for_the_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size is 15; with depth 4 it must be at least 16"):
+        ConvNet(10, image_size=15, depth=4)
+
+
+def test_logits_of_an_image_do_not_depend_on_its_batch(network: ConvNet, images: Tensor) -> None:
+    alone = torch.cat([network(image[None]) for image in images])
+    torch.testing.assert_close(network(images), alone, atol=1e-12, rtol=0.0)
+
+
+def test_logits_do_not_depend_on_convolution_biases(network: ConvNet, images: Tensor) -> None:
+    reference = network(images)
+    parameters = detached(network)
+    parameters["features.0.bias"] = parameters["features.0.bias"] + 3.0
+    shifted = functional_call(network, parameters, (images,))
+    torch.testing.assert_close(shifted, reference, atol=1e-10, rtol=0.0)
+
+
+def test_no_buffers(network: ConvNet) -> None:
+    assert not list(network.buffers())
+
+
+def test_double_backward(network: ConvNet, images: Tensor) -> None:
+    network = ConvNet(num_classes=4, channels=1, image_size=4, depth=1, width=2).double()
+    parameters = detached(network)
+    names = list(parameters)
+    few = images[:2, :1, :4, :4].clone().requires_grad_()
+    inputs = tuple(value.requires_grad_() for value in parameters.values())
+    assert torch.autograd.gradgradcheck(
+        lambda x, *values: loss(network, dict(zip(names, values, strict=True)), x), (few, *inputs)
+    )
+
+
+# Torch's own, on first use of forward mode.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_forward_over_reverse_is_reverse_over_reverse(network: ConvNet, images: Tensor) -> None:
+    parameters = detached(network)
+    tangent = {name: torch.cos(value * 7 + 1) for name, value in parameters.items()}
+
+    def gradient(parameters: Parameters) -> Parameters:
+        return grad(lambda p: loss(network, p, images))(parameters)
+
+    (reverse,) = vjp(gradient, parameters)[1](tangent)
+    forward = jvp(gradient, (parameters,), (tangent,))[1]
+    torch.testing.assert_close(forward, reverse, atol=1e-12, rtol=1e-10)
+
+
+def test_vmap_over_parameters(network: ConvNet, images: Tensor) -> None:
+    several = {name: torch.stack((v, v.cos(), 2 * v)) for name, v in detached(network).items()}
+    gradients = vmap(grad(lambda p: loss(network, p, images)))(several)
+    for index in range(3):
+        one = grad(lambda p: loss(network, p, images))({k: v[index] for k, v in several.items()})
+        batched = {name: value[index] for name, value in gradients.items()}
+        torch.testing.assert_close(batched, one, atol=1e-12, rtol=1e-10)
