@@ -27,10 +27,10 @@ class MovingAverageClip:
     """
 
     def __init__(self, decay: float = 0.9, factor: float = 2.0) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigurationError(f"decay={decay}: it must be in [0, 1)")
-        if not factor > 0:
-            raise ConfigurationError(f"factor={factor}: it must be positive")
+        if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
+            raise ConfigurationError(f"decay={decay!r}: it must be a number in [0, 1)")
+        if not isinstance(factor, (int, float)) or not factor > 0:
+            raise ConfigurationError(f"factor={factor!r}: it must be a number above 0")
         self.decay = decay
         self.factor = factor
         self.average: float | None = None

@@ -290,11 +290,15 @@ def _is_zero(value: Number) -> bool:
 
 def _check(**hyperparameters: Number) -> None:
     for name, value in hyperparameters.items():
-        if not isinstance(value, Tensor) and not value >= 0:
-            raise ConfigurationError(f"{name}={value!r}: it must be at least 0")
+        if not isinstance(value, Tensor) and not (_is_number(value) and value >= 0):
+            raise ConfigurationError(f"{name}={value!r}: it must be a number of at least 0")
 
 
 def _check_decay(**hyperparameters: Number) -> None:
     for name, value in hyperparameters.items():
-        if not isinstance(value, Tensor) and not 0 <= value < 1:
-            raise ConfigurationError(f"{name}={value!r}: it must be in [0, 1)")
+        if not isinstance(value, Tensor) and not (_is_number(value) and 0 <= value < 1):
+            raise ConfigurationError(f"{name}={value!r}: it must be a number in [0, 1)")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -284,3 +284,27 @@ def relative_error(actual: Any, expected: Any) -> float:
     """‖actual − expected‖ / ‖expected‖ over whole pytrees."""
     actual, expected = flat(actual), flat(expected)
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+class Fixed(bilevel.truncation.Truncation):
+    """Always the same window [start, stop), whatever was recorded."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.window = bilevel.Window(start, stop)
+
+    @property
+    def minimum_steps(self) -> int:
+        return self.window.stop
+
+    def horizon(self, steps, generator):
+        return steps
+
+    def earliest_start(self, horizon):
+        return self.window.start
+
+    def select(self, trace, generator):
+        return self.window
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

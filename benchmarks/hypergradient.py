@@ -1,0 +1,355 @@
+"""Time, memory and error of one hypergradient, side by side with the package `higher`.
+
+The problem is dataset distillation: 50 synthetic images of 32×32×3 in 10 classes train a ConvNet-3
+of width 64 with Adam, and the cross-entropy on 256 "real" images is differentiated with respect to
+the synthetic ones. All data are standard normal, from one seed. One call is: initialise, 60 inner
+steps without a graph, a window of W differentiated steps, the outer loss, its gradient.
+
+Methods
+    higher           `higher.innerloop_ctx` with its own Adam, autograd through the whole window;
+                     the steps before it by `torch.optim.Adam`, as the released RaT-BPTT does.
+    reverse          `bilevel.estimators.Reverse`, the same computation in this package.
+    adjoint          `bilevel.estimators.Adjoint()`, the default.
+    adjoint-forward  `bilevel.estimators.Adjoint(hvp="forward")`, when asked for by --methods.
+
+Columns
+    time/higher      Seconds of this method over those of `higher` at the same window.
+    memory/higher    The same for MB.
+    seconds          One whole call: the median over repeats, in which the methods take turns within
+                     one process, so that a slow moment of the machine hits all of them. For the
+                     window alone run with --burn-in 0.
+    MB               Peak of the resident set during one whole call, above the resident set before
+                     it, each in a process of its own. "Before" is: everything imported, the data
+                     and the network in memory, and one plain inner step taken by
+                     `torch.optim.Adam`, the same for all methods (it makes PyTorch load what any
+                     of them needs, more than 100 MB of code). So all that a method adds counts:
+                     graphs, stored iterates, scratch space, and the outer loss on the real
+                     images, which needs the same for all. The allocator is set so that the
+                     resident set follows the tensors alive (`common.FAITHFUL_MALLOC`); it is left
+                     alone where time is measured.
+    error            ‖float32 − float64‖ / ‖float64‖ of the hypergradient, at the smallest window.
+                     The float64 one is by `reverse`. All start the window from one and the same
+                     (θ, Adam state), that of one float32 run, so the chaos of the steps before it
+                     does not count. `higher` adds Adam's eps before the bias correction, and so
+                     differentiates a slightly different step; its "error" includes that.
+
+The summary is taken for `adjoint`: how many times faster than `higher` and what part of its memory
+at the largest window, and what part of its growth in memory from the smallest window to the
+largest.
+
+    python benchmarks/hypergradient.py
+    python benchmarks/hypergradient.py --quick
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import higher
+import optree
+import torch
+import torch.nn.functional as F
+from common import FAITHFUL_MALLOC, machine, peak_memory, table, write_json
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+import bilevel
+from dd.networks import ConvNet
+
+LEARNING_RATE = 1e-3
+CLASSES = 10
+REAL_IMAGES = 256
+#: `higher` has no eps_root, so nobody uses one. No second moment is zero after the first steps.
+EPS_ROOT = 0.0
+
+ESTIMATORS: dict[str, bilevel.estimators.Estimator] = {
+    "reverse": bilevel.estimators.Reverse(),
+    "adjoint": bilevel.estimators.Adjoint(),
+    "adjoint-forward": bilevel.estimators.Adjoint(hvp="forward"),
+}
+METHODS = ("higher", *ESTIMATORS)
+
+COLUMNS = {
+    "window": "d",
+    "method": "s",
+    "time/higher": ".2f",
+    "memory/higher": ".3f",
+    "seconds": ".2f",
+    "MB": ".0f",
+    "error": ".1e",
+}
+
+
+class Distillation(bilevel.Problem):
+    """A network trained on learned images with fixed labels, judged on real ones."""
+
+    def __init__(self, width: int, images: int, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(count: int) -> tuple[Tensor, Tensor]:
+            inputs = torch.randn(count, 3, 32, 32, generator=generator).to(dtype)
+            return inputs, torch.arange(count) % CLASSES
+
+        self.network: nn.Module = ConvNet(CLASSES, depth=3, width=width).to(dtype)
+        self.images, self.labels = draw(images)
+        self.real = draw(REAL_IMAGES)
+
+    def init(self, outer: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:
+        return bilevel.fresh_parameters(self.network, generator)
+
+    def inner_batch(self, outer: Tensor, step: int, *, generator: torch.Generator) -> Tensor:
+        return outer
+
+    def inner_loss(self, params: dict[str, Tensor], batch: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(self.network, params, (batch,)), self.labels)
+
+    def outer_loss(self, params: dict[str, Tensor], outer: Tensor, batch: Any) -> Tensor:
+        inputs, labels = batch
+        return F.cross_entropy(functional_call(self.network, params, (inputs,)), labels)
+
+
+def adam() -> Any:
+    return bilevel.optim.adam(LEARNING_RATE, eps_root=EPS_ROOT)
+
+
+def hypergradient(method: str, problem: Distillation, burn_in: int, window: int) -> Tensor:
+    """One whole call: initialise, `burn_in` steps without a graph, the window, the gradient."""
+    generator = torch.Generator().manual_seed(1)
+    if method == "higher":
+        problem.network.load_state_dict(bilevel.fresh_parameters(problem.network, generator))
+        return higher_window(problem, plain_steps(problem, burn_in), window)
+    return bilevel.Hypergradient(
+        problem,
+        adam(),
+        steps=burn_in + window,
+        truncation=bilevel.truncation.Last(window),
+        estimator=ESTIMATORS[method],
+    )(problem.images, problem.real, generator).grads
+
+
+def plain_steps(problem: Distillation, count: int) -> torch.optim.Optimizer:
+    """Train the network as anyone does, and return its optimizer."""
+    optimizer = torch.optim.Adam(problem.network.parameters(), lr=LEARNING_RATE)
+    for _ in range(count):
+        optimizer.zero_grad()
+        F.cross_entropy(problem.network(problem.images), problem.labels).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def higher_window(problem: Distillation, optimizer: torch.optim.Optimizer, window: int) -> Tensor:
+    """The hypergradient by `higher` from where the network and its optimizer stand."""
+    images = problem.images.clone().requires_grad_()
+    inputs, labels = problem.real
+    with higher.innerloop_ctx(problem.network, optimizer, copy_initial_weights=True) as (fast, opt):
+        for _ in range(window):
+            opt.step(F.cross_entropy(fast(images), problem.labels))
+        loss = F.cross_entropy(fast(inputs), labels)
+    return torch.autograd.grad(loss, images)[0]
+
+
+def errors(
+    methods: Sequence[str], width: int, images: int, burn_in: int, window: int
+) -> dict[str, float]:
+    """Relative error of every method's float32 hypergradient from one common start."""
+    problem = Distillation(width, images)
+    inner = bilevel.InnerLoop(problem, adam())
+    horizon = burn_in + window
+    trajectory = inner.rollout(
+        problem.images, bilevel.Key(1), steps=horizon, horizon=horizon, keep_from=burn_in
+    )
+    exact_problem = Distillation(width, images, torch.float64)
+    exact_inner = bilevel.InnerLoop(exact_problem, adam())
+    exact_inner.start(exact_problem.images, bilevel.Key(1), {})
+    exact_trajectory = bilevel.Trajectory(
+        {step: _double(iterate) for step, iterate in trajectory.kept.items()},
+        trajectory.key,
+        trajectory.steps,
+        trajectory.trace,
+        trajectory.window,
+    )
+    exact = bilevel.estimators.Reverse()(
+        exact_inner, exact_trajectory, exact_problem.images, exact_problem.real
+    ).grads
+    found = {
+        name: estimator(inner, trajectory, problem.images, problem.real).grads
+        for name, estimator in ESTIMATORS.items()
+        if name in methods
+    }
+    optimizer = _resume(problem.network, inner, trajectory.kept[burn_in])
+    found["higher"] = higher_window(problem, optimizer, window)
+    return {name: float((grad - exact).norm() / exact.norm()) for name, grad in found.items()}
+
+
+def _double(iterate: bilevel.Iterate) -> bilevel.Iterate:
+    state = optree.tree_map(lambda x: x.double() if x.is_floating_point() else x, iterate.state)
+    return bilevel.Iterate(iterate.params.double(), state)
+
+
+def _resume(
+    network: nn.Module, inner: bilevel.InnerLoop, iterate: bilevel.Iterate
+) -> torch.optim.Optimizer:
+    """Put `network` at an iterate of `bilevel`, and return its Adam at the same point."""
+    network.load_state_dict(inner.unravel(iterate.params))
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    means, squares = inner.unravel(iterate.state.mean), inner.unravel(iterate.state.square)
+    for name, parameter in network.named_parameters():
+        optimizer.state[parameter] = {
+            "step": int(iterate.state.step),
+            "exp_avg": means[name],
+            "exp_avg_sq": squares[name],
+        }
+    return optimizer
+
+
+def measure_memory(method: str, width: int, images: int, burn_in: int, window: int) -> float:
+    """Peak memory of one call in this process; see the text at the top for what it is above."""
+    problem = Distillation(width, images)
+    plain_steps(problem, 1)
+    return peak_memory(lambda: hypergradient(method, problem, burn_in, window))
+
+
+def memory_in_a_process(method: str, window: int, args: argparse.Namespace) -> float:
+    """`measure_memory` in a fresh process with its own allocator settings."""
+    options = {
+        "memory-of": method,
+        "windows": window,
+        "width": args.width,
+        "images": args.images,
+        "burn-in": args.burn_in,
+        "threads": args.threads,
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    process = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, **FAITHFUL_MALLOC},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(process.stdout)
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each window and method."""
+    cases = [(window, method) for window in args.windows for method in args.methods]
+    total = (1 + args.repeats) * len(cases) + len(args.methods) + 1
+    progress = tqdm(total=total, disable=None)
+
+    def done(what: str) -> None:
+        progress.set_description(what)
+        progress.update()
+
+    memory = {}
+    for window, method in cases:
+        memory[window, method] = memory_in_a_process(method, window, args)
+        done("memory")
+
+    problem = Distillation(args.width, args.images)
+    for method in args.methods:
+        hypergradient(method, problem, burn_in=1, window=2)
+        done("warm-up")
+    times: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
+    for _ in range(args.repeats):
+        for window, method in cases:
+            start = time.perf_counter()
+            hypergradient(method, problem, args.burn_in, window)
+            times[window, method].append(time.perf_counter() - start)
+            done("time")
+    error = errors(args.methods, args.width, args.images, args.burn_in, args.windows[0])
+    done("error")
+    progress.close()
+
+    median = {case: statistics.median(taken) for case, taken in times.items()}
+    return [
+        {
+            "window": window,
+            "method": method,
+            "time/higher": median[window, method] / median[window, "higher"],
+            "memory/higher": memory[window, method] / memory[window, "higher"],
+            "seconds": median[window, method],
+            "MB": memory[window, method],
+            "error": error[method] if window == args.windows[0] else None,
+        }
+        for window, method in cases
+    ]
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """`adjoint` against `higher` at the largest window; growth is None for a single window."""
+    by_case = {(row["window"], row["method"]): row for row in rows}
+    first, last = rows[0]["window"], rows[-1]["window"]
+
+    def growth(method: str) -> float:
+        return by_case[last, method]["MB"] - by_case[first, method]["MB"]
+
+    return {
+        "speedup_vs_higher": 1 / by_case[last, "adjoint"]["time/higher"],
+        "memory_vs_higher": by_case[last, "adjoint"]["memory/higher"],
+        "growth_vs_higher": growth("adjoint") / growth("higher") if last > first else None,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--windows", type=int, nargs="+", default=[10, 20, 40])
+    parser.add_argument("--burn-in", type=int, default=60, help="steps before the window")
+    parser.add_argument("--width", type=int, default=64, help="channels of the ConvNet")
+    parser.add_argument("--images", type=int, default=50, help="synthetic images")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["higher", "reverse", "adjoint"],
+        help="higher and adjoint are always among them",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="under a minute: higher and adjoint, windows 2 and 10, width 32, burn-in 10, 1 repeat",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if min(args.windows) < 1 or min(args.width, args.images, args.repeats, args.threads) < 1:
+        parser.error("windows, width, images, repeats and threads must be at least 1")
+    if args.quick:
+        args.windows, args.width, args.burn_in, args.repeats = [2, 10], 32, 10, 1
+        args.methods = ["higher", "adjoint"]
+    args.windows = sorted(set(args.windows))
+    args.methods = [m for m in METHODS if m in {"higher", "adjoint", *args.methods}]
+    return args
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if args.memory_of is not None:
+        window = args.windows[0]
+        print(measure_memory(args.memory_of, args.width, args.images, args.burn_in, window))
+        return
+    rows = measure(args)
+    summary = summarise(rows)
+    print(" | ".join(f"{name}: {value}" for name, value in machine().items()))
+    print(table(rows, COLUMNS))
+    print(
+        " | ".join(f"{name}: {value:.3f}" for name, value in summary.items() if value is not None)
+    )
+    if args.json is not None:
+        write_json(args.json, rows, summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What the commands share: arguments, errors and the table of results."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """--gin_file and --gin_param, each as often as one likes."""
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        required=required,
+        default=None if required else [],
+        metavar="FILE",
+        help="configuration; given several times, later files override earlier ones",
+    )
+    parser.add_argument(
+        "--gin_param",
+        action="append",
+        default=[],
+        metavar="'NAME.PARAMETER = VALUE'",
+        help="override one parameter, for example 'SyntheticDataset.images_per_class = 10'",
+    )
+
+
+def fail(message: str) -> int:
+    """Print a one-line error; returns the exit status for a usage error."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Print the accuracies as a table."""
+    per_class = results["images_per_class"]
+    plural = "image" if per_class == 1 else "images"
+    print(
+        f"\ntest accuracy on {results['dataset']}, {per_class} {plural} per class, protocol "
+        f"{results['protocol']} (steps chosen on the validation split)\n"
+    )
+    print(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
+    for name, accuracy in results["accuracy"].items():
+        label = name.replace("_", " ")
+        if accuracy is None:
+            print(f"{label:<20}{'not measured':>18}")
+            continue
+        value = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
+        print(f"{label:<20}{value:>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")

@@ -1,0 +1,132 @@
+"""Configuration by gin: what can be configured, and errors that fit on one line."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import bilevel
+import gin
+from dd import augmentation, data, networks
+from dd.distiller import Distiller
+from dd.evaluation import Evaluator
+from dd.experiment import Experiment
+from dd.synthetic import SyntheticDataset
+
+#: Every name a gin file can use, with what it stands for.
+CONFIGURABLES: dict[str, Callable[..., Any]] = {
+    "Experiment": Experiment,
+    "Distiller": Distiller,
+    "Evaluator": Evaluator,
+    "SyntheticDataset": SyntheticDataset,
+    "cifar10": data.cifar10,
+    "cifar100": data.cifar100,
+    "digits": data.digits,
+    "arrays": data.arrays,
+    "image_folder": data.image_folder,
+    "standardize": data.Standardize.fit,
+    "zca_whitening": data.ZCAWhitening.fit,
+    "kip_whitening": data.KIPWhitening.fit,
+    "NoAugmentation": augmentation.NoAugmentation,
+    "FlipOrRotate": augmentation.FlipOrRotate,
+    "DSA": augmentation.DSA,
+    "ConvNet": networks.ConvNet,
+    "Full": bilevel.truncation.Full,
+    "Last": bilevel.truncation.Last,
+    "RandomWindow": bilevel.truncation.RandomWindow,
+    "Adjoint": bilevel.estimators.Adjoint,
+    "Reverse": bilevel.estimators.Reverse,
+    "MovingAverageClip": bilevel.clip.MovingAverageClip,
+    "sgd": bilevel.optim.sgd,
+    "adam": bilevel.optim.adam,
+    "adamw": bilevel.optim.adamw,
+    "rmsprop": bilevel.optim.rmsprop,
+    "adagrad": bilevel.optim.adagrad,
+}
+
+_EXPERIMENT = gin.external_configurable(Experiment, "Experiment")
+for _name, _target in CONFIGURABLES.items():
+    if _name != "Experiment":
+        gin.external_configurable(_target, _name)
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message is one line for the user."""
+
+
+def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
+    """Build the experiment that gin files and bindings describe.
+
+    Raises:
+        ConfigError: A file is missing, a name is misspelt, or a value cannot work.
+    """
+    gin.clear_config()
+    for name in files:
+        if not Path(name).is_file():
+            near = sorted(str(path) for path in Path(name).parent.glob("*.gin"))
+            there = f"; there are {', '.join(near)}" if near else ""
+            raise ConfigError(f"gin file {name} does not exist{there}")
+    try:
+        gin.parse_config_files_and_bindings(list(files), list(bindings))
+        return _EXPERIMENT()
+    except (ValueError, TypeError, SyntaxError, OSError, bilevel.BilevelError) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def unused() -> list[str]:
+    """Parameters that are set on something which nothing refers to, so they have no effect."""
+    bindings = parameters(gin.config_str())
+    references = " ".join(bindings.values())
+    return [
+        name
+        for name in bindings
+        if not name.startswith("Experiment.")
+        and not re.search(rf"@{re.escape(name.rsplit('.', 1)[0])}\b", references)
+    ]
+
+
+def text() -> str:
+    """The operative configuration: every parameter in use, defaults included."""
+    return str(gin.operative_config_str())
+
+
+def _one_line(error: BaseException) -> str:
+    """The gist of an error, with a suggestion for a misspelt name."""
+    message = str(error).strip()
+    parameter = re.search(
+        r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
+    )
+    if parameter:
+        owner, name = parameter[1].split(".")[-1], parameter[2]
+        known = [
+            p
+            for p in inspect.signature(CONFIGURABLES[owner]).parameters
+            if p not in ("self", "cls")
+        ]
+        return f"{owner} has no parameter {name!r}{_nearest(name, known)}"
+    selector = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message)
+    if selector:
+        name = selector[1].split(".")[0]
+        return f"there is nothing called {name!r} to configure{_nearest(name, list(CONFIGURABLES))}"
+    missing = re.search(r"Required bindings for `(\w+)` not provided.*: (\[.*\])", message)
+    if missing:
+        return f"{missing[1]} needs values for {missing[2]}"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    where = [line for line in lines if line.startswith("In call to configurable")]
+    inside = re.search(r"In call to configurable '([\w.]+)'", where[0]) if where else None
+    gist = lines[0] if lines else type(error).__name__
+    return f"{inside[1]}: {gist}" if inside else gist
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def parameters(configuration: str) -> dict[str, str]:
+    """The bindings in a configuration's text, by name."""
+    joined = re.sub(r"\\\n\s*", "", configuration)
+    pairs = [line.split(" = ", 1) for line in joined.splitlines() if " = " in line]
+    return {name.strip(): value.strip() for name, value in pairs if not name.startswith("#")}

@@ -1,0 +1,61 @@
+"""Evaluate a distilled set: `python -m dd.evaluate RUN_DIR`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dd import config
+from dd.cli import add_gin_arguments, fail, print_results
+from dd.distiller import DISTILLED
+from dd.experiment import RESULTS
+from dd.files import DamagedFileError
+from dd.train import CONFIG
+
+EPILOG = """\
+examples:
+  python -m dd.evaluate runs/cpu
+  python -m dd.evaluate runs/cpu --set=runs/cpu/snapshots/5_minutes.safetensors
+  python -m dd.evaluate runs/cpu --gin_param='Evaluator.networks = 20'
+
+Every choice is made on the validation split of the training data; the test set is used once.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dd.evaluate",
+        description="Train fresh networks on a distilled set, on as many random real images and "
+        "on the full data, and compare their test accuracy.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="what python -m dd.train wrote")
+    parser.add_argument(
+        "--set", metavar="FILE", help="evaluate this set of the run (default: its final one)"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="where the results go (default: results.json of the run, "
+        "or results-NAME.json for another --set)",
+    )
+    add_gin_arguments(parser, required=False)
+    options = parser.parse_args(arguments)
+    folder = Path(options.run_dir)
+    configuration = folder / CONFIG
+    if not configuration.is_file():
+        return fail(f"{folder} is no run directory: it has no {CONFIG}")
+    chosen = Path(options.set) if options.set else folder / DISTILLED
+    name = RESULTS if chosen == folder / DISTILLED else f"results-{chosen.stem}.json"
+    try:
+        experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
+        results = experiment.evaluate(chosen, Path(options.json) if options.json else folder / name)
+    except (config.ConfigError, DamagedFileError, FileNotFoundError, ValueError) as error:
+        return fail(str(error))
+    print_results(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""How good a training set is: fresh networks trained on it, judged on held-out images."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from bilevel import Key, fresh_parameters
+from dd.augmentation import Augmentation, FlipOrRotate
+from dd.checks import check_integer, check_number
+from dd.data.prepared import PreparedData
+from dd.synthetic import random_subset
+
+#: A function from the key of one network to the (images, labels) it is trained on.
+TrainingSet = Callable[[Key], tuple[Tensor, Tensor]]
+
+
+@final
+@dataclass(frozen=True)
+class Accuracy:
+    """Test accuracy over independent networks, fractions in [0, 1].
+
+    Attributes:
+        values: One for each network.
+        steps: Training steps, chosen on the validation part.
+    """
+
+    values: tuple[float, ...]
+    steps: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over networks."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over networks; 0 for one network."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "networks": len(self.values),
+            "values": list(self.values),
+            "steps": self.steps,
+        }
+
+
+@final
+class Evaluator:
+    """The `bptt` protocol: Adam at a constant rate, flip or rotate, the best number of steps.
+
+    Networks are trained from fresh initialisations on the whole small set (mini-batches beyond
+    `batch_size`). Their accuracy on the *validation* part is measured after each number in
+    `steps`; the number with the best mean is chosen, and only there is the test set used, once.
+    (The papers choose on the test set itself.)
+
+    Args:
+        networks: How many networks each training set is given.
+        steps: Numbers of training steps to choose from.
+        lr: Adam's learning rate.
+        batch_size: Images in a training step.
+        full_data_networks: Networks trained on all training images; 0 leaves that out.
+        full_data_steps: Numbers of training steps for these.
+        validation_networks: Networks for each look during distillation.
+        validation_steps: Training steps of these.
+        augmentation: Of the training images.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    protocol = "bptt"
+
+    def __init__(
+        self,
+        networks: int = 8,
+        steps: Sequence[int] = (300, 600, 1000, 3000),
+        lr: float = 1e-3,
+        batch_size: int = 256,
+        full_data_networks: int = 2,
+        full_data_steps: Sequence[int] = (5000, 10000),
+        validation_networks: int = 2,
+        validation_steps: int = 300,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        for name, value, minimum in (
+            ("networks", networks, 1),
+            ("batch_size", batch_size, 1),
+            ("full_data_networks", full_data_networks, 0),
+            ("validation_networks", validation_networks, 1),
+            ("validation_steps", validation_steps, 1),
+        ):
+            check_integer(name, value, minimum)
+        for name, values in (("steps", steps), ("full_data_steps", full_data_steps)):
+            if not isinstance(values, (list, tuple)) or not values:
+                raise ValueError(f"{name}={values!r}: it must be a list of numbers of steps")
+            for value in values:
+                check_integer(name, value, 1)
+        check_number("lr", lr, above=0)
+        self.networks = networks
+        self.steps = sorted(steps)
+        self.lr = lr
+        self.batch_size = batch_size
+        self.full_data_networks = full_data_networks
+        self.full_data_steps = sorted(full_data_steps)
+        self.validation_networks = validation_networks
+        self.validation_steps = validation_steps
+        self.augmentation = FlipOrRotate() if augmentation is None else augmentation
+
+    def distilled(
+        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+    ) -> Accuracy:
+        """Test accuracy of networks trained on one given set, hard or soft labels."""
+        return self._measure(
+            "distilled", lambda _: (images, labels), network, data, key, self.networks, self.steps
+        )
+
+    def random_real(
+        self, images_per_class: int, network: nn.Module, data: PreparedData, key: Key
+    ) -> Accuracy:
+        """Test accuracy with as many random real images; every network draws its own."""
+
+        def draw(network_key: Key) -> tuple[Tensor, Tensor]:
+            generator = network_key.generator("subset")
+            chosen = random_subset(data.train_labels, images_per_class, data.num_classes, generator)
+            return data.train_images[chosen], data.train_labels[chosen]
+
+        return self._measure("random real", draw, network, data, key, self.networks, self.steps)
+
+    def full_data(self, network: nn.Module, data: PreparedData, key: Key) -> Accuracy | None:
+        """Test accuracy with all training images; None if that was turned off."""
+        if not self.full_data_networks:
+            return None
+        everything = data.train_images, data.train_labels
+        return self._measure(
+            "full data",
+            lambda _: everything,
+            network,
+            data,
+            key,
+            self.full_data_networks,
+            self.full_data_steps,
+        )
+
+    def validation(
+        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+    ) -> float:
+        """Mean accuracy on the validation part after `validation_steps`; never the test set."""
+        accuracies = []
+        for index in range(self.validation_networks):
+            trained = self._train(
+                images, labels, network, key.fold("network", index), [self.validation_steps]
+            )
+            accuracies.append(
+                _accuracy(network, trained[0], data.validation_images, data.validation_labels)
+            )
+        return statistics.fmean(accuracies)
+
+    def _measure(
+        self,
+        name: str,
+        training_set: TrainingSet,
+        network: nn.Module,
+        data: PreparedData,
+        key: Key,
+        networks: int,
+        steps: Sequence[int],
+    ) -> Accuracy:
+        trained = []
+        validation = torch.zeros(len(steps))
+        for index in tqdm(range(networks), desc=f"evaluating {name}", unit="network"):
+            network_key = key.fold(name, index)
+            stages = self._train(*training_set(network_key), network, network_key, steps)
+            for stage, params in enumerate(stages):
+                validation[stage] += _accuracy(
+                    network, params, data.validation_images, data.validation_labels
+                )
+            trained.append(stages)
+        chosen = int(validation.argmax())
+        values = tuple(
+            _accuracy(network, stages[chosen], data.test_images, data.test_labels)
+            for stages in trained
+        )
+        return Accuracy(values, steps[chosen])
+
+    def _train(
+        self, images: Tensor, labels: Tensor, network: nn.Module, key: Key, steps: Sequence[int]
+    ) -> list[dict[str, Tensor]]:
+        """The parameters after each number in `steps` of training on (images, labels)."""
+        images, labels = images.detach(), labels.detach()
+        params = fresh_parameters(network, key.generator("init"), device=images.device)
+        leaves = [value.requires_grad_() for value in params.values()]
+        optimizer = torch.optim.Adam(leaves, lr=self.lr)
+        generator = key.generator("batches")
+        stages = []
+        for step in range(1, max(steps) + 1):
+            batch, targets = images, labels
+            if len(images) > self.batch_size:
+                chosen = torch.randint(
+                    len(images), (self.batch_size,), generator=generator, device=generator.device
+                ).to(images.device)
+                batch, targets = images[chosen], labels[chosen]
+            batch = self.augmentation(batch, generator)
+            loss = F.cross_entropy(functional_call(network, params, (batch,)), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step in steps:
+                stages.append({k: value.detach().clone() for k, value in params.items()})
+        return stages
+
+
+@torch.no_grad()
+def _accuracy(
+    network: nn.Module, params: dict[str, Tensor], images: Tensor, labels: Tensor, chunk: int = 500
+) -> float:
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    for part, targets in zip(images.split(chunk), labels.split(chunk), strict=True):
+        correct += (functional_call(network, params, (part,)).argmax(dim=1) == targets).sum()
+    return int(correct) / len(labels)

@@ -1,0 +1,191 @@
+"""One experiment as a gin file describes it: the parts, and what is done with them."""
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+import bilevel
+from dd.augmentation import Augmentation
+from dd.checks import check_callable, check_instance, check_integer, check_number
+from dd.data import ImageDataset, PixelTransform
+from dd.data.prepared import PreparedData, prepare
+from dd.distilled_set import DistilledSet
+from dd.distiller import DISTILLED, Distiller, Job
+from dd.evaluation import Accuracy, Evaluator
+from dd.files import read_json, write_json
+from dd.progress import StopRequest
+from dd.synthetic import SyntheticDataset
+
+RESULTS = "results.json"
+
+
+@final
+class Experiment:
+    """Distil a dataset and evaluate the result.
+
+    Args:
+        dataset: What to distil.
+        transform: A function that fits a pixel transform to training images.
+        network: Makes the network from `num_classes`, `channels` and `image_size`.
+        augmentation: Of synthetic and real images, while distilling.
+        synthetic: The form of the distilled set.
+        distiller: The outer loop.
+        evaluator: How the set is judged.
+        seed: Of everything.
+        validation_fraction: Share of the training set held out for every choice that is made.
+        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" …
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[torch.Tensor], PixelTransform],
+        network: Callable[..., nn.Module],
+        augmentation: Augmentation,
+        synthetic: SyntheticDataset,
+        distiller: Distiller,
+        evaluator: Evaluator,
+        seed: int = 0,
+        validation_fraction: float = 0.1,
+        device: str = "auto",
+    ) -> None:
+        check_instance("dataset", dataset, ImageDataset, "@cifar10() with ()")
+        check_callable("transform", transform, "@kip_whitening without ()")
+        check_callable("network", network, "@ConvNet without ()")
+        check_instance("augmentation", augmentation, Augmentation, "@FlipOrRotate() with ()")
+        check_instance("synthetic", synthetic, SyntheticDataset, "@SyntheticDataset() with ()")
+        check_instance("distiller", distiller, Distiller, "@Distiller() with ()")
+        check_instance("evaluator", evaluator, Evaluator, "@Evaluator() with ()")
+        check_integer("seed", seed, 0)
+        check_number("validation_fraction", validation_fraction, above=0)
+        self.dataset = dataset
+        self.transform = transform
+        self.augmentation = augmentation
+        self.synthetic = synthetic
+        self.distiller = distiller
+        self.evaluator = evaluator
+        self.seed = seed
+        self.validation_fraction = validation_fraction
+        self.device = _device(device)
+        channels, height, width = dataset.image_shape
+        if height != width:
+            raise ValueError(f"dataset: its images are {height}×{width}; they must be square")
+        self.network = network(
+            num_classes=dataset.num_classes, channels=channels, image_size=height
+        )
+        self.key = bilevel.Key(seed, self.device)
+
+    def prepare(self, transform: PixelTransform | None = None) -> PreparedData:
+        """Split the dataset and transform it, by a given transform or by a newly fitted one."""
+        fit = self.transform if transform is None else transform
+        return prepare(self.dataset, fit, self.validation_fraction, self.seed, self.device)
+
+    def train(
+        self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
+    ) -> dict[str, Any]:
+        """Distil into `folder`, then evaluate unless asked to stop; returns the results."""
+        results = self._empty_results()
+        write_json(folder / RESULTS, results)
+        state = self.distiller.distil(
+            Job(
+                data=data,
+                network=self.network,
+                augmentation=self.augmentation,
+                synthetic=self.synthetic,
+                evaluator=self.evaluator,
+                folder=folder,
+                key=self.key,
+                provenance={"dataset": self.dataset.name, "seed": self.seed},
+            ),
+            stop,
+            config_text,
+        )
+        results["outer_steps"] = state.step
+        results["wall_clock_seconds"]["distilling"] = state.seconds
+        if stop.requested:
+            write_json(folder / RESULTS, {**results, "status": "interrupted"})
+            return results
+        return self._evaluate(folder / DISTILLED, data, results, folder / RESULTS)
+
+    def evaluate(self, set_path: Path, results_path: Path) -> dict[str, Any]:
+        """Evaluate a distilled set with its own transform; returns and writes the results."""
+        distilled = DistilledSet.load(set_path)
+        if distilled.class_names != self.dataset.class_names:
+            raise ValueError(
+                f"{set_path} has {len(distilled.class_names)} classes "
+                f"{list(distilled.class_names)[:3]} …; the dataset {self.dataset.name} has others"
+            )
+        results = self._empty_results()
+        previous = read_json(results_path) if results_path.is_file() else {}
+        results["wall_clock_seconds"].update(previous.get("wall_clock_seconds", {}))
+        results["outer_steps"] = distilled.provenance.get("outer_step")
+        data = self.prepare(distilled.transform)
+        return self._evaluate(set_path, data, results, results_path)
+
+    def _evaluate(
+        self, set_path: Path, data: PreparedData, results: dict[str, Any], results_path: Path
+    ) -> dict[str, Any]:
+        began = time.perf_counter()
+        distilled = DistilledSet.load(set_path)
+        key = self.key.fold("evaluation")
+        images, labels = distilled.images.to(self.device), distilled.labels.to(self.device)
+        measurements: dict[str, Callable[[], Accuracy | None]] = {
+            "random_real": lambda: self.evaluator.random_real(
+                len(images) // data.num_classes, self.network, data, key
+            ),
+            "distilled": lambda: self.evaluator.distilled(images, labels, self.network, data, key),
+            "full_data": lambda: self.evaluator.full_data(self.network, data, key),
+        }
+        results["distilled_set"] = {"file": set_path.name, **distilled.provenance}
+        for name, measure in measurements.items():
+            accuracy = measure()
+            results["accuracy"][name] = None if accuracy is None else accuracy.as_dict()
+            results["wall_clock_seconds"]["evaluating"] = time.perf_counter() - began
+            write_json(results_path, {**results, "status": "evaluating"})
+        results["status"] = "complete"
+        write_json(results_path, results)
+        return results
+
+    def _empty_results(self) -> dict[str, Any]:
+        packages = ("torch", "torchvision", "torchopt", "numpy")
+        return {
+            "status": "running",
+            "dataset": self.dataset.name,
+            "images_per_class": self.synthetic.images_per_class,
+            "accuracy": {"random_real": None, "distilled": None, "full_data": None},
+            "protocol": self.evaluator.protocol,
+            "selection": "validation split of the training data; test set used once",
+            "seed": self.seed,
+            "outer_steps": 0,
+            "wall_clock_seconds": {"distilling": 0.0, "evaluating": 0.0},
+            "device": _device_name(self.device),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+        }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={name!r}: it must be 'auto', 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: no CUDA device is available here")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,95 @@
+"""TensorBoard: what one watches while a set is distilled."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+from bilevel import HypergradientResult
+
+#: Images shown at most, and the least side of each in pixels.
+MOST_IMAGES = 100
+LEAST_SIDE = 64
+
+
+@final
+class Monitor:
+    """Writes TensorBoard events of one run.
+
+    Args:
+        folder: Where the events go.
+        first_step: The step a resumed run goes on from; later events of an earlier process, which
+            the resumed one will write again, are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+
+    def config(self, text: str) -> None:
+        """Show the configuration."""
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
+
+    def outer_step(
+        self, step: int, result: HypergradientResult, bound: float, seconds: float
+    ) -> None:
+        """Show what one outer step did.
+
+        Args:
+            step: Outer step.
+            result: Its hypergradient.
+            bound: The norm that the hypergradient was clipped to.
+            seconds: How long the step took.
+        """
+        scalars: dict[str, Tensor | float] = {
+            "outer/loss": result.loss,
+            **{f"outer/{name}": value for name, value in result.metrics.items()},
+            "hypergradient/norm": result.stats.hypergradient_norm,
+            "hypergradient/clip_bound": bound,
+            "window/start": result.window.start,
+            "window/stop": result.window.stop,
+            "inner/loss_at_start": result.trace["inner_loss"][0],
+            "inner/loss_at_stop": result.trace["inner_loss"][-1],
+            "time/seconds_per_step": seconds,
+        }
+        if result.stats.cotangent_norms is not None:
+            first, last = result.stats.cotangent_norms[[0, -1]].tolist()
+            scalars["hypergradient/cotangent_growth"] = first / max(last, 1e-30)
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Show named numbers."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def images(self, step: int, pixels: Tensor, images_per_class: int) -> None:
+        """Show the synthetic images, a column for each class.
+
+        Args:
+            step: Outer step.
+            pixels: [N, C, H, W] in [0, 1], ordered by class.
+            images_per_class: How many images each class has.
+        """
+        self._writer.add_image("synthetic_images", image_grid(pixels, images_per_class), step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+def image_grid(pixels: Tensor, images_per_class: int) -> Tensor:
+    """The first images of each class as one picture [3, H', W'], a column for each class."""
+    by_class = pixels.detach().cpu().unflatten(0, (-1, images_per_class))
+    columns = min(len(by_class), MOST_IMAGES // 5 if images_per_class > 1 else 10)
+    rows = max(1, min(images_per_class, MOST_IMAGES // columns))
+    if images_per_class == 1:
+        shown = by_class[:MOST_IMAGES, 0]
+    else:
+        shown = by_class[:columns, :rows].transpose(0, 1).flatten(0, 1)
+    factor = -(-LEAST_SIDE // shown.shape[-1])
+    shown = torch.nn.functional.interpolate(shown, scale_factor=factor, mode="nearest")
+    return make_grid(shown, nrow=columns, padding=2, pad_value=1.0)

@@ -1,0 +1,63 @@
+"""Distillation by the loss of the network that the synthetic set trains (the BPTT family)."""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import bilevel
+from dd.augmentation import Augmentation
+from dd.synthetic import SyntheticDataset
+
+
+@final
+class MetaLoss(bilevel.Problem):
+    """Train a fresh network on the synthetic set; judge it by its loss on real images.
+
+        ℓ(θ, (x, y)) = cross-entropy of the network on augmented synthetic images x, labels y
+        F(θ, φ)      = cross-entropy on a batch of (already augmented) real images
+
+    Outer variables are those of `SyntheticDataset`; the outer batch is (images, labels). Reports
+    `accuracy` on the outer batch, a fraction.
+
+    Args:
+        network: The module whose parameters are trained; only its structure is used.
+        synthetic: How inner batches are drawn.
+        augmentation: Applied to every inner batch.
+        device: Where parameters live.
+
+    Source: the outer objective of Feng et al., arXiv 2311.07025, equation 1.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        synthetic: SyntheticDataset,
+        augmentation: Augmentation,
+        device: torch.device,
+    ) -> None:
+        self.network = network
+        self.synthetic = synthetic
+        self.augmentation = augmentation
+        self.device = device
+
+    def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
+        return bilevel.fresh_parameters(self.network, generator, device=self.device)
+
+    def inner_batch(
+        self, outer: Any, step: int, *, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = self.synthetic.batch(outer, generator)
+        return self.augmentation(images, generator), labels
+
+    def inner_loss(self, params: Any, batch: Any) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(functional_call(self.network, params, (images,)), labels)
+
+    def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels = batch
+        logits = functional_call(self.network, params, (images,))
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        return F.cross_entropy(logits, labels), {"accuracy": accuracy}

@@ -1,0 +1,117 @@
+"""Distil a dataset: `python -m dd.train --gin_file=gin/digits.gin`."""
+
+import argparse
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from bilevel import BilevelError
+from dd import config
+from dd.cli import add_gin_arguments, fail, print_results
+from dd.distiller import CHECKPOINT, DISTILLED
+from dd.experiment import RESULTS, Experiment
+from dd.files import DamagedFileError, write_text
+from dd.progress import stop_on_signal
+
+CONFIG = "config.gin"
+
+#: Parameters that may change when a run is resumed: how long it goes on, and how it is judged.
+RESUMABLE = (
+    "Distiller.outer_steps",
+    "Distiller.minutes",
+    "Distiller.snapshot_minutes",
+    "Distiller.image_every",
+    "Evaluator.",
+)
+
+EPILOG = """\
+examples:
+  python -m dd.train --gin_file=gin/digits.gin
+  python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
+  python -m dd.train --gin_file=gin/cifar10_rat.gin --gin_param='RandomWindow.window = 40'
+  python -m dd.train --gin_file=gin/digits.gin --gin_param='Distiller.truncation = @Full()'
+
+The run directory then holds
+  config.gin              every parameter in use
+  events/                 for tensorboard --logdir RUN_DIR
+  distilled.safetensors   the distilled images and labels with their pixel transform
+  checkpoint.safetensors  from which the same command with the same --run_dir goes on
+  results.json            accuracy of the distilled set, of random real images, of full data
+
+Ctrl-C stops after the current step and leaves all of that valid.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dd.train",
+        description="Distil a dataset into a few images per class, then evaluate them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_gin_arguments(parser, required=True)
+    parser.add_argument(
+        "--run_dir",
+        metavar="DIR",
+        help="where everything is written; one that holds a checkpoint is resumed "
+        "(default: a new one below runs/)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        experiment = config.load(options.gin_file, options.gin_param)
+    except config.ConfigError as error:
+        return fail(str(error))
+    started = datetime.now().strftime("%Y%m%d-%H%M%S")
+    default = f"runs/{Path(options.gin_file[0]).stem}-{started}"
+    folder = Path(options.run_dir or default)
+    return _run(experiment, folder)
+
+
+def _run(experiment: Experiment, folder: Path) -> int:
+    for name in config.unused():
+        print(f"note: {name} is set, but nothing refers to {name.rsplit('.', 1)[0]}")
+    print(f"preparing {experiment.dataset!r}", flush=True)
+    data = experiment.prepare()
+    text = config.text()
+    try:
+        if (folder / CHECKPOINT).exists():
+            differences = _differences((folder / CONFIG).read_text(), text)
+            if differences:
+                return fail(
+                    f"{folder} holds a run with another configuration ({'; '.join(differences)}): "
+                    "choose another --run_dir, or repeat the command that started it"
+                )
+            print(f"resuming the run in {folder}")
+        write_text(folder / CONFIG, text)
+    except OSError as error:
+        return fail(f"--run_dir={folder} cannot be used: {error}")
+    print(f"writing to {folder} (watch it: tensorboard --logdir {folder})", flush=True)
+    try:
+        with stop_on_signal() as stop:
+            results = experiment.train(data, folder, stop, text)
+    except (BilevelError, DamagedFileError) as error:
+        return fail(str(error))
+    if stop.requested:
+        print(
+            f"stopped after outer step {results['outer_steps']}; to go on, repeat the command "
+            f"with --run_dir={folder}"
+        )
+        return 130
+    print_results(results)
+    print(f"\ndistilled set: {folder / DISTILLED}\nresults:       {folder / RESULTS}")
+    return 0
+
+
+def _differences(old: str, new: str) -> list[str]:
+    """What two operative configurations disagree in, beyond what may change on resuming."""
+    first, second = config.parameters(old), config.parameters(new)
+    return [
+        f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
+        for name in sorted(first.keys() | second.keys())
+        if first.get(name) != second.get(name) and not name.startswith(RESUMABLE)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

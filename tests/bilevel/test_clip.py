@@ -1,0 +1,110 @@
+"""The clip by a moving average of the norm."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bilevel
+from bilevel.clip import MovingAverageClip
+
+norms = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12)
+decays, factors = st.floats(0, 0.99), st.floats(0.1, 5)
+
+
+def tensors(norm):
+    """Two tensors whose gradients have the joint norm `norm`, one of them a matrix."""
+    pair = [torch.zeros(2, 2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+    pair[0].grad = torch.tensor([[0.6 * norm, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    pair[1].grad = torch.tensor(-0.8 * norm, dtype=torch.float64)
+    return pair
+
+
+def length(pair):
+    return math.hypot(*(float(tensor.grad.norm()) for tensor in pair))
+
+
+@given(norms, decays, factors)
+def test_the_formula(norms, decay, factor):
+    clip, average = MovingAverageClip(decay, factor), norms[0]
+    for norm in norms:
+        pair = tensors(norm)
+        average = decay * average + (1 - decay) * norm
+        bound = factor * average
+        assert clip(pair) == pytest.approx((norm, bound), rel=1e-12)
+        assert length(pair) == pytest.approx(min(norm, bound), rel=1e-12)
+        # Only the length changes.
+        scale = min(norm, bound) / norm
+        assert float(pair[0].grad[0, 0]) == pytest.approx(0.6 * norm * scale, rel=1e-12)
+        assert float(pair[1].grad) == pytest.approx(-0.8 * norm * scale, rel=1e-12)
+
+
+@given(norms, decays, factors)
+def test_it_never_lengthens(norms, decay, factor):
+    clip = MovingAverageClip(decay, factor)
+    for norm in norms:
+        pair = tensors(norm)
+        clip(pair)
+        assert length(pair) <= norm * (1 + 1e-15)
+
+
+@given(st.floats(1e-6, 1e6), decays, st.floats(1, 5))
+def test_the_first_gradient_is_left_alone(norm, decay, factor):
+    """To the bit, with a factor of 1 as well: then the bound is the norm itself, or an ulp off."""
+    pair, untouched = tensors(norm), tensors(norm)
+    MovingAverageClip(decay, factor)(pair)
+    for tensor, other in zip(pair, untouched, strict=True):
+        torch.testing.assert_close(tensor.grad, other.grad, rtol=1e-15, atol=0)
+
+
+@given(norms, norms, decays, factors)
+def test_state_round_trips(before, after, decay, factor):
+    one, other = MovingAverageClip(decay, factor), MovingAverageClip(decay, factor)
+    for norm in before:
+        one(tensors(norm))
+    other.load_state_dict(one.state_dict())
+    assert [one(tensors(norm)) for norm in after] == [other(tensors(norm)) for norm in after]
+    fresh = MovingAverageClip(decay, factor)
+    one.load_state_dict(fresh.state_dict())
+    assert [one(tensors(norm)) for norm in after] == [fresh(tensors(norm)) for norm in after]
+
+
+def test_a_zero_gradient_stays_zero_and_does_no_harm():
+    clip = MovingAverageClip(0.5, 2.0)
+    for _ in range(2):
+        pair = tensors(0.0)
+        assert clip(pair) == (0.0, 0.0)
+        assert length(pair) == 0
+    pair = tensors(1.0)
+    assert clip(pair) == (1.0, 1.0)
+    assert length(pair) == pytest.approx(1.0, rel=1e-15)
+
+
+def test_it_scales_in_place():
+    clip = MovingAverageClip(0.9, 0.5)
+    pair = tensors(1.0)
+    grads = [tensor.grad for tensor in pair]
+    clip(iter(pair))
+    assert all(tensor.grad is grad for tensor, grad in zip(pair, grads, strict=True))
+    assert length(pair) == pytest.approx(0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_bad_decay_is_named(decay):
+    with pytest.raises(bilevel.ConfigurationError, match=f"decay={decay}"):
+        MovingAverageClip(decay=decay)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_a_bad_factor_is_named(factor):
+    with pytest.raises(bilevel.ConfigurationError, match=f"factor={factor}"):
+        MovingAverageClip(factor=factor)
+
+
+def test_every_tensor_must_have_a_gradient():
+    with_one, without = tensors(1.0)[0], torch.zeros(2)
+    for given_ in ([], [without], [with_one, without]):
+        with pytest.raises(bilevel.ConfigurationError, match="gradient"):
+            MovingAverageClip()(given_)

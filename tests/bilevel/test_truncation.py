@@ -1,0 +1,189 @@
+"""Schedules: windows inside the run, the stated distribution, and state that resumes."""
+
+from collections import Counter
+
+import problems
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import seeded
+
+import bilevel
+from bilevel.truncation import Full, Last, RandomWindow
+
+seeds = st.integers(0, 2**31)
+
+
+@st.composite
+def shapes(draw):
+    """(window, steps) with 1 ≤ window ≤ steps."""
+    steps = draw(st.integers(1, 60))
+    return draw(st.integers(1, steps)), steps
+
+
+def trace(horizon):
+    return bilevel.Trace({"inner_loss": torch.zeros(horizon)})
+
+
+def draw(schedule, steps, generator):
+    """One outer step of a schedule: (horizon, window)."""
+    horizon = schedule.horizon(steps, generator)
+    return horizon, schedule.select(trace(horizon), generator)
+
+
+def schedules(window):
+    return [Full(), Last(window), RandomWindow(window), RandomWindow(window, refresh=3)]
+
+
+@given(shapes(), seeds)
+def test_windows_lie_inside_the_run_and_are_as_wide_as_asked(shape, seed):
+    width, steps = shape
+    for schedule in schedules(width):
+        generator = seeded(seed)
+        for _ in range(7):
+            horizon, window = draw(schedule, steps, generator)
+            assert 1 <= horizon <= steps
+            assert schedule.earliest_start(horizon) <= window.start < window.stop <= horizon
+            assert window.width == (steps if isinstance(schedule, Full) else width)
+
+
+@given(shapes())
+def test_full_is_everything_and_last_is_the_end(shape):
+    width, steps = shape
+    assert draw(Full(), steps, seeded(0)) == (steps, bilevel.Window(0, steps))
+    assert draw(Last(width), steps, seeded(0)) == (steps, bilevel.Window(steps - width, steps))
+
+
+@pytest.mark.parametrize(("width", "steps", "refresh"), [(1, 10, 1), (5, 16, 1), (40, 50, 2)])
+def test_the_random_stop_is_uniform(width, steps, refresh):
+    """Chi-square goodness of fit over {W, …, T}."""
+    schedule, generator, draws = RandomWindow(width, refresh), seeded(1), 4000
+    stops = []
+    for _ in range(draws * refresh):
+        horizon, window = draw(schedule, steps, generator)
+        assert window.stop == horizon
+        stops.append(window.stop)
+    counts = Counter(stops[::refresh])
+    places = range(width, steps + 1)
+    assert set(counts) == set(places)
+    expected = draws / len(places)
+    statistic = sum((counts[place] - expected) ** 2 / expected for place in places)
+    half_freedom = torch.tensor((len(places) - 1) / 2, dtype=torch.float64)
+    assert float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2))) > 1e-4
+
+
+@given(st.integers(1, 6), st.integers(1, 30), seeds)
+def test_one_draw_serves_refresh_outer_steps(refresh, count, seed):
+    """The stops are those that a schedule without refresh draws, each repeated."""
+    generator, same = seeded(seed), seeded(seed)
+    often, seldom = RandomWindow(5), RandomWindow(5, refresh)
+    stops = [draw(seldom, 1000, generator)[1].stop for _ in range(count)]
+    drawn = [draw(often, 1000, same)[1].stop for _ in range(-(-count // refresh))]
+    assert stops == [drawn[index // refresh] for index in range(count)]
+    assert torch.equal(generator.get_state(), same.get_state())
+
+
+@given(shapes(), st.integers(1, 5), seeds, st.integers(0, 12))
+def test_state_round_trips_and_the_sequence_goes_on(shape, refresh, seed, before):
+    width, steps = shape
+    one, generator = RandomWindow(width, refresh), seeded(seed)
+    for _ in range(before):
+        draw(one, steps, generator)
+    other, resumed = RandomWindow(width, refresh), torch.Generator()
+    resumed.set_state(generator.get_state())
+    other.load_state_dict(one.state_dict())
+    assert other.state_dict() == one.state_dict()
+    for _ in range(8):
+        assert draw(one, steps, generator) == draw(other, steps, resumed)
+
+
+@given(shapes(), seeds)
+def test_configuration_never_changes(shape, seed):
+    width, steps = shape
+    for schedule in schedules(width):
+        state = set(schedule.state_dict())
+        minimum, generator = schedule.minimum_steps, seeded(seed)
+        public = {k: v for k, v in vars(schedule).items() if not k.startswith("_")}
+        for _ in range(5):
+            draw(schedule, steps, generator)
+            schedule.update({"loss": 1.0})
+        assert {k: v for k, v in vars(schedule).items() if not k.startswith("_")} == public
+        assert schedule.minimum_steps == minimum
+        assert set(schedule.state_dict()) == state
+
+
+@pytest.mark.parametrize("schedule", [Full(), Last(2)])
+def test_a_schedule_without_state_takes_an_empty_one_only(schedule):
+    assert schedule.state_dict() == {}
+    schedule.load_state_dict({})
+    with pytest.raises(bilevel.ConfigurationError, match="no state.*stop"):
+        schedule.load_state_dict(RandomWindow(2).state_dict())
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"stop": 3},
+        {"uses_left": 1},
+        {"stop": "soon", "uses_left": 1},
+        {"stop": None, "uses_left": 1},
+        {"stop": 1, "uses_left": 1},  # a stop below the window's width of 2
+        {"stop": 3, "uses_left": -1},
+    ],
+)
+def test_a_wrong_state_is_refused(state):
+    with pytest.raises(bilevel.ConfigurationError):
+        RandomWindow(2, refresh=3).load_state_dict(state)
+
+
+def test_a_kept_draw_never_exceeds_a_shorter_run():
+    """A state saved in a long run, continued with fewer inner steps."""
+    long, short = RandomWindow(2, refresh=10), RandomWindow(2, refresh=10)
+    assert long.horizon(100, seeded(0)) > 5
+    short.load_state_dict(long.state_dict())
+    try:
+        horizon, window = draw(short, 5, seeded(0))
+    except bilevel.ConfigurationError:
+        return  # to refuse is as good as to draw again
+    assert window.stop <= horizon <= 5
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
+def test_bad_arguments_are_named(value):
+    for make in (Last, RandomWindow):
+        with pytest.raises(bilevel.ConfigurationError, match="window=.*at least 1"):
+            make(value)
+    with pytest.raises(bilevel.ConfigurationError, match="refresh=.*at least 1"):
+        RandomWindow(2, refresh=value)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 2), (3, 2)])
+def test_a_window_is_neither_empty_nor_negative(start, stop):
+    with pytest.raises(bilevel.ConfigurationError, match=rf"window \[{start}, {stop}\)"):
+        bilevel.Window(start, stop)
+
+
+class Counted(problems.Quadratic):
+    """Remembers for which inner steps a batch was made."""
+
+    def inner_batch(self, outer, step, *, generator):
+        self.steps.append(step)
+        return super().inner_batch(outer, step, generator=generator)
+
+
+@pytest.mark.parametrize("estimator", [bilevel.estimators.Reverse(), bilevel.estimators.Adjoint()])
+@given(shapes(), seeds)
+def test_no_step_past_the_stop_is_ever_run(estimator, shape, seed):
+    width, steps = shape
+    case = problems.quadratic(seeded(0))
+    counted = Counted(case.problem.A, case.problem.B, case.problem.start)
+    counted.steps = []
+    hypergradient = bilevel.Hypergradient(
+        counted, bilevel.optim.sgd(0.01), steps, RandomWindow(width), estimator
+    )
+    window = hypergradient(case.outer, case.outer_batch, seeded(seed)).window
+    # The recording runs [0, stop), the estimator the window once more.
+    expected = Counter(range(window.stop)) + Counter(range(window.start, window.stop))
+    assert Counter(counted.steps) == expected

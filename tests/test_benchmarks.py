@@ -1,0 +1,54 @@
+"""The benchmark scripts run, and what they write has the promised form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_hypergradient_benchmark_writes_a_sound_result(tmp_path):
+    pytest.importorskip("higher", reason="a peer, installed with the extra `benchmark`")
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from Linux's /proc")
+    out = tmp_path / "result.json"
+    options = "--width 8 --images 10 --windows 3 2 --burn-in 3 --repeats 1 --threads 1"
+    script = ROOT / "benchmarks" / "hypergradient.py"
+    process = subprocess.run(
+        [sys.executable, str(script), *options.split(), "--json", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "memory/higher" in process.stdout
+
+    result = json.loads(out.read_text())
+    assert set(result) == {"command", "machine", "rows", "summary"}
+    assert result["command"] == (f"python benchmarks/hypergradient.py {options} --json {out.name}")
+    assert {"cpu", "cores", "torch", "threads", "date"} <= set(result["machine"])
+    assert set(result["summary"]) == {
+        "speedup_vs_higher",
+        "memory_vs_higher",
+        "growth_vs_higher",
+    }
+    assert all(isinstance(value, float) for value in result["summary"].values())
+
+    rows = result["rows"]
+    assert [(row["window"], row["method"]) for row in rows] == [
+        (window, method) for window in (2, 3) for method in ("higher", "reverse", "adjoint")
+    ]
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["MB"] > 0
+        if row["method"] == "higher":
+            assert row["time/higher"] == row["memory/higher"] == 1
+        if row["window"] == 2:
+            assert row["error"] < 1e-2
+        else:
+            assert row["error"] is None
