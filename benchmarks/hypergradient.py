@@ -14,27 +14,30 @@ Methods
 
 Columns
     time/higher      Seconds of this method over those of `higher` at the same window.
+    cpu/higher       The same for processor seconds.
     memory/higher    The same for MB.
     seconds          One whole call: the median over repeats, in which the methods take turns within
                      one process, so that a slow moment of the machine hits all of them. For the
                      window alone run with --burn-in 0.
-    MB               Peak of the resident set during one whole call, above the resident set before
-                     it, each in a process of its own. "Before" is: everything imported, the data
-                     and the network in memory, and one plain inner step taken by
-                     `torch.optim.Adam`, the same for all methods (it makes PyTorch load what any
-                     of them needs, more than 100 MB of code). So all that a method adds counts:
-                     graphs, stored iterates, scratch space, and the outer loss on the real
-                     images, which needs the same for all. The allocator is set so that the
-                     resident set follows the tensors alive (`common.FAITHFUL_MALLOC`); it is left
-                     alone where time is measured.
+    cpu seconds      Processor time of the same calls, of all threads: also the median. Where others
+                     use the machine, this with --threads 1 is the one to trust.
+    MB               Peak of the resident set during one call, above the resident set before it,
+                     each in a process of its own, and with one step before the window at most,
+                     since those steps keep nothing. "Before" is: everything imported, the data and
+                     the network in memory, and one plain step taken by `torch.optim.Adam`, the
+                     same for all methods (it makes PyTorch load what any of them needs, more than
+                     100 MB of code). So all that a method adds counts: graphs, stored iterates,
+                     scratch space, and the outer loss on the real images, which needs the same for
+                     all. The allocator is set so that the resident set follows the tensors alive
+                     (`common.FAITHFUL_MALLOC`); it is left alone where time is measured.
     error            ‖float32 − float64‖ / ‖float64‖ of the hypergradient, at the smallest window.
                      The float64 one is by `reverse`. All start the window from one and the same
                      (θ, Adam state), that of one float32 run, so the chaos of the steps before it
                      does not count. `higher` adds Adam's eps before the bias correction, and so
                      differentiates a slightly different step; its "error" includes that.
 
-The summary is taken for `adjoint`: how many times faster than `higher` and what part of its memory
-at the largest window, and what part of its growth in memory from the smallest window to the
+The summary is taken for `adjoint`: how many times faster than `higher` (in seconds) and what part
+of its memory at the largest window, and what part of its growth in memory from the smallest window to the
 largest.
 
     python benchmarks/hypergradient.py
@@ -80,8 +83,10 @@ COLUMNS = {
     "window": "d",
     "method": "s",
     "time/higher": ".2f",
+    "cpu/higher": ".2f",
     "memory/higher": ".3f",
     "seconds": ".2f",
+    "cpu seconds": ".2f",
     "MB": ".0f",
     "error": ".1e",
 }
@@ -224,7 +229,7 @@ def memory_in_a_process(method: str, window: int, args: argparse.Namespace) -> f
         "windows": window,
         "width": args.width,
         "images": args.images,
-        "burn-in": args.burn_in,
+        "burn-in": min(args.burn_in, 1),
         "threads": args.threads,
     }
     arguments = [f"--{name}={value}" for name, value in options.items()]
@@ -257,25 +262,30 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for method in args.methods:
         hypergradient(method, problem, burn_in=1, window=2)
         done("warm-up")
-    times: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
+    wall: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
+    processor: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
     for _ in range(args.repeats):
         for window, method in cases:
-            start = time.perf_counter()
+            start, processor_start = time.perf_counter(), time.process_time()
             hypergradient(method, problem, args.burn_in, window)
-            times[window, method].append(time.perf_counter() - start)
+            processor[window, method].append(time.process_time() - processor_start)
+            wall[window, method].append(time.perf_counter() - start)
             done("time")
     error = errors(args.methods, args.width, args.images, args.burn_in, args.windows[0])
     done("error")
     progress.close()
 
-    median = {case: statistics.median(taken) for case, taken in times.items()}
+    seconds = {case: statistics.median(taken) for case, taken in wall.items()}
+    cpu_seconds = {case: statistics.median(taken) for case, taken in processor.items()}
     return [
         {
             "window": window,
             "method": method,
-            "time/higher": median[window, method] / median[window, "higher"],
+            "time/higher": seconds[window, method] / seconds[window, "higher"],
+            "cpu/higher": cpu_seconds[window, method] / cpu_seconds[window, "higher"],
             "memory/higher": memory[window, method] / memory[window, "higher"],
-            "seconds": median[window, method],
+            "seconds": seconds[window, method],
+            "cpu seconds": cpu_seconds[window, method],
             "MB": memory[window, method],
             "error": error[method] if window == args.windows[0] else None,
         }

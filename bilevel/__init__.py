@@ -10,6 +10,7 @@ from bilevel.errors import (
 )
 from bilevel.hypergradient import Hypergradient
 from bilevel.inner import InnerLoop
+from bilevel.micro_batches import MicroBatches
 from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
@@ -24,6 +25,7 @@ __all__ = [
     "InnerLoop",
     "Iterate",
     "Key",
+    "MicroBatches",
     "NonFiniteError",
     "Problem",
     "ProblemError",

@@ -1,12 +1,13 @@
 """Clipping of hypergradients, whose norms vary over orders of magnitude between windows."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel.errors import ConfigurationError
+from bilevel.errors import ConfigurationError, NonFiniteError
 
 
 @final
@@ -43,11 +44,14 @@ class MovingAverageClip:
 
         Raises:
             ConfigurationError: A tensor has no gradient.
+            NonFiniteError: ‖g‖ is NaN or infinite; the average stays as it was.
         """
         grads = [tensor.grad for tensor in tensors]
         if not grads or any(grad is None for grad in grads):
             raise ConfigurationError("every tensor to clip must have a gradient, at least one")
         norm = float(torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None]))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the norm of the gradient to clip is {norm}")
         previous = norm if self.average is None else self.average
         self.average = self.decay * previous + (1 - self.decay) * norm
         bound = self.factor * self.average
@@ -62,5 +66,11 @@ class MovingAverageClip:
         return {"average": self.average}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Restore the moving average."""
+        """Restore the moving average.
+
+        Raises:
+            ConfigurationError: `state` has no average.
+        """
+        if "average" not in state:
+            raise ConfigurationError(f"the state of a clip has an average, not {sorted(state)}")
         self.average = state["average"]

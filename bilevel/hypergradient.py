@@ -92,7 +92,8 @@ class Hypergradient:
 
         Args:
             outer: φ, a pytree of floating-point tensors. It is not changed.
-            outer_batch: Passed on to `Problem.outer_loss`.
+            outer_batch: Passed on to `Problem.outer_loss`; or `MicroBatches`, of which one is in
+                memory at a time.
             generator: Source of all randomness of this call, through one integer drawn from it;
                 the generators that the problem sees live on its device. Default: PyTorch's
                 global generator.
@@ -105,6 +106,9 @@ class Hypergradient:
             UnusedOuterVariableError: Nothing depends on some outer variable.
             NonFiniteError: The outer loss or the hypergradient is NaN or infinite.
         """
+        outer = optree.tree_map(
+            lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, outer
+        )
         key = Key.draw(generator)
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         horizon = self.truncation.horizon(self.steps, schedule_generator)
@@ -140,7 +144,11 @@ class Hypergradient:
                 )
         result = self(outer, outer_batch, generator)
         for (_, leaf), grad in zip(leaves, optree.tree_leaves(result.grads), strict=True):
-            leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
+            if leaf.grad is None:
+                leaf.grad = grad.clone()
+            else:
+                with torch.no_grad():
+                    leaf.grad.add_(grad)
         return result
 
 

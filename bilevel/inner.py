@@ -8,11 +8,12 @@ import torch
 from optree.integrations.torch import tree_ravel
 from torch import Tensor
 
+from bilevel.contract import check_inner_loss, check_params, check_scalar, settled
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.problem import Problem
 from bilevel.random import Key
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
-from bilevel.tree import detach, is_differentiable, named_leaves, to_device
+from bilevel.tree import detach, to_device
 
 #: Per-step signals that a truncation schedule may ask for, as functions of the inner gradient.
 SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,17 +45,17 @@ class InnerLoop:
                 "makes one from the problem's hyperparameters, such as bilevel.optim.sgd"
             )
         self.problem = problem
-        self.optimizer = _settled(optimizer) if self._is_transformation else optimizer
+        self.optimizer = settled(optimizer) if self._is_transformation else optimizer
         self._unravel: Callable[[Tensor], Any] | None = None
         self._structure: Any = None
-        self._loss_checked = False
+        self._checked = False
 
     # Pure functions of their arguments, differentiable by autograd and by torch.func.
 
     def start(self, outer: Any, key: Key, hyperparameters: Mapping[str, Tensor]) -> Iterate:
         """(θ_0, s_0)."""
         params = self.problem.init(outer, generator=key.generator("init"))
-        self._check_params(params)
+        check_params(params)
         flat, unravel = tree_ravel(params)
         structure = (
             optree.tree_structure(params),
@@ -73,6 +74,11 @@ class InnerLoop:
     def hyperparameters(self, outer: Any) -> dict[str, Tensor]:
         """h(φ), checked."""
         values = dict(self.problem.hyperparameters(outer))
+        if not values and not self._is_transformation:
+            raise ConfigurationError(
+                f"optimizer is the function {getattr(self.optimizer, '__name__', '')}, but the "
+                "problem has no hyperparameters to make it from: call it, as in adam(1e-3)"
+            )
         if values and self._is_transformation:
             raise ConfigurationError(
                 f"the problem has hyperparameters {sorted(values)}, so optimizer must be a "
@@ -87,7 +93,7 @@ class InnerLoop:
 
     def loss(self, params: Tensor, batch: Any) -> Tensor:
         """ℓ(θ, b) of flat parameters: a scalar."""
-        return self._scalar(self.problem.inner_loss(self.unravel(params), batch), "inner_loss")
+        return check_scalar(self.problem.inner_loss(self.unravel(params), batch), "inner_loss")
 
     def gradient(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """(∇_θ ℓ(θ, b), ℓ(θ, b))."""
@@ -115,7 +121,8 @@ class InnerLoop:
         """(F(θ, φ), the metrics reported beside it)."""
         value = self.problem.outer_loss(self.unravel(params), outer, batch)
         loss, metrics = value if isinstance(value, tuple) else (value, {})
-        return self._scalar(loss, "outer_loss"), dict(metrics)
+        metrics = {name: torch.as_tensor(metric) for name, metric in metrics.items()}
+        return check_scalar(loss, "outer_loss"), metrics
 
     def unravel(self, params: Tensor) -> Any:
         """Flat parameters as the pytree that `Problem.init` returned."""
@@ -151,8 +158,8 @@ class InnerLoop:
 
         Raises:
             ConfigurationError: An unknown signal.
-            ProblemError: The inner loss is no scalar, does not depend on its parameters, or
-                changes a tensor in place.
+            ProblemError: The inner loss is no scalar, does not depend on its parameters, sees
+                outer variables around the batch, or writes in place.
         """
         unknown = set(signals) - set(SIGNALS)
         if unknown:
@@ -160,13 +167,15 @@ class InnerLoop:
         outer = detach(outer)
         hyperparameters = self.hyperparameters(outer)
         iterate = self.start(outer, key, hyperparameters)
+        if not self._checked:
+            check_inner_loss(self, outer, iterate, key)
+            self._checked = True
         kept: dict[int, Iterate] = {}
         recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
         for step in range(horizon):
             if step >= keep_from and (step - keep_from) % keep_every == 0:
                 kept[step] = iterate if keep_on is None else _moved(iterate, keep_on)
             batch = self.batch(outer, step, key)
-            self._check_loss_once(iterate.params, batch)
             iterate, gradient, loss = self.step(iterate, batch, hyperparameters)
             recorded["inner_loss"].append(loss)
             for name in signals:
@@ -210,74 +219,17 @@ class InnerLoop:
                 segment.append(self.step(segment[-1], batch, hyperparameters)[0])
         return segment
 
-    # Checks.
-
     def _transformation(self, hyperparameters: Mapping[str, Tensor]) -> Any:
         if self._is_transformation:
             return self.optimizer
         try:
-            return _settled(self.optimizer(**hyperparameters))
+            return settled(self.optimizer(**hyperparameters))
         except TypeError as error:
             raise ConfigurationError(
                 "optimizer could not be made from the problem's hyperparameters "
                 f"{sorted(hyperparameters)}: {error}"
             ) from error
 
-    def _check_params(self, params: Any) -> None:
-        leaves = named_leaves(params)
-        for name, leaf in leaves:
-            if not is_differentiable(leaf):
-                kind = f"{leaf.dtype} tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ProblemError(
-                    f"init returned a {kind} at {name!r}; parameters must be floating-point tensors"
-                )
-        dtypes = {leaf.dtype for _, leaf in leaves}
-        if len(dtypes) != 1:
-            raise ProblemError(
-                f"init returned parameters of dtypes {sorted(map(str, dtypes))}; there must be "
-                "at least one parameter, and all of one dtype"
-            )
-
-    def _check_loss_once(self, params: Tensor, batch: Any) -> None:
-        """Find, on the first step only, a loss that would make every hypergradient wrong."""
-        if self._loss_checked:
-            return
-        probe = params.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = self.loss(probe, detach(batch))
-            depends = loss.requires_grad and (
-                torch.autograd.grad(loss, probe, allow_unused=True)[0] is not None
-            )
-        if not depends:
-            raise ProblemError(
-                "inner_loss does not depend on the params it is given; call the model through "
-                "torch.func.functional_call(module, params, inputs)"
-            )
-        self._loss_checked = True
-
-    def _scalar(self, value: Any, name: str) -> Tensor:
-        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-            what = (
-                f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else f"a {type(value).__name__}"
-            )
-            raise ProblemError(f"{name} returned {what}; it must be a floating-point scalar tensor")
-        return value
-
 
 def _moved(iterate: Iterate, device: torch.device) -> Iterate:
     return Iterate(iterate.params.to(device), to_device(iterate.state, device))
-
-
-def _settled(transformation: Any) -> Any:
-    """Make a TorchOpt transformation a pure function of its state.
-
-    TorchOpt 0.7.3's momentum keeps a first-call flag outside its state, which would change what
-    a step gives when it is run again or when the transformation is made anew for every step. One
-    discarded update spends it; afterwards a zero buffer gives the same first step.
-    """
-    if getattr(transformation.update, "__module__", "").startswith("torchopt"):
-        probe = torch.zeros(1)
-        transformation.update(probe, transformation.init(probe), params=probe, inplace=False)
-    return transformation

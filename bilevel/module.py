@@ -40,7 +40,7 @@ def fresh_parameters(
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         for name, layer in template.named_modules():
-            reset = getattr(layer, "reset_parameters", None)
+            reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
             if callable(reset):
                 reset()
             elif any(True for _ in layer.parameters(recurse=False)):
@@ -48,10 +48,9 @@ def fresh_parameters(
                     f"layer {name or '(root)'!r} ({type(layer).__name__}) holds parameters but has "
                     "no reset_parameters(), so a fresh initialisation cannot be drawn for it"
                 )
-    if device is None:
-        device = next(module.parameters()).device
+    places = {name: parameter.device for name, parameter in module.named_parameters()}
     return {
-        name: parameter.detach().to(device=device, dtype=dtype)
+        name: parameter.detach().to(device=device or places[name], dtype=dtype)
         for name, parameter in template.named_parameters()
     }
 

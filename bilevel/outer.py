@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel.errors import ProblemError, UnusedOuterVariableError
 from bilevel.inner import InnerLoop
+from bilevel.micro_batches import MicroBatches
 from bilevel.trajectory import Trajectory
 from bilevel.tree import is_differentiable, named_leaves, partition
 
@@ -61,17 +62,27 @@ class OuterVariables:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(F, its metrics, ∂F/∂θ) at θ = `params`; ∂F/∂φ is accumulated.
 
+        Of `MicroBatches`, one is in memory at a time.
+
         Raises:
             ProblemError: F does not depend on θ.
         """
         params = params.detach().requires_grad_()
-        with torch.enable_grad():
-            loss, metrics = inner.outer_loss(params, self.tree, outer_batch)
-        if loss.requires_grad:
-            torch.autograd.backward(loss, inputs=[params, *self.leaves])
+        if not isinstance(outer_batch, MicroBatches):
+            outer_batch = MicroBatches([outer_batch])
+        losses, metrics = [], []
+        for batch, weight in outer_batch:
+            with torch.enable_grad():
+                loss, reported = inner.outer_loss(params, self.tree, batch)
+                share = loss * weight
+            if share.requires_grad:
+                torch.autograd.backward(share, inputs=[params, *self.leaves])
+            losses.append(share.detach())
+            metrics.append({name: value.detach() * weight for name, value in reported.items()})
         if params.grad is None:
             raise ProblemError("outer_loss does not depend on the params it is given")
-        return loss.detach(), {k: v.detach() for k, v in metrics.items()}, params.grad
+        totals = {name: torch.stack([each[name] for each in metrics]).sum(0) for name in metrics[0]}
+        return torch.stack(losses).sum(), totals, params.grad
 
     def gradients(self, inner: InnerLoop, trajectory: Trajectory) -> tuple[list[Tensor], str]:
         """The accumulated gradients, and a status.
@@ -113,8 +124,9 @@ class OuterVariables:
                 used.update(index for index, grad in enumerate(grads) if grad is not None)
 
         with torch.enable_grad():
-            start = inner.start(self.tree, trajectory.key, inner.hyperparameters(self.tree))
-            look([start.params, start.state])
+            hyperparameters = inner.hyperparameters(self.tree)
+            start = inner.start(self.tree, trajectory.key, hyperparameters)
+            look([hyperparameters, start.params, start.state])
             for step in range(trajectory.steps):
                 if len(used) < len(self.leaves):
                     look(inner.batch(self.tree, step, trajectory.key))

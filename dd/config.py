@@ -68,6 +68,8 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
             near = sorted(str(path) for path in Path(name).parent.glob("*.gin"))
             there = f"; there are {', '.join(near)}" if near else ""
             raise ConfigError(f"gin file {name} does not exist{there}")
+        # A file's includes are looked for beside it.
+        gin.add_config_file_search_path(str(Path(name).absolute().parent))
     try:
         gin.parse_config_files_and_bindings(list(files), list(bindings))
         return _EXPERIMENT()

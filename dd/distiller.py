@@ -61,6 +61,7 @@ class Distiller:
         estimator: How they are differentiated; default: `Adjoint`.
         keep_every: See `bilevel.Hypergradient`.
         real_batch: Real images in the outer loss.
+        real_micro_batch: How many of them are in memory with a graph at a time.
         image_lr: Outer Adam's rate for the images.
         label_lr: Outer Adam's rate for learned labels.
         clip: Clipping of the images' hypergradient; default: none.
@@ -83,6 +84,7 @@ class Distiller:
         estimator: bilevel.estimators.Estimator | None = None,
         keep_every: int = 1,
         real_batch: int = 5000,
+        real_micro_batch: int = 1000,
         image_lr: float = 1e-3,
         label_lr: float = 1e-3,
         clip: MovingAverageClip | None = None,
@@ -95,6 +97,7 @@ class Distiller:
             ("inner_steps", inner_steps, 1),
             ("keep_every", keep_every, 1),
             ("real_batch", real_batch, 1),
+            ("real_micro_batch", real_micro_batch, 1),
             ("validate_every", validate_every, 0),
             ("image_every", image_every, 1),
         ):
@@ -111,7 +114,7 @@ class Distiller:
                 f"inner_steps={inner_steps}: {type(truncation).__name__} needs at least "
                 f"{truncation.minimum_steps}, the width of its window"
             )
-        if not (hasattr(optimizer, "update") or callable(optimizer)):
+        if not hasattr(optimizer, "update"):
             raise ValueError(f"optimizer={optimizer!r}: write for example @adam() with ()")
         if clip is not None:
             check_instance("clip", clip, MovingAverageClip, "@MovingAverageClip() with ()")
@@ -127,6 +130,7 @@ class Distiller:
         self.estimator = estimator
         self.keep_every = keep_every
         self.real_batch = real_batch
+        self.real_micro_batch = real_micro_batch
         self.image_lr = image_lr
         self.label_lr = label_lr
         self.clip = clip
@@ -250,8 +254,13 @@ class Distiller:
         """One outer step; if it raises, the outer variables are as they were."""
         began = time.perf_counter()
         state.optimizer.zero_grad()
+        images, labels = (part.split(self.real_micro_batch) for part in real.at(state.step))
+        batches = bilevel.MicroBatches(
+            list(zip(images, labels, strict=True)),
+            [len(part) / sum(map(len, labels)) for part in labels],
+        )
         result = hypergradient.backward(
-            state.outer, real.at(state.step), job.key.generator("outer", state.step)
+            state.outer, batches, job.key.generator("outer", state.step)
         )
         bound = float("inf") if state.clip is None else state.clip([state.outer["images"]])[1]
         state.optimizer.step()

@@ -9,6 +9,7 @@ from dd.cli import add_gin_arguments, fail, print_results
 from dd.distiller import DISTILLED
 from dd.experiment import RESULTS
 from dd.files import DamagedFileError
+from dd.memory import keep_freed_memory
 from dd.train import CONFIG
 
 EPILOG = """\
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_gin_arguments(parser, required=False)
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     folder = Path(options.run_dir)
     configuration = folder / CONFIG
     if not configuration.is_file():

@@ -69,7 +69,8 @@ class SyntheticDataset:
             generator: Source of randomness.
 
         Raises:
-            ConfigurationError: `classes_per_step` is more than K, or a real start finds too few images.
+            ConfigurationError: `classes_per_step` is more than K, or a real start finds too few
+                images.
         """
         if self.classes_per_step is not None and self.classes_per_step > num_classes:
             raise ConfigurationError(

@@ -11,6 +11,7 @@ from dd.cli import add_gin_arguments, fail, print_results
 from dd.distiller import CHECKPOINT, DISTILLED
 from dd.experiment import RESULTS, Experiment
 from dd.files import DamagedFileError, write_text
+from dd.memory import keep_freed_memory
 from dd.progress import stop_on_signal
 
 CONFIG = "config.gin"
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         "(default: a new one below runs/)",
     )
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     try:
         experiment = config.load(options.gin_file, options.gin_param)
     except config.ConfigError as error:

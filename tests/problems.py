@@ -158,9 +158,7 @@ def quadratic(generator: torch.Generator, size: int = 4) -> Case:
     root = randn(size, size, generator=generator) / size**0.5
     A = root @ root.T + 0.3 * torch.eye(size, dtype=DTYPE)
     problem = Quadratic(A, randn(size, 3, generator=generator), randn(size, generator=generator))
-    return Case(
-        problem, {"phi": randn(3, generator=generator)}, randn(size, generator=generator)
-    )
+    return Case(problem, {"phi": randn(3, generator=generator)}, randn(size, generator=generator))
 
 
 def ridge(generator: torch.Generator, size: int = 4) -> Case:

@@ -37,7 +37,7 @@ class RandomWindow(Truncation):
         return self.window
 
     def horizon(self, steps: int, generator: torch.Generator) -> int:
-        if self._uses_left == 0:
+        if self._uses_left == 0 or self._stop > steps:
             self._stop = int(torch.randint(self.window, steps + 1, (), generator=generator))
             self._uses_left = self.refresh
         self._uses_left -= 1
@@ -53,9 +53,12 @@ class RandomWindow(Truncation):
         return {"stop": self._stop, "uses_left": self._uses_left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        try:
-            self._stop, self._uses_left = int(state["stop"]), int(state["uses_left"])
-        except (KeyError, TypeError, ValueError) as error:
+        stop, uses_left = state.get("stop"), state.get("uses_left")
+        integers = type(stop) is int and type(uses_left) is int
+        if not integers or not 0 <= uses_left < self.refresh or (uses_left and stop < self.window):
             raise ConfigurationError(
-                f"RandomWindow needs a state with integers stop and uses_left, got {dict(state)}"
-            ) from error
+                f"RandomWindow(window={self.window}, refresh={self.refresh}) cannot continue from "
+                f"{dict(state)}: stop must be an integer of at least window, uses_left one in "
+                "[0, refresh)"
+            )
+        self._stop, self._uses_left = stop, uses_left

@@ -1,5 +1,6 @@
 """The clip by a moving average of the norm."""
 
+import contextlib
 import math
 
 import pytest
@@ -80,6 +81,19 @@ def test_a_zero_gradient_stays_zero_and_does_no_harm():
     pair = tensors(1.0)
     assert clip(pair) == (1.0, 1.0)
     assert length(pair) == pytest.approx(1.0, rel=1e-15)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_does_not_end_the_clipping(value):
+    """Refused or passed over, but the next gradient is judged by an average that is a number."""
+    clip = MovingAverageClip(0.9, 2.0)
+    clip(tensors(1.0))
+    with contextlib.suppress(bilevel.NonFiniteError):
+        clip(tensors(value))
+    pair = tensors(1e6)
+    _, bound = clip(pair)
+    assert math.isfinite(bound)
+    assert length(pair) == pytest.approx(bound, rel=1e-12)
 
 
 def test_it_scales_in_place():

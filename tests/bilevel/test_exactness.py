@@ -242,3 +242,33 @@ def test_outer_tensors_may_be_passed_on_as_they_are(estimator):
     expected = problems.brute_force(case, optimizer, bilevel.Key(0), window)
     result = solve(case, optimizer, 4, None, estimator, 0)
     assert_same(result.grads, expected[1])
+
+
+class Anchored:
+    """SGD pulled towards a running average of θ, whose state starts at θ_0 and so depends on φ."""
+
+    def init(self, params):
+        return {"average": params.clone(), "count": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, updates, state, *, params=None, inplace=False):
+        average, count = 0.9 * state["average"] + 0.1 * params, state["count"] + 1
+        updates = -0.05 * updates + 0.3 * (average**2 - params)
+        return updates, {"average": average, "count": count}
+
+
+@pytest.mark.parametrize("estimator", [Reverse(), Adjoint(), Adjoint("forward"), Forward()])
+@pytest.mark.parametrize("start", [0, 2])
+def test_an_optimizer_whose_state_starts_at_the_parameters(estimator, start):
+    case = problems.make("quadratic", 0)
+    outer = case.outer | {"theta": case.problem.start}
+    case.problem.init = lambda outer, *, generator: outer["theta"]
+    case.problem.inner_loss = lambda theta, batch: (
+        0.5 * theta @ case.problem.A @ theta - theta @ batch
+    )
+    case.problem.outer_loss = lambda theta, outer, batch: (theta**3).sum()
+    case = problems.Case(case.problem, outer, None)
+    window = bilevel.Window(start, 4)
+    expected = problems.brute_force(case, Anchored(), bilevel.Key(0), window)
+    result = solve(case, Anchored(), 4, Fixed(start, 4), estimator, 0)
+    assert_same([result.loss], [expected[0]])
+    assert_same(result.grads, expected[1])

@@ -6,7 +6,6 @@ import weakref
 import optree
 import problems
 import pytest
-import torch
 from problems import Fixed, seeded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

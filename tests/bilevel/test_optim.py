@@ -1,6 +1,7 @@
 """Our optimizers: PyTorch's steps, pure, differentiable in everything, and TorchOpt's protocol."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import optree
@@ -181,10 +182,10 @@ def test_it_chains_with_torchopt(optimizer, seed):
     generator = seeded(seed)
     params, grads = tree(generator), [tree(generator) for _ in range(3)]
     chained = torchopt.chain(torchopt.clip.clip_grad_norm(0.5), optimizer)
-    clipped = [
-        optree.tree_map(lambda leaf, s=0.5 / (float(flat(g).norm()) + 1e-6): leaf * min(s, 1), g)
-        for g in grads
-    ]
+    clipped = []
+    for grad in grads:
+        scale = (0.5 / (flat(grad).norm() + 1e-6)).clamp(max=1.0)
+        clipped.append(optree.tree_map(partial(torch.mul, scale), grad))
     assert relative_error(run(chained, params, grads), run(optimizer, params, clipped)) < 1e-12
 
 
@@ -248,9 +249,9 @@ def test_a_bad_hyperparameter_is_named_with_its_value(make, name, values):
 
 @pytest.mark.parametrize("make", [optim.adam, optim.adamw])
 def test_bad_betas_are_named(make):
-    with pytest.raises(bilevel.ConfigurationError, match=r"beta1=1.0: it must be in \[0, 1\)"):
+    with pytest.raises(bilevel.ConfigurationError, match=r"beta1=1.0: it must be .*\[0, 1\)"):
         make(betas=(1.0, 0.9))
-    with pytest.raises(bilevel.ConfigurationError, match=r"beta2=-1: it must be in \[0, 1\)"):
+    with pytest.raises(bilevel.ConfigurationError, match=r"beta2=-1: it must be .*\[0, 1\)"):
         make(betas=(0.9, -1))
 
 
@@ -294,7 +295,6 @@ def torch_params(case, steps, lr, **hyperparameters):
         {"momentum": 0.9},
         {"momentum": 0.9, "nesterov": True},
         {"momentum": 0.9, "weight_decay": 0.1},
-        {"momentum": 0.9, "dampening": 0.5},
     ],
     ids=lambda hyperparameters: "-".join(hyperparameters),
 )

@@ -117,7 +117,7 @@ def test_configuration_never_changes(shape, seed):
 def test_a_schedule_without_state_takes_an_empty_one_only(schedule):
     assert schedule.state_dict() == {}
     schedule.load_state_dict({})
-    with pytest.raises(bilevel.ConfigurationError, match="no state.*stop"):
+    with pytest.raises(bilevel.ConfigurationError, match=r"no state.*stop"):
         schedule.load_state_dict(RandomWindow(2).state_dict())
 
 
@@ -153,9 +153,9 @@ def test_a_kept_draw_never_exceeds_a_shorter_run():
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
 def test_bad_arguments_are_named(value):
     for make in (Last, RandomWindow):
-        with pytest.raises(bilevel.ConfigurationError, match="window=.*at least 1"):
+        with pytest.raises(bilevel.ConfigurationError, match=r"window=.*at least 1"):
             make(value)
-    with pytest.raises(bilevel.ConfigurationError, match="refresh=.*at least 1"):
+    with pytest.raises(bilevel.ConfigurationError, match=r"refresh=.*at least 1"):
         RandomWindow(2, refresh=value)
 
 

@@ -1,0 +1,48 @@
+# make demo   distil digits and print the accuracy table
+# make test   the tests that fit in five minutes
+# make help   everything else
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint format bench clean help
+
+demo: .venv/installed
+	$(BIN)/python -m dd.train --gin_file=gin/digits.gin
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/installed
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed
+	$(BIN)/pip install --quiet -e '.[benchmark]'
+	$(BIN)/python -m benchmarks.hypergradient
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+help:
+	@echo "make demo      distil digits into one image per class and print the accuracy table"
+	@echo "make test      run the tests that fit in five minutes"
+	@echo "make test-all  run every test, with more hypothesis examples"
+	@echo "make lint      check format, style and types"
+	@echo "make format    format and fix what can be fixed"
+	@echo "make bench     measure hypergradients against higher"
+	@echo "make clean     remove .venv and caches"
