@@ -54,8 +54,12 @@ class RandomWindow(Truncation):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         stop, uses_left = state.get("stop"), state.get("uses_left")
-        integers = type(stop) is int and type(uses_left) is int
-        if not integers or not 0 <= uses_left < self.refresh or (uses_left and stop < self.window):
+        if (
+            not isinstance(stop, int)
+            or not isinstance(uses_left, int)
+            or not 0 <= uses_left < self.refresh
+            or (uses_left and stop < self.window)
+        ):
             raise ConfigurationError(
                 f"RandomWindow(window={self.window}, refresh={self.refresh}) cannot continue from "
                 f"{dict(state)}: stop must be an integer of at least window, uses_left one in "

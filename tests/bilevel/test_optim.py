@@ -310,3 +310,10 @@ def test_torchopt_momentum_steps_as_torch_whenever_it_was_made(hyperparameters):
     expected = torch_params(anew, 4, rate, **hyperparameters)
     actual = inner_params(lambda lr: torchopt.sgd(lr, **hyperparameters), anew, 4)
     assert relative_error(actual, expected) < 1e-12
+
+
+def test_torchopt_momentum_with_a_different_first_step_is_refused():
+    """Its first-call flag lies outside its state, so the first step could not be run again."""
+    dampened = torchopt.sgd(0.1, momentum=0.9, dampening=0.5)
+    with pytest.raises(bilevel.ConfigurationError, match="dampening=0"):
+        bilevel.InnerLoop(problems.make("quadratic", 0).problem, dampened)

@@ -121,7 +121,7 @@ def test_an_epoch_repeats_no_image_and_leaves_out_less_than_a_batch(
     for epoch in range(2):
         drawn = [indices(real, epoch * per_epoch + step) for step in range(per_epoch)]
         assert all(len(batch) == size for batch in drawn)
-        flat = sum(drawn, [])
+        flat = [index for batch in drawn for index in batch]
         assert len(set(flat)) == len(flat) == count - extra % size
 
 
