@@ -37,8 +37,8 @@ Columns
                      differentiates a slightly different step; its "error" includes that.
 
 The summary is taken for `adjoint`: how many times faster than `higher` (in seconds) and what part
-of its memory at the largest window, and what part of its growth in memory from the smallest window to the
-largest.
+of its memory at the largest window, and what part of its growth in memory from the smallest window
+to the largest.
 
     python benchmarks/hypergradient.py
     python benchmarks/hypergradient.py --quick

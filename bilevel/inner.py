@@ -96,8 +96,18 @@ class InnerLoop:
         return check_scalar(self.problem.inner_loss(self.unravel(params), batch), "inner_loss")
 
     def gradient(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """(∇_θ ℓ(θ, b), ℓ(θ, b))."""
+        """(∇_θ ℓ(θ, b), ℓ(θ, b)), which can be differentiated again."""
         return torch.func.grad_and_value(self.loss)(params, batch)
+
+    def gradient_without_graph(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """The same numbers, cheaper, for when they are not differentiated again."""
+        params = params.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self.loss(params, detach(batch))
+        if not loss.requires_grad:
+            return torch.zeros_like(params), loss
+        (gradient,) = torch.autograd.grad(loss, params, materialize_grads=True)
+        return gradient, loss.detach()
 
     def update(
         self, iterate: Iterate, gradient: Tensor, hyperparameters: Mapping[str, Tensor]
@@ -108,12 +118,10 @@ class InnerLoop:
         )
         return Iterate(iterate.params + updates, state)
 
-    def step(
-        self, iterate: Iterate, batch: Any, hyperparameters: Mapping[str, Tensor]
-    ) -> tuple[Iterate, Tensor, Tensor]:
-        """One inner step: the next iterate, the gradient and the loss it was made with."""
-        gradient, loss = self.gradient(iterate.params, batch)
-        return self.update(iterate, gradient, hyperparameters), gradient, loss
+    def step(self, iterate: Iterate, batch: Any, hyperparameters: Mapping[str, Tensor]) -> Iterate:
+        """One inner step, which can be differentiated."""
+        gradient, _ = self.gradient(iterate.params, batch)
+        return self.update(iterate, gradient, hyperparameters)
 
     def outer_loss(
         self, params: Tensor, outer: Any, batch: Any
@@ -176,7 +184,8 @@ class InnerLoop:
             if step >= keep_from and (step - keep_from) % keep_every == 0:
                 kept[step] = iterate if keep_on is None else _moved(iterate, keep_on)
             batch = self.batch(outer, step, key)
-            iterate, gradient, loss = self.step(iterate, batch, hyperparameters)
+            gradient, loss = self.gradient_without_graph(iterate.params, batch)
+            iterate = self.update(iterate, gradient, hyperparameters)
             recorded["inner_loss"].append(loss)
             for name in signals:
                 recorded[name].append(SIGNALS[name](gradient))
@@ -216,7 +225,8 @@ class InnerLoop:
             hyperparameters = self.hyperparameters(outer)
             for step in range(first, last):
                 batch = self.batch(outer, step, trajectory.key)
-                segment.append(self.step(segment[-1], batch, hyperparameters)[0])
+                gradient, _ = self.gradient_without_graph(segment[-1].params, batch)
+                segment.append(self.update(segment[-1], gradient, hyperparameters))
         return segment
 
     def _transformation(self, hyperparameters: Mapping[str, Tensor]) -> Any:

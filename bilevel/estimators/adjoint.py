@@ -1,6 +1,6 @@
 """The exact hypergradient by the adjoint recursion, one step's graph at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -103,18 +103,9 @@ class Adjoint(Estimator):
         state_cotangents: list[Tensor],
     ) -> tuple[Tensor, list[Tensor], list[Tensor], dict[str, Tensor]]:
         """(λ, μ, b̄, h̄) one step earlier."""
+        linearise = _reverse_over_reverse if self.hvp == "reverse" else _forward_over_reverse
+        gradient, pull_gradient = linearise(inner, iterate.params, batch)
         state_leaves, rebuild_state = partition(iterate.state)
-        inputs, rebuild_batch = partition(batch, _needs_gradient)
-        inputs = [leaf.detach() for leaf in inputs]
-
-        def gradients(params: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            """∇ℓ with respect to θ and every differentiable leaf of the batch."""
-            return torch.func.grad(
-                lambda params, inputs: inner.loss(params, rebuild_batch(inputs)), argnums=(0, 1)
-            )(params, inputs)
-
-        def gradient(params: Tensor, *inputs: Tensor) -> Tensor:
-            return inner.gradient(params, rebuild_batch(inputs))[0]
 
         def update(
             params: Tensor,
@@ -127,25 +118,60 @@ class Adjoint(Estimator):
             )
             return after.params, partition(after.state)[0]
 
-        pull_gradient: Callable[[Tensor], tuple[Tensor, ...]]
-        if self.hvp == "reverse":
-            value, pull_gradient, *_ = torch.func.vjp(gradient, iterate.params, *inputs)
-        else:
-            value = gradient(iterate.params, *inputs)
-
-            def pull_gradient(direction: Tensor) -> tuple[Tensor, ...]:
-                tangents = (direction, *(torch.zeros_like(leaf) for leaf in inputs))
-                product, mixed = torch.func.jvp(gradients, (iterate.params, *inputs), tangents)[1]
-                return product, *mixed
-
         _, pull_update, *_ = torch.func.vjp(
-            update, iterate.params, state_leaves, value, dict(hyperparameters)
+            update, iterate.params, state_leaves, gradient, dict(hyperparameters)
         )
         through_update, state_cotangents, gradient_cotangent, hyper_cotangents = pull_update(
             (cotangent, state_cotangents)
         )
         product, *batch_cotangents = pull_gradient(gradient_cotangent)
         return through_update + product, state_cotangents, batch_cotangents, hyper_cotangents
+
+
+#: From ḡ to (H ḡ, b̄).
+Pullback = Callable[[Tensor], Sequence[Tensor]]
+
+
+def _reverse_over_reverse(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[Tensor, Pullback]:
+    """∇_θ ℓ and its pullback, by autograd over autograd.
+
+    In eager mode this beats `torch.func.vjp(torch.func.grad(…))`, which cannot use the fused
+    first-order kernels, nor add gradients up in place.
+    """
+    inputs, rebuild = partition(batch, _needs_gradient)
+    points = [leaf.detach().requires_grad_() for leaf in (params, *inputs)]
+    with torch.enable_grad():
+        loss = inner.loss(points[0], rebuild(points[1:]))
+        gradient = torch.zeros_like(params)
+        if loss.requires_grad:
+            (gradient,) = torch.autograd.grad(
+                loss, points[0], create_graph=True, materialize_grads=True
+            )
+
+    def pull(direction: Tensor) -> Sequence[Tensor]:
+        if not gradient.requires_grad:
+            return [torch.zeros_like(point) for point in points]
+        return torch.autograd.grad(gradient, points, direction, materialize_grads=True)
+
+    return gradient.detach(), pull
+
+
+def _forward_over_reverse(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[Tensor, Pullback]:
+    """∇_θ ℓ and its pullback, by a directional derivative of (∇_θ ℓ, ∇_b ℓ)."""
+    inputs, rebuild = partition(batch, _needs_gradient)
+    inputs = [leaf.detach() for leaf in inputs]
+
+    def gradients(params: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.grad(
+            lambda params, inputs: inner.loss(params, rebuild(inputs)), argnums=(0, 1)
+        )(params, inputs)
+
+    def pull(direction: Tensor) -> Sequence[Tensor]:
+        tangents = (direction, *(torch.zeros_like(leaf) for leaf in inputs))
+        product, mixed = torch.func.jvp(gradients, (params, *inputs), tangents)[1]
+        return product, *mixed
+
+    return inner.gradient_without_graph(params, rebuild(inputs))[0], pull
 
 
 def _needs_gradient(leaf: Any) -> bool:

@@ -56,7 +56,7 @@ class Forward(Estimator):
                 tree = variables.like(leaves)
                 batch = inner.batch(tree, step, key)
                 here = Iterate(point[0], rebuild_state(point[1:]))
-                return inner.step(here, batch, inner.hyperparameters(tree))[0]
+                return inner.step(here, batch, inner.hyperparameters(tree))
 
             columns = [
                 torch.func.jvp(

@@ -34,7 +34,7 @@ class Reverse(Estimator):
                 iterate = inner.iterate_at(trajectory, outer, window.start)
             for step in range(window.start, window.stop):
                 batch = inner.batch(variables.tree, step, key)
-                iterate, _, _ = inner.step(iterate, batch, hyperparameters)
+                iterate = inner.step(iterate, batch, hyperparameters)
         loss, metrics, cotangent = variables.outer_loss_at(inner, iterate.params, outer_batch)
         variables.accumulate([iterate.params], [cotangent])
         return make_result(

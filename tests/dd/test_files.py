@@ -1,7 +1,5 @@
-"""Files of a run: written whole or not at all, and never misread in silence when they are damaged."""
+"""Files of a run: written whole or not at all; a damaged one is refused by name."""
 
-import copy
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +209,15 @@ def damaged(path: Path, kind: str, content: bytes) -> str:
     return str(caught.value)
 
 
+def complaint(path: Path, kind: str) -> str:
+    """The message with which a file is refused, or its path where it is not."""
+    try:
+        READERS[kind](path)
+    except DamagedFileError as error:
+        return str(error)
+    return str(path)
+
+
 def written(kind: str, path: Path) -> bytes:
     WRITERS[kind](path)
     return path.read_bytes()
@@ -223,14 +230,14 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @each_reader
 @given(share=st.floats(0, 1, exclude_max=True))
-@example(0.0)
+@example(share=0.0)
 def test_a_truncated_file_is_refused_by_name(kind: str, share: float, scratch: Path) -> None:
     content = written(kind, scratch).rstrip(b"\n")
     assert str(scratch) in damaged(scratch, kind, content[: int(share * len(content))])
 
 
 @each_safetensors_reader
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(share=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
 def test_a_corrupt_header_gives_no_other_error(
     kind: str, share: float, byte: int, scratch: Path
@@ -240,16 +247,13 @@ def test_a_corrupt_header_gives_no_other_error(
     header = 8 + int.from_bytes(content[:8], "little")
     content[int(share * header)] = byte
     scratch.write_bytes(content)
-    try:
-        READERS[kind](scratch)
-    except DamagedFileError as error:
-        assert str(scratch) in str(error)
+    assert str(scratch) in complaint(scratch, kind)
 
 
 @each_reader
 @given(content=st.binary(max_size=300))
-@example(b"\x80\x04\x95")  # a pickle, as torch.save writes
-@example((8).to_bytes(8, "little") + b"{}      ")  # safetensors without metadata
+@example(content=b"\x80\x04\x95")  # a pickle, as torch.save writes
+@example(content=(8).to_bytes(8, "little") + b"{}      ")  # safetensors without metadata
 def test_a_foreign_file_is_refused_by_name(kind: str, content: bytes, scratch: Path) -> None:
     if kind == "json":
         content = b"{" + content
@@ -257,31 +261,34 @@ def test_a_foreign_file_is_refused_by_name(kind: str, content: bytes, scratch: P
 
 
 @each_safetensors_reader
-@pytest.mark.parametrize("metadata", [None, {"dd": "{}"}, {"dd": "[]"}, {"dd": "3"}, {"dd": "?"}])
+@pytest.mark.parametrize("metadata", [None, {"dd": "[]"}, {"dd": "3"}, {"dd": "?"}])
 def test_safetensors_of_others_are_refused_by_name(
     kind: str, metadata: dict[str, str] | None, tmp_path: Path
 ) -> None:
-    if kind == "tensors" and metadata == {"dd": "{}"}:
-        pytest.skip("empty metadata is fine")
     path = tmp_path / "file"
     save_file({"images": torch.zeros(1, 1, 2, 2)}, path, metadata)
     assert str(path) in damaged(path, kind, path.read_bytes())
 
 
 @pytest.mark.parametrize("kind", ["distilled set", "checkpoint"])
-@given(data=st.data())
-def test_anything_missing_is_refused_by_name(kind: str, data: st.DataObject, scratch: Path) -> None:
-    WRITERS[kind](scratch)
-    found, metadata = read_tensors(scratch)
-    for drop in (
-        data.draw(st.sampled_from([None, *sorted(found)])),
-        data.draw(st.sampled_from([None, *sorted(metadata)])),
-    ):
-        changed = {name: value for name, value in found.items() if name != drop}
-        rest = {name: value for name, value in metadata.items() if name != drop}
-        if drop is not None:
-            write_tensors(scratch, changed, rest)
-            assert str(scratch) in damaged(scratch, kind, scratch.read_bytes())
+def test_anything_missing_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    WRITERS[kind](path)
+    found, metadata = read_tensors(path)
+    accepted = []
+    for name in [*found, *metadata]:
+        write_tensors(
+            path,
+            {key: value for key, value in found.items() if key != name},
+            {key: value for key, value in metadata.items() if key != name},
+        )
+        try:
+            READERS[kind](path)
+        except DamagedFileError as error:
+            accepted += [] if str(path) in str(error) else [f"{name}: {error}"]
+        else:
+            accepted.append(name)
+    assert accepted == []
 
 
 @pytest.mark.parametrize("kind", ["distilled set", "checkpoint"])
@@ -292,11 +299,8 @@ def test_metadata_of_a_wrong_type_gives_no_other_error(
     WRITERS[kind](scratch)
     found, metadata = read_tensors(scratch)
     for name in metadata:
-        write_tensors(scratch, found, {**metadata, name: copy.copy(value)})
-        try:
-            READERS[kind](scratch)
-        except DamagedFileError as error:
-            assert str(scratch) in str(error), name
+        write_tensors(scratch, found, {**metadata, name: value})
+        assert str(scratch) in complaint(scratch, kind), name
 
 
 def test_one_kind_of_file_is_not_taken_for_another(tmp_path: Path) -> None:
@@ -326,18 +330,3 @@ def test_a_checkpoint_of_another_configuration_is_refused_with_both_shapes(tmp_p
 def test_a_missing_file_is_not_called_damaged(kind: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         READERS[kind](tmp_path / "nowhere")
-
-
-def test_a_refused_checkpoint_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint"
-    training_state().save(path)
-    found, metadata = read_tensors(path)
-    write_tensors(path, found, {**metadata, "seconds": "long"})
-    state, untouched = (training_state(seed=50, steps=1) for _ in range(2))
-    with pytest.raises(DamagedFileError):
-        state.restore(path)
-    assert torch.equal(state.outer["images"], untouched.outer["images"])
-    assert json.dumps(state.truncation.state_dict()) == json.dumps(
-        untouched.truncation.state_dict()
-    )
-    assert state.step == untouched.step

@@ -1,0 +1,342 @@
+"""Configuration: gin files build experiments, and every mistake is one line that names it."""
+
+from pathlib import Path
+
+import pytest
+
+from dd import config
+from dd.experiment import Experiment
+
+GIN = Path(__file__).parents[2] / "gin"
+DIGITS = str(GIN / "digits.gin")
+#: What makes any shipped configuration buildable here, without a download.
+SMALL = ["Experiment.dataset = @digits()", "ConvNet.depth = 2", "ConvNet.width = 8"]
+
+each_shipped_file = pytest.mark.parametrize(
+    "path", sorted(GIN.glob("*.gin")), ids=lambda path: path.name
+)
+
+
+def error(*bindings: str, files: list[str] | None = None) -> str:
+    """The message with which bindings are refused, which must be one short line."""
+    with pytest.raises(config.ConfigError) as caught:
+        config.load([DIGITS] if files is None else files, bindings)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 300
+    return message
+
+
+# What works.
+
+
+@each_shipped_file
+def test_shipped_files_build(path: Path) -> None:
+    experiment = config.load([str(path)], SMALL)
+    assert isinstance(experiment, Experiment)
+    assert experiment.dataset.name == "digits"
+    assert sum(parameter.numel() for parameter in experiment.network.parameters()) > 0
+
+
+@each_shipped_file
+def test_shipped_files_set_nothing_without_effect(path: Path) -> None:
+    config.load([str(path)], SMALL)
+    assert config.unused() == []
+
+
+@each_shipped_file
+def test_the_operative_configuration_reproduces_itself(path: Path, tmp_path: Path) -> None:
+    config.load([str(path)], SMALL).prepare()
+    text = config.text()
+    (tmp_path / "config.gin").write_text(text)
+    config.load([str(tmp_path / "config.gin")], []).prepare()
+    assert config.text() == text
+
+
+def test_the_operative_configuration_holds_defaults_and_long_values(tmp_path: Path) -> None:
+    steps = list(range(1, 60))
+    config.load([DIGITS], [f"Evaluator.steps = {steps}", "Experiment.seed = 7"]).prepare()
+    (tmp_path / "config.gin").write_text(config.text())
+    experiment = config.load([str(tmp_path / "config.gin")], [])
+    assert experiment.evaluator.steps == steps
+    assert experiment.seed == 7
+    found = config.parameters((tmp_path / "config.gin").read_text())
+    assert found["Experiment.seed"] == "7"
+    assert found["Evaluator.steps"] == str(steps)
+    assert found["SyntheticDataset.learn_labels"] == "False"
+    assert found["Distiller.truncation"] == "@RandomWindow()"
+
+
+def test_bindings_override_files_and_later_files_override_earlier_ones(tmp_path: Path) -> None:
+    later = tmp_path / "later.gin"
+    later.write_text("Experiment.seed = 1\nDistiller.outer_steps = 5\n")
+    experiment = config.load([DIGITS, str(later)], ["Experiment.seed = 2"])
+    assert experiment.distiller.outer_steps == 5
+    assert experiment.seed == 2
+
+
+def test_nothing_is_left_of_the_configuration_before() -> None:
+    config.load([DIGITS], ["Experiment.seed = 3"])
+    assert config.load([DIGITS], []).seed == 0
+
+
+def test_names_that_gin_files_use_are_documented() -> None:
+    undocumented = [
+        name
+        for name, target in config.CONFIGURABLES.items()
+        if len((target.__doc__ or "").strip()) < 20
+    ]
+    assert undocumented == []
+
+
+# Includes.
+
+
+@pytest.fixture
+def included(tmp_path: Path) -> Path:
+    """A folder with `main.gin`, which includes `base.gin` beside it."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "base.gin").write_text(f"include '{DIGITS}'\nExperiment.seed = 11\n")
+    (folder / "main.gin").write_text("include 'base.gin'\n")
+    return folder
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+def test_an_include_is_found_from_any_working_directory(
+    included: Path,
+    relative: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "mine/main.gin" if relative else str(included / "main.gin")
+    assert config.load([name], []).seed == 11
+    assert caplog.text == ""
+
+
+def test_an_include_is_the_file_beside_not_one_in_the_working_directory(
+    included: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base.gin").write_text(f"include '{DIGITS}'\nExperiment.seed = 99\n")
+    monkeypatch.chdir(tmp_path)
+    assert config.load([str(included / "main.gin")], []).seed == 11
+
+
+def test_an_include_is_the_file_beside_not_one_beside_an_earlier_configuration(
+    included: Path, tmp_path: Path
+) -> None:
+    config.load([str(included / "main.gin")], [])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "base.gin").write_text(f"include '{DIGITS}'\nExperiment.seed = 12\n")
+    (other / "main.gin").write_text("include 'base.gin'\n")
+    assert config.load([str(other / "main.gin")], []).seed == 12
+
+
+def test_a_missing_include_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "main.gin"
+    path.write_text("include 'nothere.gin'\n")
+    assert "nothere.gin" in error(files=[str(path)])
+    assert caplog.text == ""
+
+
+# Mistakes.
+
+
+def test_a_missing_file_is_named_with_those_that_are_there() -> None:
+    message = error(files=[str(GIN / "digit.gin")])
+    assert "digit.gin does not exist" in message
+    for path in GIN.glob("*.gin"):
+        assert path.name in message
+
+
+def test_a_missing_file_in_a_missing_folder(tmp_path: Path) -> None:
+    assert "x.gin does not exist" in error(files=[str(tmp_path / "no" / "x.gin")])
+
+
+@pytest.mark.parametrize(
+    ("binding", "wrong", "right"),
+    [
+        ("ConvNet.widht = 8", "widht", "width"),
+        ("Distiller.inner_step = 8", "inner_step", "inner_steps"),
+        ("standardize.chnk = 8", "chnk", "chunk"),
+        ("RandomWindow.windows = 8", "windows", "window"),
+        ("ConvNett.width = 8", "ConvNett", "ConvNet"),
+        ("Experiment.network = @Convnet", "Convnet", "ConvNet"),
+        ("Experiment.dataset = @digit()", "digit", "digits"),
+        ("Distiller.optimizer = @Adam()", "Adam", "adam"),
+    ],
+)
+def test_a_misspelt_name_is_corrected(binding: str, wrong: str, right: str) -> None:
+    message = error(binding)
+    assert repr(wrong) in message
+    assert f"did you mean {right!r}" in message
+
+
+def test_a_name_like_no_other_gets_the_list() -> None:
+    message = error("Distiller.xyzzy = 1")
+    assert "Distiller has no parameter 'xyzzy'" in message
+    assert "outer_steps" in message
+
+
+WRONG_VALUES = [
+    "Experiment.seed = 1.5",
+    "Experiment.seed = -1",
+    "Experiment.seed = '0'",
+    "Experiment.device = 'gpu'",
+    "Experiment.device = 'mps:99'",
+    "Experiment.validation_fraction = 'half'",
+    "Experiment.validation_fraction = 0",
+    "Experiment.validation_fraction = 1.5",
+    "Experiment.dataset = 'digits'",
+    "Experiment.network = 'ConvNet'",
+    "Experiment.transform = None",
+    "SyntheticDataset.images_per_class = 0",
+    "SyntheticDataset.images_per_class = 1.0",
+    "SyntheticDataset.start = 'nosie'",
+    "SyntheticDataset.projection = ['start']",
+    "SyntheticDataset.learn_labels = 'no'",
+    "SyntheticDataset.batch_per_class = 2",
+    "Distiller.outer_steps = 0",
+    "Distiller.inner_steps = 2.5",
+    "Distiller.minutes = '5'",
+    "Distiller.minutes = 0",
+    "Distiller.keep_every = 0",
+    "Distiller.real_batch = True",
+    "Distiller.real_micro_batch = 0",
+    "Distiller.image_lr = '1e-3'",
+    "Distiller.label_lr = -1",
+    "Distiller.validate_every = -1",
+    "Distiller.snapshot_minutes = 5",
+    "Distiller.snapshot_minutes = ['five']",
+    "RandomWindow.window = 0",
+    "RandomWindow.window = '20'",
+    "RandomWindow.refresh = 0",
+    "MovingAverageClip.decay = 1.0",
+    "MovingAverageClip.factor = 'two'",
+    "adam.lr = 'fast'",
+    "adam.lr = -1",
+    "adam.betas = 0.9",
+    "adam.eps_root = None",
+    "Evaluator.networks = 0",
+    "Evaluator.steps = 5",
+    "Evaluator.steps = [5, 'ten']",
+    "Evaluator.lr = [1]",
+    "ConvNet.depth = 0",
+    "ConvNet.depth = '2'",
+    "ConvNet.width = 2.5",
+    "digits.test_fraction = 'half'",
+    "digits.test_fraction = 2",
+]
+
+
+@pytest.mark.parametrize("binding", WRONG_VALUES)
+def test_a_wrong_value_is_refused_with_the_name_of_its_parameter(binding: str) -> None:
+    assert binding.split(" = ")[0].split(".")[1] in error(binding)
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        "Experiment.dataset = @digits",
+        "Experiment.augmentation = @NoAugmentation",
+        "Experiment.synthetic = @SyntheticDataset",
+        "Experiment.distiller = @Distiller",
+        "Experiment.evaluator = @Evaluator",
+        "Distiller.truncation = @RandomWindow",
+        "Distiller.optimizer = @adam",
+        "Distiller.clip = @MovingAverageClip",
+        "Distiller.estimator = @Adjoint",
+        "Evaluator.augmentation = @NoAugmentation",
+    ],
+)
+def test_a_reference_without_its_parentheses_is_refused(binding: str) -> None:
+    message = error(binding)
+    assert binding.split(" = ")[0].split(".")[1] in message
+    assert "()" in message
+
+
+@pytest.mark.parametrize(
+    ("binding", "name"),
+    [
+        ("Experiment.network = @ConvNet()", "ConvNet"),
+        ("Experiment.transform = @standardize()", "standardize"),
+        ("Experiment.dataset = @ConvNet", "dataset"),
+        ("Experiment.evaluator = @SyntheticDataset()", "evaluator"),
+        ("Distiller.truncation = @SyntheticDataset()", "truncation"),
+        ("Distiller.optimizer = @RandomWindow()", "optimizer"),
+        ("Distiller.estimator = @RandomWindow()", "estimator"),
+        ("Experiment.seed = %undefined", "undefined"),
+        ("Experiment.seed = %gin.REQUIRED", "Experiment.seed"),
+        ("import nonexistent_module", "nonexistent_module"),
+    ],
+)
+def test_a_wrong_reference_is_refused_by_name(binding: str, name: str) -> None:
+    assert name in error(binding)
+
+
+def test_a_window_longer_than_the_inner_run_is_refused_with_both_numbers() -> None:
+    message = error("RandomWindow.window = 21", "Distiller.inner_steps = 20")
+    assert "inner_steps=20" in message
+    assert "21" in message
+
+
+@pytest.mark.parametrize("binding", ["ConvNet.width 8", "ConvNet.width = ", "ConvNet.width = [1"])
+def test_what_is_no_gin_is_refused(binding: str) -> None:
+    assert error(binding)
+
+
+def test_what_is_no_gin_in_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "broken.gin"
+    path.write_text("Experiment.seed = 1\nConvNet.width 8\n")
+    message = error(files=[str(path)])
+    assert "broken.gin" in message
+    assert "line 2" in message
+
+
+def test_an_empty_configuration_says_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "empty.gin"
+    path.write_text("")
+    message = error(files=[str(path)])
+    assert "Experiment" in message
+    assert "dataset" in message
+
+
+def test_a_dataset_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    message = error(
+        "Experiment.dataset = @cifar10()",
+        f"cifar10.root = '{tmp_path}'",
+        "cifar10.download = False",
+    )
+    assert str(tmp_path) in message
+
+
+# Parameters without effect.
+
+
+def test_a_parameter_of_something_unused_is_found() -> None:
+    config.load([DIGITS], ["DSA.strategy = 'flip'", "Last.window = 3", "adamw.lr = 1.0"])
+    assert sorted(config.unused()) == ["DSA.strategy", "Last.window", "adamw.lr"]
+
+
+def test_a_parameter_of_something_referred_to_is_not() -> None:
+    config.load(
+        [DIGITS], ["Evaluator.augmentation = @DSA()", "DSA.strategy = 'flip'", "adam.eps = 1e-7"]
+    )
+    assert config.unused() == []
+
+
+def test_macros_and_scopes_have_an_effect() -> None:
+    experiment = config.load(
+        [DIGITS],
+        [
+            "SEED = 5",
+            "Experiment.seed = %SEED",
+            "Distiller.optimizer = @inner/adam()",
+            "inner/adam.lr = 0.5",
+        ],
+    )
+    assert experiment.seed == 5
+    assert config.unused() == []
