@@ -33,8 +33,8 @@ class DistilledSet:
     provenance: dict[str, Any]
 
     def pixels(self) -> Tensor:
-        """The images as people see them: the transform undone, clamped to [0, 1]."""
-        return self.transform.inverse(self.images).clamp(0, 1)
+        """The images as people see them: the transform undone, not clamped to [0, 1]."""
+        return self.transform.inverse(self.images)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""

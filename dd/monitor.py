@@ -11,8 +11,9 @@ from torchvision.utils import make_grid
 
 from bilevel import HypergradientResult
 
-#: Images shown at most, and the least side of each in pixels.
-MOST_IMAGES = 100
+#: Classes and images of each that are shown at most, and the least side of an image in pixels.
+MOST_CLASSES = 20
+MOST_ROWS = 10
 LEAST_SIDE = 64
 
 
@@ -67,14 +68,20 @@ class Monitor:
             self._writer.add_scalar(name, value, step)
 
     def images(self, step: int, pixels: Tensor, images_per_class: int) -> None:
-        """Show the synthetic images, a column for each class.
+        """Show the synthetic images: clamped to [0, 1], and each stretched to that range.
 
         Args:
             step: Outer step.
-            pixels: [N, C, H, W] in [0, 1], ordered by class.
+            pixels: [N, C, H, W], ordered by class.
             images_per_class: How many images each class has.
         """
-        self._writer.add_image("synthetic_images", image_grid(pixels, images_per_class), step)
+        low, high = (bound(pixels, (1, 2, 3)) for bound in (torch.amin, torch.amax))
+        stretched = (pixels - low.view(-1, 1, 1, 1)) / (high - low).clamp_min(1e-6).view(
+            -1, 1, 1, 1
+        )
+        for name, shown in (("clamped", pixels.clamp(0, 1)), ("stretched", stretched)):
+            grid = image_grid(shown, images_per_class)
+            self._writer.add_image(f"synthetic_images/{name}", grid, step)
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -82,14 +89,16 @@ class Monitor:
 
 
 def image_grid(pixels: Tensor, images_per_class: int) -> Tensor:
-    """The first images of each class as one picture [3, H', W'], a column for each class."""
-    by_class = pixels.detach().cpu().unflatten(0, (-1, images_per_class))
-    columns = min(len(by_class), MOST_IMAGES // 5 if images_per_class > 1 else 10)
-    rows = max(1, min(images_per_class, MOST_IMAGES // columns))
+    """The first images of each class as one picture [3, H', W'].
+
+    A column for each class; with one image per class, rows of five or ten.
+    """
+    by_class = pixels.detach().cpu().unflatten(0, (-1, images_per_class))[:MOST_CLASSES]
     if images_per_class == 1:
-        shown = by_class[:MOST_IMAGES, 0]
+        shown, columns = by_class[:, 0], 5 if len(by_class) <= 10 else 10
     else:
-        shown = by_class[:columns, :rows].transpose(0, 1).flatten(0, 1)
+        columns = len(by_class)
+        shown = by_class[:, :MOST_ROWS].transpose(0, 1).flatten(0, 1)
     factor = -(-LEAST_SIDE // shown.shape[-1])
     shown = torch.nn.functional.interpolate(shown, scale_factor=factor, mode="nearest")
     return make_grid(shown, nrow=columns, padding=2, pad_value=1.0)

@@ -186,7 +186,7 @@ WRONG_VALUES = [
     "Experiment.seed = -1",
     "Experiment.seed = '0'",
     "Experiment.device = 'gpu'",
-    "Experiment.device = 'mps:99'",
+    "Experiment.device = 'meta'",
     "Experiment.validation_fraction = 'half'",
     "Experiment.validation_fraction = 0",
     "Experiment.validation_fraction = 1.5",
@@ -335,7 +335,7 @@ def test_macros_and_scopes_have_an_effect() -> None:
             "SEED = 5",
             "Experiment.seed = %SEED",
             "Distiller.optimizer = @inner/adam()",
-            "inner/adam.lr = 0.5",
+            "inner/adam.eps = 1e-7",
         ],
     )
     assert experiment.seed == 5
