@@ -147,6 +147,8 @@ def _adam(
     coupled_decay: Number,
     decoupled_decay: Number,
 ) -> GradientTransformation:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ConfigurationError(f"betas={betas!r}: it must be a pair of numbers")
     beta1, beta2 = betas
     _check(lr=lr, eps=eps, eps_root=eps_root)
     _check_decay(beta1=beta1, beta2=beta2)

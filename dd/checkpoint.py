@@ -90,20 +90,27 @@ class TrainingState:
             raise DamagedFileError(
                 f"{path} holds outer variables {shapes}; this configuration has {expected}"
             )
+        slots: dict[int, dict[str, Tensor]] = {}
         try:
+            for name, value in group("optimizer.").items():
+                index, slot = name.split(".", 1)
+                slots.setdefault(int(index), {})[slot] = value
+            incomplete = [
+                index
+                for index, state in slots.items()
+                if set(state) != {"step", "exp_avg", "exp_avg_sq"} or index >= len(outer)
+            ]
+            if incomplete or len(slots) not in (0, len(outer)):
+                raise ValueError("the optimizer's state is incomplete")
             if self.clip is not None:
                 self.clip.load_state_dict(metadata["clip"])
             self.truncation.load_state_dict({**metadata["truncation"], **group("truncation.")})
             self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
             self.best_accuracy, self.best_step = metadata["best_accuracy"], metadata["best_step"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, bilevel.ConfigurationError) as error:
             raise DamagedFileError(f"{path} is no complete checkpoint: {error}") from error
         with torch.no_grad():
             for name, value in outer.items():
                 self.outer[name].copy_(value)
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in group("optimizer.").items():
-            index, slot = name.split(".", 1)
-            slots.setdefault(int(index), {})[slot] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})

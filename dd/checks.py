@@ -10,6 +10,12 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name}={value!r}: it must be an integer of at least {minimum}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: it must be True or False")
+
+
 def check_number(
     name: str, value: Any, *, above: float | None = None, minimum: float | None = None
 ) -> None:

@@ -2,8 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+#: Exit status after Ctrl-C, as the shell has it.
+INTERRUPTED = 130
 
 
 def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -29,6 +32,15 @@ def fail(message: str) -> int:
     """Print a one-line error; returns the exit status for a usage error."""
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def run(command: Callable[[], int]) -> int:
+    """Run a command; Ctrl-C outside the parts that handle it is no traceback either."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def print_results(results: Mapping[str, Any]) -> None:

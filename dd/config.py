@@ -2,7 +2,9 @@
 
 import difflib
 import inspect
+import io
 import re
+import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,13 +70,43 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
             near = sorted(str(path) for path in Path(name).parent.glob("*.gin"))
             there = f"; there are {', '.join(near)}" if near else ""
             raise ConfigError(f"gin file {name} does not exist{there}")
-        # A file's includes are looked for beside it.
-        gin.add_config_file_search_path(str(Path(name).absolute().parent))
     try:
-        gin.parse_config_files_and_bindings(list(files), list(bindings))
+        for name in files:
+            _parse(Path(name))
+        gin.parse_config_files_and_bindings([], list(bindings))
         return _EXPERIMENT()
-    except (ValueError, TypeError, SyntaxError, OSError, bilevel.BilevelError) as error:
-        raise ConfigError(_one_line(error)) from error
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        ImportError,
+        tokenize.TokenError,
+        OSError,
+        bilevel.BilevelError,
+    ) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def _parse(path: Path) -> None:
+    """Parse a file; what it includes is looked for beside it, wherever one is."""
+    begin = 0
+    lines = path.read_text().splitlines()
+
+    def flush(end: int) -> None:
+        text = io.StringIO("\n" * begin + "\n".join(lines[begin:end]) + "\n")
+        text.name = str(path)  # for gin's messages
+        gin.parse_config(text)
+
+    for number, line in enumerate(lines):
+        include = re.match(r"\s*include\s+(['\"])(.+?)\1", line)
+        if include:
+            flush(number)
+            begin = number + 1
+            target = path.absolute().parent / include[2]
+            if not target.is_file():
+                raise ConfigError(f"{path} includes {include[2]}, which is not beside it")
+            _parse(target)
+    flush(len(lines))
 
 
 def unused() -> list[str]:
@@ -85,7 +117,8 @@ def unused() -> list[str]:
         name
         for name in bindings
         if not name.startswith("Experiment.")
-        and not re.search(rf"@{re.escape(name.rsplit('.', 1)[0])}\b", references)
+        and "." in name
+        and not re.search(rf"@(\w+/)*{re.escape(name.rsplit('.', 1)[0])}\b", references)
     ]
 
 
@@ -94,7 +127,7 @@ def text() -> str:
     return str(gin.operative_config_str())
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The gist of an error, with a suggestion for a misspelt name."""
     message = str(error).strip()
     parameter = re.search(
@@ -129,6 +162,6 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def parameters(configuration: str) -> dict[str, str]:
     """The bindings in a configuration's text, by name."""
-    joined = re.sub(r"\\\n\s*", "", configuration)
+    joined = re.sub(r"\\?\n[ \t]+", " ", configuration).replace("=  ", "= ")
     pairs = [line.split(" = ", 1) for line in joined.splitlines() if " = " in line]
     return {name.strip(): value.strip() for name, value in pairs if not name.startswith("#")}

@@ -69,11 +69,12 @@ class DistilledSet:
             images, labels = tensors["images"], tensors["labels"]
             transform = transform_from_state(metadata["transform"], state)
             class_names = tuple(metadata["class_names"])
-        except (KeyError, ValueError) as error:
+            provenance = dict(metadata["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(f"{path} is no complete distilled set: {error}") from error
         if images.dim() != 4 or len(labels) != len(images):
             raise DamagedFileError(
                 f"{path} holds images of shape {tuple(images.shape)} with labels of shape "
                 f"{tuple(labels.shape)}; they must be [N, C, H, W] and N labels"
             )
-        return cls(images, labels, transform, class_names, dict(metadata["provenance"]))
+        return cls(images, labels, transform, class_names, provenance)

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -114,8 +114,12 @@ class Distiller:
                 f"inner_steps={inner_steps}: {type(truncation).__name__} needs at least "
                 f"{truncation.minimum_steps}, the width of its window"
             )
-        if not hasattr(optimizer, "update"):
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise ValueError(f"optimizer={optimizer!r}: write for example @adam() with ()")
+        if estimator is not None:
+            check_instance(
+                "estimator", estimator, bilevel.estimators.Estimator, "@Adjoint() with ()"
+            )
         if clip is not None:
             check_instance("clip", clip, MovingAverageClip, "@MovingAverageClip() with ()")
         if not isinstance(snapshot_minutes, (list, tuple)):
@@ -138,7 +142,9 @@ class Distiller:
         self.image_every = image_every
         self.snapshot_minutes = sorted(snapshot_minutes)
 
-    def distil(self, job: Job, stop: StopRequest, config_text: str) -> TrainingState:
+    def distil(
+        self, job: Job, stop: StopRequest, config_text: str, on_start: Callable[[], None]
+    ) -> TrainingState:
         """Run, or go on from the checkpoint in `job.folder`, until done or asked to stop.
 
         Returns:
@@ -151,6 +157,7 @@ class Distiller:
         state = self.initial_state(job)
         if (job.folder / CHECKPOINT).exists():
             state.restore(job.folder / CHECKPOINT)
+        on_start()
         problem = MetaLoss(job.network, job.synthetic, job.augmentation, job.key.device)
         hypergradient = bilevel.Hypergradient(
             problem,

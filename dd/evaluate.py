@@ -5,12 +5,11 @@ import sys
 from pathlib import Path
 
 from dd import config
-from dd.cli import add_gin_arguments, fail, print_results
+from dd.cli import add_gin_arguments, fail, print_results, run
 from dd.distiller import DISTILLED
-from dd.experiment import RESULTS
+from dd.experiment import CONFIG, RESULTS
 from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory
-from dd.train import CONFIG
 
 EPILOG = """\
 examples:
@@ -60,4 +59,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

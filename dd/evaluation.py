@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bilevel import Key, fresh_parameters
 from dd.augmentation import Augmentation, FlipOrRotate
-from dd.checks import check_integer, check_number
+from dd.checks import check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData
 from dd.synthetic import random_subset
 
@@ -107,6 +107,8 @@ class Evaluator:
             for value in values:
                 check_integer(name, value, 1)
         check_number("lr", lr, above=0)
+        if augmentation is not None:
+            check_instance("augmentation", augmentation, Augmentation, "@FlipOrRotate() with ()")
         self.networks = networks
         self.steps = sorted(steps)
         self.lr = lr

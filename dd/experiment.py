@@ -18,11 +18,12 @@ from dd.data.prepared import PreparedData, prepare
 from dd.distilled_set import DistilledSet
 from dd.distiller import DISTILLED, Distiller, Job
 from dd.evaluation import Accuracy, Evaluator
-from dd.files import read_json, write_json
+from dd.files import read_json, write_json, write_text
 from dd.progress import StopRequest
 from dd.synthetic import SyntheticDataset
 
 RESULTS = "results.json"
+CONFIG = "config.gin"
 
 
 @final
@@ -67,6 +68,8 @@ class Experiment:
         check_instance("evaluator", evaluator, Evaluator, "@Evaluator() with ()")
         check_integer("seed", seed, 0)
         check_number("validation_fraction", validation_fraction, above=0)
+        if validation_fraction >= 1:
+            raise ValueError(f"validation_fraction={validation_fraction}: it must be below 1")
         self.dataset = dataset
         self.transform = transform
         self.augmentation = augmentation
@@ -87,14 +90,24 @@ class Experiment:
     def prepare(self, transform: PixelTransform | None = None) -> PreparedData:
         """Split the dataset and transform it, by a given transform or by a newly fitted one."""
         fit = self.transform if transform is None else transform
-        return prepare(self.dataset, fit, self.validation_fraction, self.seed, self.device)
+        try:
+            return prepare(self.dataset, fit, self.validation_fraction, self.seed, self.device)
+        except ValueError as error:
+            raise ValueError(
+                f"the dataset cannot be prepared with validation_fraction="
+                f"{self.validation_fraction} and this transform: {error}"
+            ) from error
 
     def train(
         self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
     ) -> dict[str, Any]:
         """Distil into `folder`, then evaluate unless asked to stop; returns the results."""
         results = self._empty_results()
-        write_json(folder / RESULTS, results)
+
+        def begin() -> None:
+            write_text(folder / CONFIG, config_text)
+            write_json(folder / RESULTS, results)
+
         state = self.distiller.distil(
             Job(
                 data=data,
@@ -108,13 +121,19 @@ class Experiment:
             ),
             stop,
             config_text,
+            on_start=begin,
         )
         results["outer_steps"] = state.step
         results["wall_clock_seconds"]["distilling"] = state.seconds
         if stop.requested:
             write_json(folder / RESULTS, {**results, "status": "interrupted"})
             return results
-        return self._evaluate(folder / DISTILLED, data, results, folder / RESULTS)
+        stop.at_once = True
+        try:
+            return self._evaluate(folder / DISTILLED, data, results, folder / RESULTS)
+        except KeyboardInterrupt:
+            write_json(folder / RESULTS, {**results, "status": "interrupted"})
+            return results
 
     def evaluate(self, set_path: Path, results_path: Path) -> dict[str, Any]:
         """Evaluate a distilled set with its own transform; returns and writes the results."""
@@ -182,6 +201,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={name!r}: it must be 'auto', 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r}: it must be 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: no CUDA device is available here")
     return device

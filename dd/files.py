@@ -74,6 +74,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["dd"])
+            if not isinstance(metadata, dict):
+                raise KeyError("its metadata is no table")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
         raise DamagedFileError(

@@ -28,7 +28,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def config(self, text: str) -> None:
         """Show the configuration."""

@@ -63,6 +63,7 @@ class StopRequest:
     """Whether the user, or the system, has asked the program to stop."""
 
     signal_number: int | None = None
+    at_once: bool = False
 
     @property
     def requested(self) -> bool:
@@ -75,9 +76,10 @@ def stop_on_signal() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request.requested:
-            raise KeyboardInterrupt
+        at_once = request.requested or request.at_once
         request.signal_number = number
+        if at_once:
+            raise KeyboardInterrupt
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

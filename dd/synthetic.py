@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel import ConfigurationError
-from dd.checks import check_choice, check_integer
+from dd.checks import check_choice, check_flag, check_integer
 
 
 @final
@@ -41,6 +41,7 @@ class SyntheticDataset:
         check_integer("images_per_class", images_per_class, 1)
         check_choice("start", start, ("noise", "real"))
         check_choice("projection", projection, ("none", "start", "every_step"))
+        check_flag("learn_labels", learn_labels)
         if classes_per_step is not None:
             check_integer("classes_per_step", classes_per_step, 1)
         if batch_per_class is not None:

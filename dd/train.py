@@ -7,14 +7,12 @@ from pathlib import Path
 
 from bilevel import BilevelError
 from dd import config
-from dd.cli import add_gin_arguments, fail, print_results
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
 from dd.distiller import CHECKPOINT, DISTILLED
-from dd.experiment import RESULTS, Experiment
-from dd.files import DamagedFileError, write_text
+from dd.experiment import CONFIG, RESULTS, Experiment
+from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory
 from dd.progress import stop_on_signal
-
-CONFIG = "config.gin"
 
 #: Parameters that may change when a run is resumed: how long it goes on, and how it is judged.
 RESUMABLE = (
@@ -74,7 +72,10 @@ def _run(experiment: Experiment, folder: Path) -> int:
     for name in config.unused():
         print(f"note: {name} is set, but nothing refers to {name.rsplit('.', 1)[0]}")
     print(f"preparing {experiment.dataset!r}", flush=True)
-    data = experiment.prepare()
+    try:
+        data = experiment.prepare()
+    except (ValueError, BilevelError) as error:
+        return fail(config.one_line(error))
     text = config.text()
     try:
         if (folder / CHECKPOINT).exists():
@@ -85,21 +86,20 @@ def _run(experiment: Experiment, folder: Path) -> int:
                     "choose another --run_dir, or repeat the command that started it"
                 )
             print(f"resuming the run in {folder}")
-        write_text(folder / CONFIG, text)
     except OSError as error:
         return fail(f"--run_dir={folder} cannot be used: {error}")
     print(f"writing to {folder} (watch it: tensorboard --logdir {folder})", flush=True)
     try:
         with stop_on_signal() as stop:
             results = experiment.train(data, folder, stop, text)
-    except (BilevelError, DamagedFileError) as error:
+    except (BilevelError, DamagedFileError, OSError) as error:
         return fail(str(error))
     if stop.requested:
         print(
             f"stopped after outer step {results['outer_steps']}; to go on, repeat the command "
             f"with --run_dir={folder}"
         )
-        return 130
+        return INTERRUPTED
     print_results(results)
     print(f"\ndistilled set: {folder / DISTILLED}\nresults:       {folder / RESULTS}")
     return 0
@@ -116,4 +116,4 @@ def _differences(old: str, new: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

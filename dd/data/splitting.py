@@ -29,8 +29,8 @@ def stratified_split(
         ValueError: if ``fraction`` is outside (0, 1), or the data is too small to give such a
             split.
     """
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"{parameter} is {fraction}; it must lie strictly between 0 and 1")
+    if not (isinstance(fraction, (int, float)) and 0.0 < fraction < 1.0):
+        raise ValueError(f"{parameter} is {fraction!r}; it must lie strictly between 0 and 1")
     targets = labels.cpu().numpy()
     try:
         kept, held_out = train_test_split(

@@ -41,8 +41,16 @@ class ConvNet(nn.Module):
         width: int = 128,
     ) -> None:
         super().__init__()
-        sizes = {"num_classes": num_classes, "channels": channels, "depth": depth, "width": width}
+        sizes = {
+            "num_classes": num_classes,
+            "channels": channels,
+            "image_size": image_size,
+            "depth": depth,
+            "width": width,
+        }
         for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} is {value!r}; it must be an integer")
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if image_size < 2**depth:

@@ -145,7 +145,10 @@ def test_validation_can_choose_the_early_stage(network: nn.Module) -> None:
         validation_images=validation_images, validation_labels=(validation_labels + 1) % CLASSES
     )
     images, labels = examples(6, seed=4)
-    assert evaluator().distilled(images, labels, network, contrary, KEY).steps == 1
+    result = evaluator().distilled(images, labels, network, contrary, KEY)
+    assert result.steps == 1
+    assert result == evaluator(steps=[1]).distilled(images, labels, network, contrary, KEY)
+    assert result != evaluator(steps=[60]).distilled(images, labels, network, contrary, KEY)
 
 
 def test_the_test_set_is_seen_once_by_each_network_after_every_choice(

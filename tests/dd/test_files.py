@@ -177,7 +177,6 @@ def test_a_distilled_set_round_trips_bit_for_bit(kind: str, soft: bool, tmp_path
     pixels = torch.rand(5, 1, 3, 3, generator=seeded(9))
     assert torch.equal(loaded.transform(pixels), saved.transform(pixels))
     assert torch.equal(loaded.pixels(), saved.pixels())
-    assert 0 <= float(saved.pixels().min()) <= float(saved.pixels().max()) <= 1
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

@@ -146,9 +146,10 @@ def test_a_batch_is_a_pure_function_of_its_step(steps: list[int], seed: int) -> 
         assert torch.equal(labels, expected[step][1])
 
 
-def test_augmentation_differs_between_steps() -> None:
+def test_augmentation_differs_between_steps_of_an_epoch() -> None:
     image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    real = RealBatches(image, torch.zeros(1, dtype=torch.int64), 1, FlipOrRotate(), Key(0))
+    alike = image.repeat(10, 1, 1, 1)
+    real = RealBatches(alike, torch.zeros(10, dtype=torch.int64), 1, FlipOrRotate(), Key(0))
     assert len({tuple(real.at(step)[0].flatten().tolist()) for step in range(10)}) > 2
 
 

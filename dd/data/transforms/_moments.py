@@ -93,4 +93,4 @@ def eigendecomposition(moment: Tensor) -> tuple[Tensor, Tensor]:
         moment: float64 [d, d], symmetric positive semi-definite.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(moment)
-    return eigenvalues.clamp_min_(0).to(torch.float32), eigenvectors.to(torch.float32)
+    return eigenvalues.clamp_min_(0).to(torch.float32), eigenvectors.to(torch.float32).contiguous()
