@@ -27,7 +27,7 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/pip install --quiet -e '.[benchmark]'
-	$(BIN)/python -m benchmarks.hypergradient
+	$(BIN)/python benchmarks/hypergradient.py
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run make PYTHON=python3.12")'

@@ -1,50 +1,17 @@
-"""The outer loop: hypergradient, clipping, outer optimizer, and what is kept of it on disk."""
+"""How to distil: the settings of the outer loop."""
 
 import copy
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
 
 import bilevel
 from bilevel.clip import MovingAverageClip
-from dd.augmentation import Augmentation
 from dd.checkpoint import TrainingState
 from dd.checks import check_instance, check_integer, check_number
-from dd.data.prepared import PreparedData, RealBatches
-from dd.distilled_set import DistilledSet
-from dd.evaluation import Evaluator
-from dd.monitor import Monitor
-from dd.problems import MetaLoss
-from dd.progress import Progress, StopRequest
-from dd.synthetic import SyntheticDataset
-
-#: Outer steps in a row whose hypergradient may be non-finite (and is skipped) before giving up.
-MOST_SKIPPED = 10
-#: Wall clock between two checkpoints.
-CHECKPOINT_SECONDS = 60.0
-#: Names in a run's folder.
-CHECKPOINT = "checkpoint.safetensors"
-DISTILLED = "distilled.safetensors"
-
-
-@final
-@dataclass(frozen=True)
-class Job:
-    """What one distillation works on; everything but the outer loop's own settings."""
-
-    data: PreparedData
-    network: nn.Module
-    augmentation: Augmentation
-    synthetic: SyntheticDataset
-    evaluator: Evaluator
-    folder: Path
-    key: bilevel.Key
-    provenance: dict[str, Any]
+from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.progress import StopRequest
 
 
 @final
@@ -147,49 +114,24 @@ class Distiller:
     ) -> TrainingState:
         """Run, or go on from the checkpoint in `job.folder`, until done or asked to stop.
 
+        Args:
+            job: What to work on, and where.
+            stop: Looked at after every outer step.
+            config_text: Shown in TensorBoard.
+            on_start: Called once it is sure that the run can start or go on.
+
         Returns:
-            The state at the end. The distilled set is in `DISTILLED`.
+            The state at the end. The distilled set is in the job's folder.
 
         Raises:
             bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
             DamagedFileError: The checkpoint cannot be used.
         """
-        state = self.initial_state(job)
+        state = self._initial_state(job)
         if (job.folder / CHECKPOINT).exists():
             state.restore(job.folder / CHECKPOINT)
         on_start()
-        problem = MetaLoss(job.network, job.synthetic, job.augmentation, job.key.device)
-        hypergradient = bilevel.Hypergradient(
-            problem,
-            optimizer=self.optimizer,
-            steps=self.inner_steps,
-            truncation=state.truncation,
-            estimator=self.estimator,
-            keep_every=self.keep_every,
-        )
-        real = RealBatches(
-            job.data.train_images,
-            job.data.train_labels,
-            self.real_batch,
-            job.augmentation,
-            job.key.fold("real"),
-        )
-        monitor = Monitor(job.folder / "events", first_step=state.step)
-        progress = Progress(self.outer_steps, self.minutes, state.step, state.seconds)
-        try:
-            monitor.config(config_text)
-            if state.step == 0:
-                self._keep(state, job)
-                self._show(state, job, monitor)
-            try:
-                self._loop(state, job, hypergradient, real, monitor, progress, stop)
-            except bilevel.NonFiniteError:
-                self._save(state, job, monitor)
-                raise
-            self._save(state, job, monitor)
-        finally:
-            progress.close()
-            monitor.close()
+        Distillation(self, job, state).run(stop, config_text)
         return state
 
     def finished(self, state: TrainingState) -> bool:
@@ -197,7 +139,7 @@ class Distiller:
         out_of_time = self.minutes is not None and state.seconds >= 60 * self.minutes
         return state.step >= self.outer_steps or out_of_time
 
-    def initial_state(self, job: Job) -> TrainingState:
+    def _initial_state(self, job: Job) -> TrainingState:
         """The state before the first outer step."""
         outer = job.synthetic.create(
             job.data.train_images,
@@ -212,108 +154,3 @@ class Distiller:
         return TrainingState(
             outer, optimizer, copy.deepcopy(self.clip), copy.deepcopy(self.truncation)
         )
-
-    def _loop(
-        self,
-        state: TrainingState,
-        job: Job,
-        hypergradient: bilevel.Hypergradient,
-        real: RealBatches,
-        monitor: Monitor,
-        progress: Progress,
-        stop: StopRequest,
-    ) -> None:
-        skipped = 0
-        saved_at = time.monotonic()
-        while not self.finished(state) and not stop.requested:
-            before = state.seconds
-            try:
-                self._step(state, job, hypergradient, real, monitor, progress)
-                skipped = 0
-            except bilevel.NonFiniteError as error:
-                skipped += 1
-                if skipped == MOST_SKIPPED:
-                    raise
-                progress.say(f"outer step {state.step} skipped: {error}")
-                state.step += 1
-            for minutes in self.snapshot_minutes:
-                if before < 60 * minutes <= state.seconds:
-                    self._set(state, job).save(
-                        job.folder / "snapshots" / f"{minutes:g}_minutes.safetensors"
-                    )
-            if self.validate_every and state.step % self.validate_every == 0:
-                self._validate(state, job, monitor)
-            if state.step % self.image_every == 0:
-                self._show(state, job, monitor)
-            if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                state.save(job.folder / CHECKPOINT)
-                saved_at = time.monotonic()
-
-    def _step(
-        self,
-        state: TrainingState,
-        job: Job,
-        hypergradient: bilevel.Hypergradient,
-        real: RealBatches,
-        monitor: Monitor,
-        progress: Progress,
-    ) -> None:
-        """One outer step; if it raises, the outer variables are as they were."""
-        began = time.perf_counter()
-        state.optimizer.zero_grad()
-        images, labels = (part.split(self.real_micro_batch) for part in real.at(state.step))
-        batches = bilevel.MicroBatches(
-            list(zip(images, labels, strict=True)),
-            [len(part) / sum(map(len, labels)) for part in labels],
-        )
-        result = hypergradient.backward(
-            state.outer, batches, job.key.generator("outer", state.step)
-        )
-        bound = float("inf") if state.clip is None else state.clip([state.outer["images"]])[1]
-        state.optimizer.step()
-        job.synthetic.constrain_(state.outer)
-        loss, accuracy = float(result.loss), float(result.metrics["accuracy"])
-        state.truncation.update({"loss": loss, "accuracy": accuracy})
-        seconds = time.perf_counter() - began
-        state.step += 1
-        state.seconds += seconds
-        monitor.outer_step(state.step, result, bound, seconds)
-        progress.update(state.step, state.seconds, loss, accuracy)
-
-    def _save(self, state: TrainingState, job: Job, monitor: Monitor) -> None:
-        state.save(job.folder / CHECKPOINT)
-        if not self.validate_every:
-            self._keep(state, job)
-        self._show(state, job, monitor)
-
-    def _validate(self, state: TrainingState, job: Job, monitor: Monitor) -> None:
-        accuracy = job.evaluator.validation(
-            state.outer["images"],
-            job.synthetic.labels(state.outer),
-            job.network,
-            job.data,
-            job.key.fold("validation", state.step),
-        )
-        if state.best_accuracy is None or accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_step = accuracy, state.step
-            self._keep(state, job)
-        monitor.scalars(
-            state.step,
-            {"validation/accuracy": accuracy, "validation/best_accuracy": state.best_accuracy},
-        )
-
-    def _keep(self, state: TrainingState, job: Job) -> None:
-        self._set(state, job).save(job.folder / DISTILLED)
-
-    def _set(self, state: TrainingState, job: Job) -> DistilledSet:
-        return DistilledSet(
-            images=state.outer["images"].detach(),
-            labels=job.synthetic.labels(state.outer).detach(),
-            transform=job.data.transform,
-            class_names=job.data.class_names,
-            provenance={**job.provenance, "outer_step": state.step, "seconds": state.seconds},
-        )
-
-    def _show(self, state: TrainingState, job: Job, monitor: Monitor) -> None:
-        pixels: Tensor = self._set(state, job).pixels()
-        monitor.images(state.step, pixels, job.synthetic.images_per_class)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from dd import config
 from dd.cli import add_gin_arguments, fail, print_results, run
-from dd.distiller import DISTILLED
-from dd.experiment import CONFIG, RESULTS
+from dd.distillation import DISTILLED
+from dd.experiment import CONFIG, RESULTS, TRAINING_SETS
 from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory
 
 EPILOG = """\
 examples:
   python -m dd.evaluate runs/cpu
-  python -m dd.evaluate runs/cpu --set=runs/cpu/snapshots/5_minutes.safetensors
+  python -m dd.evaluate runs/cpu --set=runs/cpu/snapshots/5_minutes.safetensors --only=distilled
   python -m dd.evaluate runs/cpu --gin_param='Evaluator.networks = 20'
 
 Every choice is made on the validation split of the training data; the test set is used once.
@@ -40,6 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="where the results go (default: results.json of the run, "
         "or results-NAME.json for another --set)",
     )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=TRAINING_SETS,
+        help="train on this only; may be repeated (default: on all of them)",
+    )
     add_gin_arguments(parser, required=False)
     options = parser.parse_args(arguments)
     keep_freed_memory()
@@ -51,7 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     name = RESULTS if chosen == folder / DISTILLED else f"results-{chosen.stem}.json"
     try:
         experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
-        results = experiment.evaluate(chosen, Path(options.json) if options.json else folder / name)
+        results = experiment.evaluate(
+            chosen,
+            Path(options.json) if options.json else folder / name,
+            options.only or TRAINING_SETS,
+        )
     except (config.ConfigError, DamagedFileError, FileNotFoundError, ValueError) as error:
         return fail(str(error))
     print_results(results)

@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -15,8 +15,9 @@ from dd.augmentation import Augmentation
 from dd.checks import check_callable, check_instance, check_integer, check_number
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
+from dd.distillation import DISTILLED, Job
 from dd.distilled_set import DistilledSet
-from dd.distiller import DISTILLED, Distiller, Job
+from dd.distiller import Distiller
 from dd.evaluation import Accuracy, Evaluator
 from dd.files import read_json, write_json, write_text
 from dd.progress import StopRequest
@@ -24,6 +25,8 @@ from dd.synthetic import SyntheticDataset
 
 RESULTS = "results.json"
 CONFIG = "config.gin"
+#: What networks are trained on, in the order of the table.
+TRAINING_SETS = ("random_real", "distilled", "full_data")
 
 
 @final
@@ -135,8 +138,13 @@ class Experiment:
             write_json(folder / RESULTS, {**results, "status": "interrupted"})
             return results
 
-    def evaluate(self, set_path: Path, results_path: Path) -> dict[str, Any]:
-        """Evaluate a distilled set with its own transform; returns and writes the results."""
+    def evaluate(
+        self, set_path: Path, results_path: Path, training_sets: Sequence[str] = TRAINING_SETS
+    ) -> dict[str, Any]:
+        """Evaluate a distilled set with its own transform; returns and writes the results.
+
+        Of `TRAINING_SETS` only those in `training_sets` are measured.
+        """
         distilled = DistilledSet.load(set_path)
         if distilled.class_names != self.dataset.class_names:
             raise ValueError(
@@ -146,12 +154,24 @@ class Experiment:
         results = self._empty_results()
         previous = read_json(results_path) if results_path.is_file() else {}
         results["wall_clock_seconds"].update(previous.get("wall_clock_seconds", {}))
+        results["accuracy"].update(
+            {
+                name: accuracy
+                for name, accuracy in previous.get("accuracy", {}).items()
+                if name not in training_sets
+            }
+        )
         results["outer_steps"] = distilled.provenance.get("outer_step")
         data = self.prepare(distilled.transform)
-        return self._evaluate(set_path, data, results, results_path)
+        return self._evaluate(set_path, data, results, results_path, training_sets)
 
     def _evaluate(
-        self, set_path: Path, data: PreparedData, results: dict[str, Any], results_path: Path
+        self,
+        set_path: Path,
+        data: PreparedData,
+        results: dict[str, Any],
+        results_path: Path,
+        training_sets: Sequence[str] = TRAINING_SETS,
     ) -> dict[str, Any]:
         began = time.perf_counter()
         distilled = DistilledSet.load(set_path)
@@ -165,8 +185,10 @@ class Experiment:
             "full_data": lambda: self.evaluator.full_data(self.network, data, key),
         }
         results["distilled_set"] = {"file": set_path.name, **distilled.provenance}
-        for name, measure in measurements.items():
-            accuracy = measure()
+        for name in TRAINING_SETS:
+            if name not in training_sets:
+                continue
+            accuracy = measurements[name]()
             results["accuracy"][name] = None if accuracy is None else accuracy.as_dict()
             results["wall_clock_seconds"]["evaluating"] = time.perf_counter() - began
             write_json(results_path, {**results, "status": "evaluating"})
@@ -180,7 +202,7 @@ class Experiment:
             "status": "running",
             "dataset": self.dataset.name,
             "images_per_class": self.synthetic.images_per_class,
-            "accuracy": {"random_real": None, "distilled": None, "full_data": None},
+            "accuracy": dict.fromkeys(TRAINING_SETS),
             "protocol": self.evaluator.protocol,
             "selection": "validation split of the training data; test set used once",
             "seed": self.seed,

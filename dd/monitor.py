@@ -35,27 +35,28 @@ class Monitor:
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def outer_step(
-        self, step: int, result: HypergradientResult, bound: float, seconds: float
+        self, step: int, result: HypergradientResult, bound: float | None, seconds: float
     ) -> None:
         """Show what one outer step did.
 
         Args:
             step: Outer step.
             result: Its hypergradient.
-            bound: The norm that the hypergradient was clipped to.
+            bound: The norm that the images' hypergradient was clipped to; None without clipping.
             seconds: How long the step took.
         """
         scalars: dict[str, Tensor | float] = {
             "outer/loss": result.loss,
             **{f"outer/{name}": value for name, value in result.metrics.items()},
             "hypergradient/norm": result.stats.hypergradient_norm,
-            "hypergradient/clip_bound": bound,
             "window/start": result.window.start,
             "window/stop": result.window.stop,
             "inner/loss_at_start": result.trace["inner_loss"][0],
             "inner/loss_at_stop": result.trace["inner_loss"][-1],
             "time/seconds_per_step": seconds,
         }
+        if bound is not None:
+            scalars["hypergradient/clip_bound"] = bound
         if result.stats.cotangent_norms is not None:
             first, last = result.stats.cotangent_norms[[0, -1]].tolist()
             scalars["hypergradient/cotangent_growth"] = first / max(last, 1e-30)

@@ -8,7 +8,7 @@ from pathlib import Path
 from bilevel import BilevelError
 from dd import config
 from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
-from dd.distiller import CHECKPOINT, DISTILLED
+from dd.distillation import CHECKPOINT, DISTILLED
 from dd.experiment import CONFIG, RESULTS, Experiment
 from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory

@@ -1,0 +1,193 @@
+"""One distillation under way: the outer loop, and what is kept of it on disk."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from torch import nn
+
+import bilevel
+from dd.augmentation import Augmentation
+from dd.checkpoint import TrainingState
+from dd.data.prepared import PreparedData, RealBatches
+from dd.distilled_set import DistilledSet
+from dd.evaluation import Evaluator
+from dd.monitor import Monitor
+from dd.problems import MetaLoss
+from dd.progress import Progress, StopRequest
+from dd.synthetic import SyntheticDataset
+
+if TYPE_CHECKING:
+    from dd.distiller import Distiller
+
+#: Outer steps in a row whose hypergradient may be non-finite (and is skipped) before giving up.
+MOST_SKIPPED = 10
+#: Wall clock between two checkpoints.
+CHECKPOINT_SECONDS = 60.0
+#: Names in a run's folder.
+CHECKPOINT = "checkpoint.safetensors"
+DISTILLED = "distilled.safetensors"
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """What one distillation works on; everything but the outer loop's own settings."""
+
+    data: PreparedData
+    network: nn.Module
+    augmentation: Augmentation
+    synthetic: SyntheticDataset
+    evaluator: Evaluator
+    folder: Path
+    key: bilevel.Key
+    provenance: dict[str, Any]
+
+
+@final
+class Distillation:
+    """Runs the outer loop: hypergradient, clipping, outer optimizer.
+
+    Args:
+        settings: Of the outer loop.
+        job: What to work on, and where.
+        state: Where to begin; it is what changes.
+    """
+
+    def __init__(self, settings: Distiller, job: Job, state: TrainingState) -> None:
+        self.settings = settings
+        self.job = job
+        self.state = state
+        self.hypergradient = bilevel.Hypergradient(
+            MetaLoss(job.network, job.synthetic, job.augmentation, job.key.device),
+            optimizer=settings.optimizer,
+            steps=settings.inner_steps,
+            truncation=state.truncation,
+            estimator=settings.estimator,
+            keep_every=settings.keep_every,
+        )
+        self.real = RealBatches(
+            job.data.train_images,
+            job.data.train_labels,
+            settings.real_batch,
+            job.augmentation,
+            job.key.fold("real"),
+        )
+
+    def run(self, stop: StopRequest, config_text: str) -> None:
+        """Go on until all is done or `stop` is requested; the files are then up to date.
+
+        Raises:
+            bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
+        """
+        state, settings = self.state, self.settings
+        monitor = Monitor(self.job.folder / "events", first_step=state.step)
+        progress = Progress(settings.outer_steps, settings.minutes, state.step, state.seconds)
+        try:
+            monitor.config(config_text)
+            if state.step == 0:
+                self._keep()
+                self._show(monitor)
+            try:
+                self._loop(stop, monitor, progress)
+            except bilevel.NonFiniteError:
+                self._save(monitor)
+                raise
+            self._save(monitor)
+        finally:
+            progress.close()
+            monitor.close()
+
+    def _loop(self, stop: StopRequest, monitor: Monitor, progress: Progress) -> None:
+        state, settings = self.state, self.settings
+        skipped = 0
+        saved_at = time.monotonic()
+        while not settings.finished(state) and not stop.requested:
+            seconds_before = state.seconds
+            try:
+                self._step(monitor, progress)
+                skipped = 0
+            except bilevel.NonFiniteError as error:
+                skipped += 1
+                if skipped == MOST_SKIPPED:
+                    raise
+                progress.say(f"outer step {state.step} skipped: {error}")
+                state.step += 1
+            for minutes in settings.snapshot_minutes:
+                if seconds_before < 60 * minutes <= state.seconds:
+                    name = f"{minutes:g}_minutes.safetensors"
+                    self._distilled_set().save(self.job.folder / "snapshots" / name)
+            if settings.validate_every and state.step % settings.validate_every == 0:
+                self._validate(monitor)
+            if state.step % settings.image_every == 0:
+                self._show(monitor)
+            if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                state.save(self.job.folder / CHECKPOINT)
+                saved_at = time.monotonic()
+
+    def _step(self, monitor: Monitor, progress: Progress) -> None:
+        """One outer step; if it raises, the outer variables are as they were."""
+        state, job = self.state, self.job
+        began = time.perf_counter()
+        state.optimizer.zero_grad()
+        images, labels = self.real.at(state.step)
+        pieces = [part.split(self.settings.real_micro_batch) for part in (images, labels)]
+        batches = bilevel.MicroBatches(
+            list(zip(*pieces, strict=True)), [len(part) / len(labels) for part in pieces[1]]
+        )
+        result = self.hypergradient.backward(
+            state.outer, batches, job.key.generator("outer", state.step)
+        )
+        bound = None if state.clip is None else state.clip([state.outer["images"]])[1]
+        state.optimizer.step()
+        job.synthetic.constrain_(state.outer)
+        loss, accuracy = float(result.loss), float(result.metrics["accuracy"])
+        state.truncation.update({"loss": loss, "accuracy": accuracy})
+        seconds = time.perf_counter() - began
+        state.step += 1
+        state.seconds += seconds
+        monitor.outer_step(state.step, result, bound, seconds)
+        progress.update(state.step, state.seconds, loss, accuracy)
+
+    def _validate(self, monitor: Monitor) -> None:
+        state, job = self.state, self.job
+        accuracy = job.evaluator.validation(
+            state.outer["images"],
+            job.synthetic.labels(state.outer),
+            job.network,
+            job.data,
+            job.key.fold("validation", state.step),
+        )
+        if state.best_accuracy is None or accuracy > state.best_accuracy:
+            state.best_accuracy, state.best_step = accuracy, state.step
+            self._keep()
+        monitor.scalars(
+            state.step,
+            {"validation/accuracy": accuracy, "validation/best_accuracy": state.best_accuracy},
+        )
+
+    def _save(self, monitor: Monitor) -> None:
+        self.state.save(self.job.folder / CHECKPOINT)
+        if self.state.best_accuracy is None:
+            self._keep()
+        self._show(monitor)
+
+    def _keep(self) -> None:
+        self._distilled_set().save(self.job.folder / DISTILLED)
+
+    def _show(self, monitor: Monitor) -> None:
+        pixels = self._distilled_set().pixels()
+        monitor.images(self.state.step, pixels, self.job.synthetic.images_per_class)
+
+    def _distilled_set(self) -> DistilledSet:
+        state, job = self.state, self.job
+        return DistilledSet(
+            images=state.outer["images"].detach(),
+            labels=job.synthetic.labels(state.outer).detach(),
+            transform=job.data.transform,
+            class_names=job.data.class_names,
+            provenance={**job.provenance, "outer_step": state.step, "seconds": state.seconds},
+        )
