@@ -14,26 +14,34 @@ from bilevel.errors import ConfigurationError, NonFiniteError
 class MovingAverageClip:
     """Clip the norm of a gradient to a multiple of the moving average of that norm.
 
-        e ← decay·e + (1 − decay)·‖g‖        (e starts at the first ‖g‖; the update comes first)
+        e ← decay·e + (1 − decay)·min(‖g‖, cap·e)    (e starts at the first ‖g‖; this comes first)
         g ← g · min(1, factor·e / ‖g‖)
 
     Args:
         decay: In [0, 1).
         factor: Positive.
+        cap: What one outlier counts for in the average, at most, as a multiple of it; at least 1.
+            None: its full norm, as published. A window over Adam's first steps can have a norm a
+            hundred times the usual one. Uncapped, it lifts the average so far that it is hardly
+            clipped itself, and then spoils the outer optimizer's second moments for long.
 
     Raises:
         ConfigurationError: An argument outside its range.
 
-    Source: the released code of RaT-BPTT (arXiv 2311.07025), with decay 0.9 and factor 2.
+    Source: the released code of RaT-BPTT (arXiv 2311.07025), with decay 0.9 and factor 2;
+    the cap is our own.
     """
 
-    def __init__(self, decay: float = 0.9, factor: float = 2.0) -> None:
+    def __init__(self, decay: float = 0.9, factor: float = 2.0, cap: float | None = None) -> None:
         if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise ConfigurationError(f"decay={decay!r}: it must be a number in [0, 1)")
         if not isinstance(factor, (int, float)) or not factor > 0:
             raise ConfigurationError(f"factor={factor!r}: it must be a number above 0")
+        if cap is not None and (not isinstance(cap, (int, float)) or not cap >= 1):
+            raise ConfigurationError(f"cap={cap!r}: it must be a number of at least 1, or None")
         self.decay = decay
         self.factor = factor
+        self.cap = math.inf if cap is None else cap
         self.average: float | None = None
 
     def __call__(self, tensors: Iterable[Tensor]) -> tuple[float, float]:
@@ -53,7 +61,8 @@ class MovingAverageClip:
         if not math.isfinite(norm):
             raise NonFiniteError(f"the norm of the gradient to clip is {norm}")
         previous = norm if self.average is None else self.average
-        self.average = self.decay * previous + (1 - self.decay) * norm
+        counted = min(norm, self.cap * previous) if previous else norm
+        self.average = self.decay * previous + (1 - self.decay) * counted
         bound = self.factor * self.average
         if norm > bound:
             for grad in grads:

@@ -122,3 +122,19 @@ def test_every_tensor_must_have_a_gradient():
     for given_ in ([], [without], [with_one, without]):
         with pytest.raises(bilevel.ConfigurationError, match="gradient"):
             MovingAverageClip()(given_)
+
+
+@given(st.floats(1.0, 10.0), st.floats(0.0, 0.99), st.floats(1e-3, 1e6))
+def test_with_a_cap_an_outlier_moves_the_average_by_so_much_at_most(cap, decay, outlier):
+    clip = MovingAverageClip(decay, 2.0, cap)
+    clip(tensors(1.0))
+    pair = tensors(outlier)
+    _, bound = clip(pair)
+    assert bound == pytest.approx(2 * (decay + (1 - decay) * min(outlier, cap)), rel=1e-9)
+    assert length(pair) <= bound * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("cap", [0.5, "two", float("nan")])
+def test_a_bad_cap_is_named(cap):
+    with pytest.raises(bilevel.ConfigurationError, match="cap="):
+        MovingAverageClip(cap=cap)
