@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.random import Key
-from bilevel.trajectory import Iterate
 from bilevel.tree import is_differentiable, named_leaves, partition
 
 if TYPE_CHECKING:
@@ -42,18 +41,28 @@ def check_scalar(value: Any, name: str) -> Tensor:
     return value
 
 
-def check_inner_loss(inner: InnerLoop, outer: Any, start: Iterate, key: Key) -> None:
+def check_inner_loss(inner: InnerLoop, outer: Any, key: Key) -> None:
     """Find an inner loss that would make every hypergradient silently wrong.
 
     It is evaluated once by plain autograd at θ_0, on a batch cut off the outer variables.
 
+    Args:
+        inner: The inner loop.
+        outer: The outer variables as the user holds them, so that a closure over them is found.
+        key: The randomness of the first run.
+
     Raises:
-        ProblemError: It does not depend on its parameters, or depends on outer variables other
-            than through the batch, or writes in place.
+        ProblemError: It does not depend on its parameters, depends on outer variables other than
+            through the batch, writes in place, or draws from a global generator.
     """
+    given, rebuild_outer = partition(outer)
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in given]
+    random_state = torch.get_rng_state()
+    with torch.no_grad():
+        frozen = rebuild_outer([leaf.detach() for leaf in leaves])
+        start = inner.start(frozen, key, inner.hyperparameters(frozen))
     params = start.params.detach().clone().requires_grad_()
-    leaves, rebuild_outer = partition(outer)
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    device_state = torch.cuda.get_rng_state(params.device) if params.is_cuda else None
     with torch.enable_grad():
         batch = inner.batch(rebuild_outer(leaves), 0, key)
         inputs, rebuild_batch = partition(batch, lambda leaf: isinstance(leaf, Tensor))
@@ -64,9 +73,19 @@ def check_inner_loss(inner: InnerLoop, outer: Any, start: Iterate, key: Key) -> 
             if "inplace" in str(error).replace("-", ""):
                 raise ProblemError(f"inner_loss writes to its params in place: {error}") from error
             raise
-        grads: tuple[Tensor | None, ...] = (None,) * (1 + len(leaves))
+        suspects = [*leaves, *(leaf for leaf in given if leaf.requires_grad)]
+        grads: tuple[Tensor | None, ...] = (None,)
         if loss.requires_grad:
-            grads = torch.autograd.grad(loss, [params, *leaves], allow_unused=True)
+            grads = torch.autograd.grad(loss, [params, *suspects], allow_unused=True)
+    if not torch.equal(random_state, torch.get_rng_state()) or (
+        device_state is not None
+        and not torch.equal(device_state, torch.cuda.get_rng_state(params.device))
+    ):
+        raise ProblemError(
+            "init, inner_batch or inner_loss draws from PyTorch's global generator, as dropout "
+            "does, so a step that is run again would differ: draw from the generator that init and "
+            "inner_batch are given, and put the module in eval mode"
+        )
     if any(leaf._version for leaf in inputs):
         raise ProblemError("inner_loss writes to its batch in place; make a new tensor instead")
     if grads[0] is None:
@@ -82,26 +101,31 @@ def check_inner_loss(inner: InnerLoop, outer: Any, start: Iterate, key: Key) -> 
         )
 
 
-def settled(transformation: Any) -> Any:
+def settled(transformation: Any, device: torch.device, *, check: bool) -> Any:
     """Make a TorchOpt transformation a pure function of its state.
 
     TorchOpt 0.7.3's momentum keeps a first-call flag outside its state, which would change what
     a step gives when it is run again or when the transformation is made anew for every step. One
     discarded update spends it. Without dampening a zero buffer then gives the same first step.
 
+    Args:
+        transformation: Any transformation; only TorchOpt's are touched.
+        device: Where its hyperparameters live.
+        check: Also compare the first step with one that is run again.
+
     Raises:
         ConfigurationError: The flag changes the first step, as it does with dampening.
     """
     if not getattr(transformation.update, "__module__", "").startswith("torchopt"):
         return transformation
-    probe = torch.ones(1)
+    probe = torch.ones(1, device=device)
     state = transformation.init(probe)
     with torch.no_grad():
-        first, again = (
+        first, *again = (
             transformation.update(probe.clone(), state, params=probe, inplace=False)[0]
-            for _ in range(2)
+            for _ in range(2 if check else 1)
         )
-    if not torch.equal(first, again):
+    if check and not torch.equal(first, again[0]):
         raise ConfigurationError(
             "this TorchOpt optimizer keeps a first-call flag outside its state that changes its "
             "first step (momentum with dampening does), so an inner run could not be repeated: "

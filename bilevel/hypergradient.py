@@ -6,6 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel.contract import check_inner_loss
 from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.inner import InnerLoop
@@ -81,6 +82,7 @@ class Hypergradient:
         for name, module in modules_held_by(problem):
             refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
         self.inner = InnerLoop(problem, optimizer)
+        self._checked = False
         self.steps = steps
         self.keep_every = keep_every
         self.keep_on = None if keep_on is None else torch.device(keep_on)
@@ -106,10 +108,13 @@ class Hypergradient:
             UnusedOuterVariableError: Nothing depends on some outer variable.
             NonFiniteError: The outer loss or the hypergradient is NaN or infinite.
         """
+        key = Key.draw(generator)
+        if not self._checked:
+            check_inner_loss(self.inner, outer, key)
+            self._checked = True
         outer = optree.tree_map(
             lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, outer
         )
-        key = Key.draw(generator)
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         horizon = self.truncation.horizon(self.steps, schedule_generator)
         trajectory = self.inner.rollout(

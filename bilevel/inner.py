@@ -8,7 +8,7 @@ import torch
 from optree.integrations.torch import tree_ravel
 from torch import Tensor
 
-from bilevel.contract import check_inner_loss, check_params, check_scalar, settled
+from bilevel.contract import check_params, check_scalar, settled
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.problem import Problem
 from bilevel.random import Key
@@ -45,10 +45,12 @@ class InnerLoop:
                 "makes one from the problem's hyperparameters, such as bilevel.optim.sgd"
             )
         self.problem = problem
-        self.optimizer = settled(optimizer) if self._is_transformation else optimizer
+        self.optimizer = optimizer
+        if self._is_transformation:
+            settled(optimizer, torch.device("cpu"), check=True)
         self._unravel: Callable[[Tensor], Any] | None = None
         self._structure: Any = None
-        self._checked = False
+        self._optimizer_checked = self._is_transformation
 
     # Pure functions of their arguments, differentiable by autograd and by torch.func.
 
@@ -166,8 +168,7 @@ class InnerLoop:
 
         Raises:
             ConfigurationError: An unknown signal.
-            ProblemError: The inner loss is no scalar, does not depend on its parameters, sees
-                outer variables around the batch, or writes in place.
+            ProblemError: `init` returned no parameters, or the inner loss is no scalar.
         """
         unknown = set(signals) - set(SIGNALS)
         if unknown:
@@ -175,9 +176,6 @@ class InnerLoop:
         outer = detach(outer)
         hyperparameters = self.hyperparameters(outer)
         iterate = self.start(outer, key, hyperparameters)
-        if not self._checked:
-            check_inner_loss(self, outer, iterate, key)
-            self._checked = True
         kept: dict[int, Iterate] = {}
         recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
         for step in range(horizon):
@@ -233,12 +231,16 @@ class InnerLoop:
         if self._is_transformation:
             return self.optimizer
         try:
-            return settled(self.optimizer(**hyperparameters))
+            transformation = self.optimizer(**hyperparameters)
         except TypeError as error:
             raise ConfigurationError(
                 "optimizer could not be made from the problem's hyperparameters "
                 f"{sorted(hyperparameters)}: {error}"
             ) from error
+        device = next(iter(hyperparameters.values())).device
+        settled(transformation, device, check=not self._optimizer_checked)
+        self._optimizer_checked = True
+        return transformation
 
 
 def _moved(iterate: Iterate, device: torch.device) -> Iterate:

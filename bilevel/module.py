@@ -39,7 +39,7 @@ def fresh_parameters(
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        for name, layer in template.named_modules():
+        for name, layer in _children_first(template):
             reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
             if callable(reset):
                 reset()
@@ -53,6 +53,13 @@ def fresh_parameters(
         name: parameter.detach().to(device=device or places[name], dtype=dtype)
         for name, parameter in template.named_parameters()
     }
+
+
+def _children_first(module: nn.Module, name: str = "") -> Iterable[tuple[str, nn.Module]]:
+    """A layer's own initialisation may overwrite that of its parts, so it comes after theirs."""
+    for part, child in module.named_children():
+        yield from _children_first(child, f"{name}.{part}" if name else part)
+    yield name, module
 
 
 def refuse_running_statistics(module: nn.Module, name: str = "module") -> None:

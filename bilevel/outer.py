@@ -39,6 +39,7 @@ class OuterVariables:
             self.leaves.append(leaf.detach().clone().requires_grad_())
         if not self.leaves:
             raise ProblemError("there are no outer variables to differentiate")
+        self._used_by_outer_loss: set[int] = set()
         self._spec = optree.tree_structure(outer)
         self.tree = self.like(self.leaves)
 
@@ -81,40 +82,47 @@ class OuterVariables:
             metrics.append({name: value.detach() * weight for name, value in reported.items()})
         if params.grad is None:
             raise ProblemError("outer_loss does not depend on the params it is given")
+        self._used_by_outer_loss = {
+            index for index, leaf in enumerate(self.leaves) if leaf.grad is not None
+        }
         totals = {name: torch.stack([each[name] for each in metrics]).sum(0) for name in metrics[0]}
         return torch.stack(losses).sum(), totals, params.grad
 
     def gradients(self, inner: InnerLoop, trajectory: Trajectory) -> tuple[list[Tensor], str]:
         """The accumulated gradients, and a status.
 
-        A variable that received none is an error, unless it is used by a part of the inner run
-        that the window leaves out: then its gradient is zero and the status says so.
+        A variable whose gradient is exactly zero is an error, unless something in the whole run
+        depends on it: then the status says that it is zero through this window.
 
         Raises:
             UnusedOuterVariableError: Nothing depends on some outer variable.
         """
-        missing = [index for index, leaf in enumerate(self.leaves) if leaf.grad is None]
+        suspects = [
+            index
+            for index, leaf in enumerate(self.leaves)
+            if leaf.grad is None or not leaf.grad.any()
+        ]
         status = "ok"
-        if missing:
+        if suspects:
             used = self._used_anywhere(inner, trajectory)
-            unused = [self.names[index] for index in missing if index not in used]
+            unused = [self.names[index] for index in suspects if index not in used]
             if unused:
                 raise UnusedOuterVariableError(
-                    f"nothing depends on outer variables {unused}: not the inner batches, the "
-                    "initialisation, the hyperparameters or the outer loss (inner_loss sees outer "
-                    "variables through the batch only)"
+                    f"nothing depends on outer variables {unused}: not the gradient of the inner "
+                    "loss through its batch, the initialisation, the hyperparameters or the outer "
+                    "loss"
                 )
             window = trajectory.window
             status = (
-                f"outer variables {[self.names[index] for index in missing]} receive no gradient "
-                f"through the window [{window.start}, {window.stop}): it is zero here"
+                f"the gradient of outer variables {[self.names[index] for index in suspects]} is "
+                f"exactly zero through the window [{window.start}, {window.stop})"
             )
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
         return [grad.detach() for grad in grads], status
 
     def _used_anywhere(self, inner: InnerLoop, trajectory: Trajectory) -> set[int]:
-        """Indices of the leaves that the start or any batch of the whole run depends on."""
-        used: set[int] = set()
+        """Indices of the leaves that anything in the whole run depends on, window or not."""
+        used = set(self._used_by_outer_loss)
 
         def look(tree: Any) -> None:
             outputs = [leaf.sum() for leaf in partition(tree)[0] if leaf.requires_grad]
@@ -127,7 +135,14 @@ class OuterVariables:
             hyperparameters = inner.hyperparameters(self.tree)
             start = inner.start(self.tree, trajectory.key, hyperparameters)
             look([hyperparameters, start.params, start.state])
+            params = start.params.detach().requires_grad_()
             for step in range(trajectory.steps):
-                if len(used) < len(self.leaves):
-                    look(inner.batch(self.tree, step, trajectory.key))
+                if len(used) == len(self.leaves):
+                    break
+                loss = inner.loss(params, inner.batch(self.tree, step, trajectory.key))
+                if not loss.requires_grad:
+                    continue
+                look(
+                    torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)[0]
+                )
         return used

@@ -152,7 +152,20 @@ def one_line(error: BaseException) -> str:
     where = [line for line in lines if line.startswith("In call to configurable")]
     inside = re.search(r"In call to configurable '([\w.]+)'", where[0]) if where else None
     gist = lines[0] if lines else type(error).__name__
+    argument = re.search(r"missing \d+ required .*arguments?: (.*)", gist)
+    if argument:
+        gist = f"it needs a value for {argument[1]}"
     return f"{inside[1]}: {gist}" if inside else gist
+
+
+def differences(old: str, new: str, allowed: tuple[str, ...]) -> list[str]:
+    """What two operative configurations disagree in, beyond names that start with `allowed`."""
+    first, second = parameters(old), parameters(new)
+    return [
+        f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
+        for name in sorted(first.keys() | second.keys())
+        if first.get(name) != second.get(name) and not name.startswith(allowed)
+    ]
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import nn
 
 import bilevel
@@ -44,6 +45,7 @@ class Job:
     evaluator: Evaluator
     folder: Path
     key: bilevel.Key
+    device: torch.device
     provenance: dict[str, Any]
 
 
@@ -62,7 +64,7 @@ class Distillation:
         self.job = job
         self.state = state
         self.hypergradient = bilevel.Hypergradient(
-            MetaLoss(job.network, job.synthetic, job.augmentation, job.key.device),
+            MetaLoss(job.network, job.synthetic, job.augmentation, job.device),
             optimizer=settings.optimizer,
             steps=settings.inner_steps,
             truncation=state.truncation,
@@ -94,9 +96,10 @@ class Distillation:
             try:
                 self._loop(stop, monitor, progress)
             except bilevel.NonFiniteError:
-                self._save(monitor)
+                self._save()
                 raise
-            self._save(monitor)
+            self._save()
+            self._show(monitor)
         finally:
             progress.close()
             monitor.close()
@@ -106,7 +109,7 @@ class Distillation:
         skipped = 0
         saved_at = time.monotonic()
         while not settings.finished(state) and not stop.requested:
-            seconds_before = state.seconds
+            seconds_before, began = state.seconds, time.perf_counter()
             try:
                 self._step(monitor, progress)
                 skipped = 0
@@ -116,6 +119,7 @@ class Distillation:
                     raise
                 progress.say(f"outer step {state.step} skipped: {error}")
                 state.step += 1
+                state.seconds += time.perf_counter() - began
             for minutes in settings.snapshot_minutes:
                 if seconds_before < 60 * minutes <= state.seconds:
                     name = f"{minutes:g}_minutes.safetensors"
@@ -125,7 +129,7 @@ class Distillation:
             if state.step % settings.image_every == 0:
                 self._show(monitor)
             if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                state.save(self.job.folder / CHECKPOINT)
+                self._save()
                 saved_at = time.monotonic()
 
     def _step(self, monitor: Monitor, progress: Progress) -> None:
@@ -169,11 +173,10 @@ class Distillation:
             {"validation/accuracy": accuracy, "validation/best_accuracy": state.best_accuracy},
         )
 
-    def _save(self, monitor: Monitor) -> None:
+    def _save(self) -> None:
         self.state.save(self.job.folder / CHECKPOINT)
         if self.state.best_accuracy is None:
             self._keep()
-        self._show(monitor)
 
     def _keep(self) -> None:
         self._distilled_set().save(self.job.folder / DISTILLED)

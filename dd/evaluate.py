@@ -11,6 +11,18 @@ from dd.experiment import CONFIG, RESULTS, TRAINING_SETS
 from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory
 
+#: Parameters that change neither the split of the data nor the set.
+CHANGEABLE = (
+    "Evaluator.",
+    "FlipOrRotate",
+    "DSA",
+    "Experiment.device",
+    "cifar10.",
+    "cifar100.",
+    "arrays.path",
+    "image_folder.root",
+)
+
 EPILOG = """\
 examples:
   python -m dd.evaluate runs/cpu
@@ -54,9 +66,18 @@ def main(arguments: list[str] | None = None) -> int:
     if not configuration.is_file():
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
     chosen = Path(options.set) if options.set else folder / DISTILLED
-    name = RESULTS if chosen == folder / DISTILLED else f"results-{chosen.stem}.json"
+    whole = chosen == folder / DISTILLED and not options.only
+    name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
         experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
+        saved = configuration.read_text()
+        # What the transform was fitted with is known only in training.
+        changed = config.differences(saved, f"{saved}\n{config.text()}", CHANGEABLE)
+        if changed:
+            return fail(
+                f"the set was distilled with another configuration ({'; '.join(changed)}), so "
+                "test images could have been trained on: change only Evaluator's parameters"
+            )
         results = experiment.evaluate(
             chosen,
             Path(options.json) if options.json else folder / name,

@@ -110,11 +110,11 @@ class Evaluator:
         if augmentation is not None:
             check_instance("augmentation", augmentation, Augmentation, "@FlipOrRotate() with ()")
         self.networks = networks
-        self.steps = sorted(steps)
+        self.steps = sorted(set(steps))
         self.lr = lr
         self.batch_size = batch_size
         self.full_data_networks = full_data_networks
-        self.full_data_steps = sorted(full_data_steps)
+        self.full_data_steps = sorted(set(full_data_steps))
         self.validation_networks = validation_networks
         self.validation_steps = validation_steps
         self.augmentation = FlipOrRotate() if augmentation is None else augmentation

@@ -12,6 +12,7 @@ from torch import nn
 
 import bilevel
 from dd.augmentation import Augmentation
+from dd.checkpoint import TrainingState
 from dd.checks import check_callable, check_instance, check_integer, check_number
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
@@ -19,7 +20,7 @@ from dd.distillation import DISTILLED, Job
 from dd.distilled_set import DistilledSet
 from dd.distiller import Distiller
 from dd.evaluation import Accuracy, Evaluator
-from dd.files import read_json, write_json, write_text
+from dd.files import write_json, write_text
 from dd.progress import StopRequest
 from dd.synthetic import SyntheticDataset
 
@@ -88,14 +89,15 @@ class Experiment:
         self.network = network(
             num_classes=dataset.num_classes, channels=channels, image_size=height
         )
-        self.key = bilevel.Key(seed, self.device)
+        # On the CPU, so that a seed means the same on every device.
+        self.key = bilevel.Key(seed)
 
     def prepare(self, transform: PixelTransform | None = None) -> PreparedData:
         """Split the dataset and transform it, by a given transform or by a newly fitted one."""
         fit = self.transform if transform is None else transform
         try:
             return prepare(self.dataset, fit, self.validation_fraction, self.seed, self.device)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"the dataset cannot be prepared with validation_fraction="
                 f"{self.validation_fraction} and this transform: {error}"
@@ -111,21 +113,11 @@ class Experiment:
             write_text(folder / CONFIG, config_text)
             write_json(folder / RESULTS, results)
 
-        state = self.distiller.distil(
-            Job(
-                data=data,
-                network=self.network,
-                augmentation=self.augmentation,
-                synthetic=self.synthetic,
-                evaluator=self.evaluator,
-                folder=folder,
-                key=self.key,
-                provenance={"dataset": self.dataset.name, "seed": self.seed},
-            ),
-            stop,
-            config_text,
-            on_start=begin,
-        )
+        try:
+            state = self._distil(data, folder, stop, config_text, begin)
+        except KeyboardInterrupt:
+            write_json(folder / RESULTS, {**results, "status": "interrupted"})
+            raise
         results["outer_steps"] = state.step
         results["wall_clock_seconds"]["distilling"] = state.seconds
         if stop.requested:
@@ -137,6 +129,35 @@ class Experiment:
         except KeyboardInterrupt:
             write_json(folder / RESULTS, {**results, "status": "interrupted"})
             return results
+
+    def _distil(
+        self,
+        data: PreparedData,
+        folder: Path,
+        stop: StopRequest,
+        config_text: str,
+        on_start: Callable[[], None],
+    ) -> TrainingState:
+        return self.distiller.distil(
+            Job(
+                data=data,
+                network=self.network,
+                augmentation=self.augmentation,
+                synthetic=self.synthetic,
+                evaluator=self.evaluator,
+                folder=folder,
+                key=self.key,
+                device=self.device,
+                provenance={
+                    "dataset": self.dataset.name,
+                    "seed": self.seed,
+                    "versions": _versions(),
+                },
+            ),
+            stop,
+            config_text,
+            on_start,
+        )
 
     def evaluate(
         self, set_path: Path, results_path: Path, training_sets: Sequence[str] = TRAINING_SETS
@@ -152,15 +173,7 @@ class Experiment:
                 f"{list(distilled.class_names)[:3]} …; the dataset {self.dataset.name} has others"
             )
         results = self._empty_results()
-        previous = read_json(results_path) if results_path.is_file() else {}
-        results["wall_clock_seconds"].update(previous.get("wall_clock_seconds", {}))
-        results["accuracy"].update(
-            {
-                name: accuracy
-                for name, accuracy in previous.get("accuracy", {}).items()
-                if name not in training_sets
-            }
-        )
+        results["wall_clock_seconds"]["distilling"] = distilled.provenance.get("seconds")
         results["outer_steps"] = distilled.provenance.get("outer_step")
         data = self.prepare(distilled.transform)
         return self._evaluate(set_path, data, results, results_path, training_sets)
@@ -197,7 +210,6 @@ class Experiment:
         return results
 
     def _empty_results(self) -> dict[str, Any]:
-        packages = ("torch", "torchvision", "torchopt", "numpy")
         return {
             "status": "running",
             "dataset": self.dataset.name,
@@ -209,11 +221,16 @@ class Experiment:
             "outer_steps": 0,
             "wall_clock_seconds": {"distilling": 0.0, "evaluating": 0.0},
             "device": _device_name(self.device),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in packages},
-            },
+            "versions": _versions(),
         }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "torchopt", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def _device(name: str) -> torch.device:

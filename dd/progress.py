@@ -1,5 +1,6 @@
 """The progress bar of a distillation, and stopping it without losing anything."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
         request.signal_number = number
         if at_once:
             raise KeyboardInterrupt
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        # Not print: the signal may arrive while the bar is being written.
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -20,7 +20,10 @@ RESUMABLE = (
     "Distiller.minutes",
     "Distiller.snapshot_minutes",
     "Distiller.image_every",
-    "Evaluator.",
+    "Evaluator.networks",
+    "Evaluator.steps",
+    "Evaluator.full_data_networks",
+    "Evaluator.full_data_steps",
 )
 
 EPILOG = """\
@@ -79,7 +82,7 @@ def _run(experiment: Experiment, folder: Path) -> int:
     text = config.text()
     try:
         if (folder / CHECKPOINT).exists():
-            differences = _differences((folder / CONFIG).read_text(), text)
+            differences = config.differences((folder / CONFIG).read_text(), text, RESUMABLE)
             if differences:
                 return fail(
                     f"{folder} holds a run with another configuration ({'; '.join(differences)}): "
@@ -103,16 +106,6 @@ def _run(experiment: Experiment, folder: Path) -> int:
     print_results(results)
     print(f"\ndistilled set: {folder / DISTILLED}\nresults:       {folder / RESULTS}")
     return 0
-
-
-def _differences(old: str, new: str) -> list[str]:
-    """What two operative configurations disagree in, beyond what may change on resuming."""
-    first, second = config.parameters(old), config.parameters(new)
-    return [
-        f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
-        for name in sorted(first.keys() | second.keys())
-        if first.get(name) != second.get(name) and not name.startswith(RESUMABLE)
-    ]
 
 
 if __name__ == "__main__":

@@ -74,10 +74,8 @@ class Forward(Estimator):
         for leaf, through_run in zip(
             variables.leaves, products.split([leaf.numel() for leaf in primals]), strict=True
         ):
-            # An exact zero is left out, so that a variable nothing depends on is found.
-            if through_run.any():
-                total = through_run.reshape(leaf.shape).to(leaf.dtype)
-                leaf.grad = total if leaf.grad is None else leaf.grad + total
+            total = through_run.reshape(leaf.shape).to(leaf.dtype)
+            leaf.grad = total if leaf.grad is None else leaf.grad + total
         return make_result(
             inner,
             trajectory,
@@ -100,6 +98,8 @@ def _basis(leaves: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     for index, leaf in enumerate(leaves):
         for position in range(leaf.numel()):
             tangents = [torch.zeros_like(other) for other in leaves]
-            tangents[index].view(-1)[position] = 1
+            flat = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
+            flat[position] = 1
+            tangents[index] = flat.view(leaf.shape)
             basis.append(tuple(tangents))
     return basis

@@ -594,3 +594,13 @@ def test_a_set_of_another_dataset_is_one_line(
     ).save(path)
     assert here(evaluate, [str(copy)]) == 2
     assert "digits has others" in one_error(capsys)
+
+
+def test_evaluation_with_another_split_is_refused(
+    copy: Path, here: Callable[[Any, list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another seed of the split would put images that were trained on among the test images."""
+    before = (copy / "results.json").read_text()
+    assert here(evaluate, [str(copy), "--gin_param=digits.seed = 1"]) == 2
+    assert "digits.seed was 0, now 1" in capsys.readouterr().err
+    assert (copy / "results.json").read_text() == before
