@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             Path(options.json) if options.json else folder / name,
             options.only or TRAINING_SETS,
         )
-    except (config.ConfigError, DamagedFileError, FileNotFoundError, ValueError) as error:
+    except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
         return fail(str(error))
     print_results(results)
     return 0
