@@ -12,7 +12,6 @@ from torch import nn
 
 import bilevel
 from dd.augmentation import Augmentation
-from dd.checkpoint import TrainingState
 from dd.checks import check_callable, check_instance, check_integer, check_number
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
@@ -113,51 +112,30 @@ class Experiment:
             write_text(folder / CONFIG, config_text)
             write_json(folder / RESULTS, results)
 
-        try:
-            state = self._distil(data, folder, stop, config_text, begin)
-        except KeyboardInterrupt:
-            write_json(folder / RESULTS, {**results, "status": "interrupted"})
-            raise
-        results["outer_steps"] = state.step
-        results["wall_clock_seconds"]["distilling"] = state.seconds
-        if stop.requested:
-            write_json(folder / RESULTS, {**results, "status": "interrupted"})
-            return results
-        stop.at_once = True
-        try:
-            return self._evaluate(folder / DISTILLED, data, results, folder / RESULTS)
-        except KeyboardInterrupt:
-            write_json(folder / RESULTS, {**results, "status": "interrupted"})
-            return results
-
-    def _distil(
-        self,
-        data: PreparedData,
-        folder: Path,
-        stop: StopRequest,
-        config_text: str,
-        on_start: Callable[[], None],
-    ) -> TrainingState:
-        return self.distiller.distil(
-            Job(
-                data=data,
-                network=self.network,
-                augmentation=self.augmentation,
-                synthetic=self.synthetic,
-                evaluator=self.evaluator,
-                folder=folder,
-                key=self.key,
-                device=self.device,
-                provenance={
-                    "dataset": self.dataset.name,
-                    "seed": self.seed,
-                    "versions": _versions(),
-                },
-            ),
-            stop,
-            config_text,
-            on_start,
+        provenance = {"dataset": self.dataset.name, "seed": self.seed, "versions": _versions()}
+        job = Job(
+            data=data,
+            network=self.network,
+            augmentation=self.augmentation,
+            synthetic=self.synthetic,
+            evaluator=self.evaluator,
+            folder=folder,
+            key=self.key,
+            device=self.device,
+            provenance=provenance,
         )
+        try:
+            state = self.distiller.distil(job, stop, config_text, begin)
+            results["outer_steps"] = state.step
+            results["wall_clock_seconds"]["distilling"] = state.seconds
+            if not stop.requested:
+                stop.at_once = True
+                return self._evaluate(folder / DISTILLED, data, results, folder / RESULTS)
+        except KeyboardInterrupt:
+            pass  # a second Ctrl-C while distilling, or the first while evaluating
+        results["status"] = "interrupted"
+        write_json(folder / RESULTS, results)
+        return results
 
     def evaluate(
         self, set_path: Path, results_path: Path, training_sets: Sequence[str] = TRAINING_SETS
@@ -218,7 +196,7 @@ class Experiment:
             "protocol": self.evaluator.protocol,
             "selection": "validation split of the training data; test set used once",
             "seed": self.seed,
-            "outer_steps": 0,
+            "outer_steps": None,
             "wall_clock_seconds": {"distilling": 0.0, "evaluating": 0.0},
             "device": _device_name(self.device),
             "versions": _versions(),

@@ -98,9 +98,10 @@ def _run(experiment: Experiment, folder: Path) -> int:
     except (BilevelError, DamagedFileError, OSError) as error:
         return fail(str(error))
     if stop.requested:
+        done = results["outer_steps"]
         print(
-            f"stopped after outer step {results['outer_steps']}; to go on, repeat the command "
-            f"with --run_dir={folder}"
+            ("stopped at once" if done is None else f"stopped after outer step {done}")
+            + f"; to go on, repeat the command with --run_dir={folder}"
         )
         return INTERRUPTED
     print_results(results)
