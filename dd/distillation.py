@@ -16,7 +16,9 @@ from dd.checkpoint import TrainingState
 from dd.data.prepared import PreparedData, RealBatches
 from dd.distilled_set import DistilledSet
 from dd.evaluation import Evaluator
+from dd.files import write_bytes
 from dd.monitor import Monitor
+from dd.pictures import png
 from dd.problems import MetaLoss
 from dd.progress import Progress, StopRequest
 from dd.synthetic import SyntheticDataset
@@ -31,6 +33,7 @@ CHECKPOINT_SECONDS = 60.0
 #: Names in a run's folder.
 CHECKPOINT = "checkpoint.safetensors"
 DISTILLED = "distilled.safetensors"
+PICTURE = "distilled.png"
 
 
 @final
@@ -179,7 +182,10 @@ class Distillation:
             self._keep()
 
     def _keep(self) -> None:
-        self._distilled_set().save(self.job.folder / DISTILLED)
+        kept = self._distilled_set()
+        kept.save(self.job.folder / DISTILLED)
+        picture = png(kept.pixels(), self.job.synthetic.images_per_class)
+        write_bytes(self.job.folder / PICTURE, picture)
 
     def _show(self, monitor: Monitor) -> None:
         pixels = self._distilled_set().pixels()

@@ -4,17 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 
 from bilevel import HypergradientResult
-
-#: Classes and images of each that are shown at most, and the least side of an image in pixels.
-MOST_CLASSES = 20
-MOST_ROWS = 10
-LEAST_SIDE = 64
+from dd.pictures import image_grid, stretched
 
 
 @final
@@ -76,30 +70,10 @@ class Monitor:
             pixels: [N, C, H, W], ordered by class.
             images_per_class: How many images each class has.
         """
-        low, high = (bound(pixels, (1, 2, 3)) for bound in (torch.amin, torch.amax))
-        stretched = (pixels - low.view(-1, 1, 1, 1)) / (high - low).clamp_min(1e-6).view(
-            -1, 1, 1, 1
-        )
-        for name, shown in (("clamped", pixels.clamp(0, 1)), ("stretched", stretched)):
+        for name, shown in (("clamped", pixels.clamp(0, 1)), ("stretched", stretched(pixels))):
             grid = image_grid(shown, images_per_class)
             self._writer.add_image(f"synthetic_images/{name}", grid, step)
 
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
-
-
-def image_grid(pixels: Tensor, images_per_class: int) -> Tensor:
-    """The first images of each class as one picture [3, H', W'].
-
-    A column for each class; with one image per class, rows of five or ten.
-    """
-    by_class = pixels.detach().cpu().unflatten(0, (-1, images_per_class))[:MOST_CLASSES]
-    if images_per_class == 1:
-        shown, columns = by_class[:, 0], 5 if len(by_class) <= 10 else 10
-    else:
-        columns = len(by_class)
-        shown = by_class[:, :MOST_ROWS].transpose(0, 1).flatten(0, 1)
-    factor = -(-LEAST_SIDE // shown.shape[-1])
-    shown = torch.nn.functional.interpolate(shown, scale_factor=factor, mode="nearest")
-    return make_grid(shown, nrow=columns, padding=2, pad_value=1.0)

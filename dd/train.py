@@ -8,7 +8,7 @@ from pathlib import Path
 from bilevel import BilevelError
 from dd import config
 from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
-from dd.distillation import CHECKPOINT, DISTILLED
+from dd.distillation import CHECKPOINT, DISTILLED, PICTURE
 from dd.experiment import CONFIG, RESULTS, Experiment
 from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory
@@ -37,6 +37,7 @@ The run directory then holds
   config.gin              every parameter in use
   events/                 for tensorboard --logdir RUN_DIR
   distilled.safetensors   the distilled images and labels with their pixel transform
+  distilled.png           a picture of them, each stretched to the full range
   checkpoint.safetensors  from which the same command with the same --run_dir goes on
   results.json            accuracy of the distilled set, of random real images, of full data
 
@@ -105,7 +106,10 @@ def _run(experiment: Experiment, folder: Path) -> int:
         )
         return INTERRUPTED
     print_results(results)
-    print(f"\ndistilled set: {folder / DISTILLED}\nresults:       {folder / RESULTS}")
+    print(
+        f"\ndistilled set: {folder / DISTILLED}\npicture:       {folder / PICTURE}"
+        f"\nresults:       {folder / RESULTS}"
+    )
     return 0
 
 

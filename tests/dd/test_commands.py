@@ -141,6 +141,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
         "checkpoint.safetensors",
+        "distilled.png",
         "config.gin",
         "distilled.safetensors",
         "events",
