@@ -73,6 +73,7 @@ class Distillation:
             truncation=state.truncation,
             estimator=settings.estimator,
             keep_every=settings.keep_every,
+            keep_on=settings.keep_on,
         )
         self.real = RealBatches(
             job.data.train_images,

@@ -9,7 +9,7 @@ import torch
 import bilevel
 from bilevel.clip import MovingAverageClip
 from dd.checkpoint import TrainingState
-from dd.checks import check_instance, check_integer, check_number
+from dd.checks import check_choice, check_instance, check_integer, check_number
 from dd.distillation import CHECKPOINT, Distillation, Job
 from dd.progress import StopRequest
 
@@ -26,7 +26,8 @@ class Distiller:
         truncation: Which inner steps are differentiated.
         optimizer: The inner optimizer, a gradient transformation.
         estimator: How they are differentiated; default: `Adjoint`.
-        keep_every: See `bilevel.Hypergradient`.
+        keep_every: Keep every k-th inner iterate and recompute the others: less memory, more time.
+        keep_on: "cpu" to keep the iterates in the host's memory; default: on the device.
         real_batch: Real images in the outer loss.
         real_micro_batch: How many of them are in memory with a graph at a time.
         image_lr: Outer Adam's rate for the images.
@@ -50,6 +51,7 @@ class Distiller:
         minutes: float | None = None,
         estimator: bilevel.estimators.Estimator | None = None,
         keep_every: int = 1,
+        keep_on: str | None = None,
         real_batch: int = 5000,
         real_micro_batch: int = 1000,
         image_lr: float = 1e-3,
@@ -76,6 +78,8 @@ class Distiller:
         check_instance(
             "truncation", truncation, bilevel.truncation.Truncation, "@RandomWindow() with ()"
         )
+        if keep_on is not None:
+            check_choice("keep_on", keep_on, ("cpu",))
         if inner_steps < truncation.minimum_steps:
             raise ValueError(
                 f"inner_steps={inner_steps}: {type(truncation).__name__} needs at least "
@@ -100,6 +104,7 @@ class Distiller:
         self.optimizer = optimizer
         self.estimator = estimator
         self.keep_every = keep_every
+        self.keep_on = keep_on
         self.real_batch = real_batch
         self.real_micro_batch = real_micro_batch
         self.image_lr = image_lr
