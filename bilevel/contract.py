@@ -101,7 +101,7 @@ def check_inner_loss(inner: InnerLoop, outer: Any, key: Key) -> None:
         )
 
 
-def settled(transformation: Any, device: torch.device, *, check: bool) -> Any:
+def settle(transformation: Any, device: torch.device, *, check: bool) -> None:
     """Make a TorchOpt transformation a pure function of its state.
 
     TorchOpt 0.7.3's momentum keeps a first-call flag outside its state, which would change what
@@ -117,7 +117,7 @@ def settled(transformation: Any, device: torch.device, *, check: bool) -> Any:
         ConfigurationError: The flag changes the first step, as it does with dampening.
     """
     if not getattr(transformation.update, "__module__", "").startswith("torchopt"):
-        return transformation
+        return
     probe = torch.ones(1, device=device)
     state = transformation.init(probe)
     with torch.no_grad():
@@ -131,7 +131,6 @@ def settled(transformation: Any, device: torch.device, *, check: bool) -> Any:
             "first step (momentum with dampening does), so an inner run could not be repeated: "
             "use dampening=0"
         )
-    return transformation
 
 
 def _kind(value: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 from optree.integrations.torch import tree_ravel
 from torch import Tensor
 
-from bilevel.contract import check_params, check_scalar, settled
+from bilevel.contract import check_params, check_scalar, settle
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.problem import Problem
 from bilevel.random import Key
@@ -47,7 +47,7 @@ class InnerLoop:
         self.problem = problem
         self.optimizer = optimizer
         if self._is_transformation:
-            settled(optimizer, torch.device("cpu"), check=True)
+            settle(optimizer, torch.device("cpu"), check=True)
         self._unravel: Callable[[Tensor], Any] | None = None
         self._structure: Any = None
         self._optimizer_checked = self._is_transformation
@@ -97,12 +97,12 @@ class InnerLoop:
         """ℓ(θ, b) of flat parameters: a scalar."""
         return check_scalar(self.problem.inner_loss(self.unravel(params), batch), "inner_loss")
 
-    def gradient(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """(∇_θ ℓ(θ, b), ℓ(θ, b)), which can be differentiated again."""
-        return torch.func.grad_and_value(self.loss)(params, batch)
+    def gradient(self, params: Tensor, batch: Any) -> Tensor:
+        """∇_θ ℓ(θ, b), which can be differentiated again."""
+        return torch.func.grad(self.loss)(params, batch)
 
     def gradient_without_graph(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The same numbers, cheaper, for when they are not differentiated again."""
+        """(∇_θ ℓ(θ, b), ℓ(θ, b)), cheaper, for when they are not differentiated again."""
         params = params.detach().requires_grad_()
         with torch.enable_grad():
             loss = self.loss(params, detach(batch))
@@ -122,8 +122,7 @@ class InnerLoop:
 
     def step(self, iterate: Iterate, batch: Any, hyperparameters: Mapping[str, Tensor]) -> Iterate:
         """One inner step, which can be differentiated."""
-        gradient, _ = self.gradient(iterate.params, batch)
-        return self.update(iterate, gradient, hyperparameters)
+        return self.update(iterate, self.gradient(iterate.params, batch), hyperparameters)
 
     def outer_loss(
         self, params: Tensor, outer: Any, batch: Any
@@ -238,7 +237,7 @@ class InnerLoop:
                 f"{sorted(hyperparameters)}: {error}"
             ) from error
         device = next(iter(hyperparameters.values())).device
-        settled(transformation, device, check=not self._optimizer_checked)
+        settle(transformation, device, check=not self._optimizer_checked)
         self._optimizer_checked = True
         return transformation
 

@@ -130,7 +130,9 @@ class Experiment:
             results["wall_clock_seconds"]["distilling"] = state.seconds
             if not stop.requested:
                 stop.at_once = True
-                return self._evaluate(folder / DISTILLED, data, results, folder / RESULTS)
+                distilled = DistilledSet.load(folder / DISTILLED)
+                results["distilled_set"] = {"file": DISTILLED, **distilled.provenance}
+                return self._evaluate(distilled, data, results, folder / RESULTS)
         except KeyboardInterrupt:
             pass  # a second Ctrl-C while distilling, or the first while evaluating
         results["status"] = "interrupted"
@@ -153,19 +155,19 @@ class Experiment:
         results = self._empty_results()
         results["wall_clock_seconds"]["distilling"] = distilled.provenance.get("seconds")
         results["outer_steps"] = distilled.provenance.get("outer_step")
+        results["distilled_set"] = {"file": set_path.name, **distilled.provenance}
         data = self.prepare(distilled.transform)
-        return self._evaluate(set_path, data, results, results_path, training_sets)
+        return self._evaluate(distilled, data, results, results_path, training_sets)
 
     def _evaluate(
         self,
-        set_path: Path,
+        distilled: DistilledSet,
         data: PreparedData,
         results: dict[str, Any],
         results_path: Path,
         training_sets: Sequence[str] = TRAINING_SETS,
     ) -> dict[str, Any]:
         began = time.perf_counter()
-        distilled = DistilledSet.load(set_path)
         key = self.key.fold("evaluation")
         images, labels = distilled.images.to(self.device), distilled.labels.to(self.device)
         measurements: dict[str, Callable[[], Accuracy | None]] = {
@@ -175,7 +177,6 @@ class Experiment:
             "distilled": lambda: self.evaluator.distilled(images, labels, self.network, data, key),
             "full_data": lambda: self.evaluator.full_data(self.network, data, key),
         }
-        results["distilled_set"] = {"file": set_path.name, **distilled.provenance}
         for name in TRAINING_SETS:
             if name not in training_sets:
                 continue
