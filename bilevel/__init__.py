@@ -1,11 +1,12 @@
 """Nested optimisation on PyTorch: exact hypergradients through an inner training run."""
 
-from bilevel import clip, estimators, optim, truncation
+from bilevel import clip, distributed, estimators, optim, truncation
 from bilevel.errors import (
     BilevelError,
     ConfigurationError,
     NonFiniteError,
     ProblemError,
+    ProcessError,
     UnusedOuterVariableError,
 )
 from bilevel.hypergradient import Hypergradient
@@ -29,12 +30,14 @@ __all__ = [
     "NonFiniteError",
     "Problem",
     "ProblemError",
+    "ProcessError",
     "Stats",
     "Trace",
     "Trajectory",
     "UnusedOuterVariableError",
     "Window",
     "clip",
+    "distributed",
     "estimators",
     "fresh_parameters",
     "optim",

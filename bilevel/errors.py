@@ -19,3 +19,7 @@ class UnusedOuterVariableError(ProblemError):
 
 class NonFiniteError(BilevelError, ArithmeticError):
     """A loss or a hypergradient became NaN or infinite; the message says where it began."""
+
+
+class ProcessError(BilevelError, RuntimeError):
+    """Another process of the group has failed, is gone, or does something else than this one."""

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from bilevel.contract import check_inner_loss
-from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
+from bilevel.errors import ConfigurationError, NonFiniteError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.inner import InnerLoop
 from bilevel.module import modules_held_by, refuse_running_statistics
+from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.tree import named_leaves
 from bilevel.truncation import Full, Truncation
 
 
@@ -140,20 +140,9 @@ class Hypergradient:
         Raises:
             ProblemError: An outer tensor is not a leaf that requires gradients.
         """
-        leaves = named_leaves(outer)
-        for name, leaf in leaves:
-            if not (isinstance(leaf, Tensor) and leaf.is_leaf and leaf.requires_grad):
-                raise ProblemError(
-                    f"outer variable {name!r} is not a leaf tensor with requires_grad=True, so "
-                    "its .grad cannot be filled"
-                )
+        leaves = leaves_with_grad(outer)
         result = self(outer, outer_batch, generator)
-        for (_, leaf), grad in zip(leaves, optree.tree_leaves(result.grads), strict=True):
-            if leaf.grad is None:
-                leaf.grad = grad.clone()
-            else:
-                with torch.no_grad():
-                    leaf.grad.add_(grad)
+        add_to_grad(leaves, result.grads)
         return result
 
 
