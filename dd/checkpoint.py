@@ -111,7 +111,7 @@ class TrainingState:
             self.truncation.load_state_dict({**metadata["truncation"], **group("truncation.")})
             self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
             self.best_accuracy, self.best_step = metadata["best_accuracy"], metadata["best_step"]
-            self.processes = int(metadata.get("processes", 1))
+            self.processes = int(metadata["processes"])
         except (KeyError, TypeError, ValueError, bilevel.ConfigurationError) as error:
             raise DamagedFileError(f"{path} is no complete checkpoint: {error}") from error
         with torch.no_grad():
