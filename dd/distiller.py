@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 
 import bilevel
+from bilevel import distributed
 from bilevel.clip import MovingAverageClip
 from dd.checkpoint import TrainingState
 from dd.checks import check_choice, check_instance, check_integer, check_number
@@ -28,7 +29,7 @@ class Distiller:
         estimator: How they are differentiated; default: `Adjoint`.
         keep_every: Keep every k-th inner iterate and recompute the others: less memory, more time.
         keep_on: "cpu" to keep the iterates in the host's memory; default: on the device.
-        real_batch: Real images in the outer loss.
+        real_batch: Real images in the outer loss; of several processes each has as many.
         real_micro_batch: How many of them are in memory with a graph at a time.
         image_lr: Outer Adam's rate for the images.
         label_lr: Outer Adam's rate for learned labels.
@@ -121,7 +122,7 @@ class Distiller:
 
         Args:
             job: What to work on, and where.
-            stop: Looked at after every outer step.
+            stop: Looked at after every outer step, in every process.
             config_text: Shown in TensorBoard.
             on_start: Called once it is sure that the run can start or go on.
 
@@ -130,11 +131,19 @@ class Distiller:
 
         Raises:
             bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
+            bilevel.ProcessError: Another process failed, or cannot read the checkpoint.
             DamagedFileError: The checkpoint cannot be used.
         """
         state = self._initial_state(job)
         if (job.folder / CHECKPOINT).exists():
             state.restore(job.folder / CHECKPOINT)
+        steps = distributed.gather(state.step)
+        if len(set(steps)) > 1:
+            raise bilevel.ProcessError(
+                f"the processes would go on from outer steps {steps}: {job.folder} must be a "
+                "folder that all of them can read"
+            )
+        distributed.broadcast_(state.outer.values())
         on_start()
         Distillation(self, job, state).run(stop, config_text)
         return state
@@ -157,5 +166,9 @@ class Distiller:
             [{"params": [value], "lr": rates[name]} for name, value in outer.items()]
         )
         return TrainingState(
-            outer, optimizer, copy.deepcopy(self.clip), copy.deepcopy(self.truncation)
+            outer,
+            optimizer,
+            copy.deepcopy(self.clip),
+            copy.deepcopy(self.truncation),
+            processes=distributed.world_size(),
         )
