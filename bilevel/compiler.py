@@ -88,16 +88,19 @@ class Compiler:
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal structure
             remaining = iter(tensors)
-            arguments = [next(remaining) if chosen else x for x, chosen in zip(leaves, is_tensor)]
+            arguments = [
+                next(remaining) if chosen else x
+                for x, chosen in zip(leaves, is_tensor, strict=True)
+            ]
             arguments = [
                 x.detach().requires_grad_() if wanted else x
-                for x, wanted in zip(arguments, needs_gradient)
+                for x, wanted in zip(arguments, needs_gradient, strict=True)
             ]
             outputs, structure = optree.tree_flatten(eager(arguments))
             return [output.detach() for output in outputs]
 
         def tensors_of(given: Sequence[Any]) -> list[Tensor]:
-            return [x.detach() for x, chosen in zip(given, is_tensor) if chosen]
+            return [x.detach() for x, chosen in zip(given, is_tensor, strict=True) if chosen]
 
         def refuse(reason: str) -> Callable[[Sequence[Any]], Any]:
             warnings.warn(f"{name} is run in eager mode: {reason}", CompileWarning, stacklevel=6)
