@@ -50,7 +50,7 @@ class Compiler:
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self.backend = backend
         self.seconds = 0.0
-        self._graphs: dict[Hashable, Callable[[Sequence[Any]], Any]] = {}
+        self._graphs: dict[tuple[Hashable, ...], Callable[[Sequence[Any]], Any]] = {}
         self._eager: set[Hashable] = set()
         self._context: Hashable = None
 
@@ -62,7 +62,8 @@ class Compiler:
         """`function(*args)`, whose result is cut off any autograd graph."""
         if function in self._eager:
             return function(*args)
-        leaves, spec = optree.tree_flatten(args)
+        given: Any = args
+        leaves, spec = optree.tree_flatten(given)
         key = (function, self._context, spec, tuple(map(_describe, leaves)))
         graph = self._graphs.get(key)
         if graph is None:
@@ -170,7 +171,7 @@ class _Same:
 def _describe(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    return leaf  # type: ignore[no-any-return]
+    return leaf
 
 
 def _perturbed(tensor: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ class OuterVariables:
         """
         if not isinstance(outer_batch, MicroBatches):
             outer_batch = MicroBatches([outer_batch])
-        total, totals, cotangent = torch.zeros(()), {}, None
+        total = torch.zeros(())
+        totals: dict[str, Tensor] = {}
+        cotangent: Tensor | None = None
         for batch, weight in outer_batch:
             loss, metrics, (params_grad, *grads) = inner.run(
                 _outer_gradients, inner, params.detach(), self.tree, batch

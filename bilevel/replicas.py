@@ -61,7 +61,7 @@ class Replicas(Problem):
     def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         def one(params: Any) -> tuple[Tensor, dict[str, Tensor]]:
             value = self.problem.outer_loss(params, outer, batch)
-            return value if isinstance(value, tuple) else (value, {})
+            return (value[0], dict(value[1])) if isinstance(value, tuple) else (value, {})
 
         loss, metrics = torch.func.vmap(one)(params)
         return loss.mean(), {name: value.mean() for name, value in metrics.items()}
