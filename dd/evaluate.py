@@ -17,6 +17,7 @@ CHANGEABLE = (
     "FlipOrRotate",
     "DSA",
     "Experiment.device",
+    "Experiment.images_on",
     "cifar10.",
     "cifar100.",
     "arrays.path",

@@ -9,7 +9,9 @@ from dd.data.transforms import (
     Standardize,
     ZCAWhitening,
     apply_in_chunks,
+    kip_whitening,
     transform_from_state,
+    zca_whitening,
 )
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "cifar100",
     "digits",
     "image_folder",
+    "kip_whitening",
     "to_unit_range",
     "transform_from_state",
+    "zca_whitening",
 ]
