@@ -33,5 +33,5 @@ def checksum(parts: Iterable[str | Tensor]) -> str:
             digest.update(f"text {len(part)} {part}".encode())
         else:
             digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
-            digest.update(part.detach().cpu().reshape(-1).numpy())
+            digest.update(part.detach().cpu().reshape(-1).numpy().data)
     return digest.hexdigest()

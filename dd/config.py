@@ -11,7 +11,7 @@ from typing import Any
 
 import bilevel
 import gin
-from dd import augmentation, data, networks
+from dd import augmentation, data, networks, problems
 from dd.distiller import Distiller
 from dd.evaluation import Evaluator
 from dd.experiment import Experiment
@@ -28,6 +28,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "digits": data.digits,
     "arrays": data.arrays,
     "image_folder": data.image_folder,
+    "tiny_imagenet": data.tiny_imagenet,
+    "imagenet": data.imagenet,
     "standardize": data.Standardize.fit,
     "zca_whitening": data.zca_whitening,
     "kip_whitening": data.kip_whitening,
@@ -41,6 +43,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Adjoint": bilevel.estimators.Adjoint,
     "Reverse": bilevel.estimators.Reverse,
     "MovingAverageClip": bilevel.clip.MovingAverageClip,
+    "MovingAverageRowClip": bilevel.clip.MovingAverageRowClip,
+    "PrototypeAlignment": problems.PrototypeAlignment,
     "sgd": bilevel.optim.sgd,
     "adam": bilevel.optim.adam,
     "adamw": bilevel.optim.adamw,

@@ -93,6 +93,8 @@ class Experiment:
         self.network = network(
             num_classes=dataset.num_classes, channels=channels, image_size=height
         )
+        if distiller.alignment is not None:
+            distiller.alignment.check(self.network, dataset.image_shape, synthetic.patches_per_side)
         # On the CPU, so that a seed means the same on every device.
         self.key = bilevel.Key(seed)
 

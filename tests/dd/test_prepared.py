@@ -29,7 +29,9 @@ def dataset(count: int = 60) -> ImageDataset:
     )
 
 
-def prepared(fit: object = Standardize.fit, seed: int = 0, images_on: str = "device") -> PreparedData:
+def prepared(
+    fit: object = Standardize.fit, seed: int = 0, images_on: str = "device"
+) -> PreparedData:
     return prepare(dataset(), fit, 0.2, seed, CPU, images_on)  # type: ignore[arg-type]
 
 
