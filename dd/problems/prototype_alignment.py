@@ -9,37 +9,39 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dd.checks import check_number
-from dd.patches import split_patches
 
 
 @final
 class PrototypeAlignment:
-    """A term of the outer loss: the distance between real and synthetic class prototypes.
+    """A term of the outer loss: how far synthetic class prototypes are from the real ones.
 
-        λ · (L_global + L_local),    L = Σ_c (N_c / N) · mean over features of (P_c − Q_c)²
+        λ · (L_global + L_local),    L = Σ_c (N_c / N) · ‖P_c − Q_c‖² / V
 
-    P_c is the mean feature of the N_c real images of class c in the outer batch of N, and Q_c that
-    of the synthetic images made for class c. L_global takes the features of whole images, L_local
-    those of every patch at its place, each patch given to the extractor on its own; without
-    patches there is no L_local.
+    P_c is the mean feature of the N_c real images of class c in the outer batch of N, Q_c that of
+    the synthetic images made for class c, and V the mean squared distance of all these features
+    from their mean: the unit, which makes λ mean the same for every layer. The features are the
+    map [d, h, w] that a layer of the network makes of an image, averaged over the image for
+    L_global, and over each of n×n patches, at its place, for L_local. Without patches there is no
+    L_local. θ_stop and V are held constant, so that the term has a derivative in the synthetic
+    images alone.
 
-    The features are what one layer of the network gives at θ_stop, which is held constant: the
-    term has a derivative in the synthetic images, none in θ. Classes weigh by their share of the
-    real images, for which reason the derivative over `MicroBatches` is exactly that of the whole
-    batch; the value is larger, by the scatter of the pieces' prototypes.
+    The layer sees whole images, of whose map the patches are cut. Given a patch alone, a layer
+    that normalises over its few pixels makes nearly the same of every patch.
 
-    The graph of all synthetic images is in memory at once.
+    With `MicroBatches`, prototypes and V are those of each piece. As classes weigh by their share
+    of it, the derivative is that of the whole batch but for V. The graph of all synthetic images
+    is in memory at once.
 
     Args:
         weight: λ > 0.
-        layer: Name of the network's layer that turns images into features; "features" is all of a
+        layer: Name of the network's layer that turns images into maps; "features" is all of a
             ConvNet but its classifier.
 
     Raises:
         ValueError: An argument outside its range.
 
-    Source: the alignment term of patch-wise semantic preservation in AT-BPTT (arXiv 2510.04838).
-    The distance, the layer and λ are our own choice: the paper's are not published.
+    Source: the alignment term of patch-wise semantic preservation in AT-BPTT (arXiv 2510.04838);
+    the distance, its unit, the layer and λ are our own choice, as the paper's are not published.
     """
 
     def __init__(self, weight: float = 1.0, layer: str = "features") -> None:
@@ -52,11 +54,11 @@ class PrototypeAlignment:
     def check(
         self, network: nn.Module, image_shape: tuple[int, ...], patches_per_side: int
     ) -> None:
-        """Refuse a network that has no such layer, or patches that are too small for it.
+        """Refuse a network without such a layer, or with a map that n×n patches do not fit.
 
         Args:
             network: The module.
-            image_shape: (C, H, W).
+            image_shape: (C, H, W) with H = W.
             patches_per_side: n.
 
         Raises:
@@ -65,14 +67,16 @@ class PrototypeAlignment:
         names = [name for name, _ in network.named_modules() if name]
         if self.layer not in names:
             raise ValueError(f"layer={self.layer!r}: the network has {', '.join(names)}")
-        patches = split_patches(torch.zeros(1, *image_shape), patches_per_side)
+        params = dict(network.named_parameters())
         try:
-            self.features(network, dict(network.named_parameters()), patches)
+            shape = tuple(self._maps(network, params, torch.zeros(1, *image_shape)).shape)
         except RuntimeError as error:
+            raise ValueError(f"layer={self.layer!r} cannot take images: {error}") from error
+        if len(shape) != 4 or shape[2] % patches_per_side or shape[3] != shape[2]:
             raise ValueError(
-                f"patches_per_side={patches_per_side}: the layer {self.layer!r} cannot take "
-                f"patches of {patches.shape[2]}×{patches.shape[3]}: {error}"
-            ) from error
+                f"patches_per_side={patches_per_side}: the layer {self.layer!r} makes "
+                f"{list(shape[1:])} of an image; it must be [d, h, h] with h a multiple of that"
+            )
 
     def __call__(
         self,
@@ -93,40 +97,49 @@ class PrototypeAlignment:
             num_classes: K.
             patches_per_side: n.
         """
+        with torch.no_grad():
+            real_maps = self._maps(network, params, real[0])
+        maps = self._maps(network, params, synthetic[0])
+        shares = _members(real[1], num_classes, maps.dtype).mean(1)
 
         def distance(patches: int) -> Tensor:
-            """L over images cut into patches² parts."""
-
-            def features(images: Tensor) -> Tensor:
-                parts = self.features(network, params, split_patches(images, patches))
-                return parts.unflatten(0, (len(images), -1)).flatten(1)
-
-            with torch.no_grad():
-                real_prototypes, counts = _prototypes(features(real[0]), real[1], num_classes)
-            prototypes, _ = _prototypes(features(synthetic[0]), synthetic[1], num_classes)
-            distances = (real_prototypes - prototypes).square().mean(1)
-            return (counts / counts.sum()) @ distances
+            real_features, features = (
+                F.avg_pool2d(each, each.shape[2] // patches).flatten(1)
+                for each in (real_maps, maps)
+            )
+            difference = _prototypes(real_features, real[1], num_classes) - _prototypes(
+                features, synthetic[1], num_classes
+            )
+            together = torch.cat([real_features, features.detach()])
+            scatter = (together - together.mean(0)).square().sum(1).mean()
+            # Where all features are the same, so are the prototypes: 0, not 0/0.
+            unit = scatter.clamp_min(torch.finfo(maps.dtype).tiny)
+            return shares @ difference.square().sum(1) / unit
 
         parts = {"alignment_global": distance(1)}
         if patches_per_side > 1:
             parts["alignment_local"] = distance(patches_per_side)
         return self.weight * torch.stack(list(parts.values())).sum(), parts
 
-    def features(self, network: nn.Module, params: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """What the layer makes of images [N, C, h, w]: [N, d], without a derivative in `params`."""
+    def _maps(self, network: nn.Module, params: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """What the layer makes of images, [N, d, h, h], without a derivative in `params`."""
         prefix = f"{self.layer}."
         own = {
             name.removeprefix(prefix): value.detach()
             for name, value in params.items()
             if name.startswith(prefix)
         }
-        output: Tensor = functional_call(network.get_submodule(self.layer), own, (images,))
-        return output.flatten(1)
+        maps: Tensor = functional_call(network.get_submodule(self.layer), own, (images,))
+        return maps
 
 
-def _prototypes(features: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The mean feature of each class [K, d], 0 where there is none, and how many there are [K]."""
+def _members(classes: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """[K, N]: 1 where an image is of a class."""
+    return F.one_hot(classes, num_classes).T.to(dtype)
+
+
+def _prototypes(features: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """The mean of features [N, d] over each class: [K, d], 0 where there is none."""
     # A product with the one-hot matrix, unlike index_add, adds up in the same order on every run.
-    members = F.one_hot(classes, num_classes).to(features.dtype)
-    counts = members.sum(0)
-    return members.T @ features / counts.clamp_min(1)[:, None], counts
+    members = _members(classes, num_classes, features.dtype)
+    return members @ features / members.sum(1, keepdim=True).clamp_min(1)
