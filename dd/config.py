@@ -71,9 +71,11 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     gin.clear_config()
     for name in files:
         if not Path(name).is_file():
-            near = sorted(str(path) for path in Path(name).parent.glob("*.gin"))
-            there = f"; there are {', '.join(near)}" if near else ""
-            raise ConfigError(f"gin file {name} does not exist{there}")
+            beside = sorted(path.name for path in Path(name).parent.glob("*.gin"))
+            raise ConfigError(
+                f"gin file {name} does not exist"
+                + (_nearest(Path(name).name, beside) if beside else "")
+            )
     try:
         for name in files:
             _parse(Path(name))

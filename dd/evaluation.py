@@ -160,14 +160,11 @@ class Evaluator:
         self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
     ) -> float:
         """Mean accuracy on the validation part after `validation_steps`; never the test set."""
+        images, labels = images.detach(), labels.detach()
         accuracies = []
         for index in range(self.validation_networks):
             trained = self._train(
-                images.detach(),
-                labels.detach(),
-                network,
-                key.fold("network", index),
-                [self.validation_steps],
+                images, labels, network, key.fold("network", index), [self.validation_steps]
             )
             accuracies.append(
                 _accuracy(network, trained[0], data.validation_images, data.validation_labels)
