@@ -3,6 +3,7 @@
 from bilevel import clip, estimators, optim, truncation
 from bilevel.errors import (
     BilevelError,
+    CompileWarning,
     ConfigurationError,
     NonFiniteError,
     ProblemError,
@@ -19,6 +20,7 @@ from bilevel.trajectory import Iterate, Trace, Trajectory, Window
 
 __all__ = [
     "BilevelError",
+    "CompileWarning",
     "ConfigurationError",
     "Hypergradient",
     "HypergradientResult",

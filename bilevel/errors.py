@@ -19,3 +19,7 @@ class UnusedOuterVariableError(ProblemError):
 
 class NonFiniteError(BilevelError, ArithmeticError):
     """A loss or a hypergradient became NaN or infinite; the message says where it began."""
+
+
+class CompileWarning(UserWarning):
+    """Something is run in eager mode although it was to be compiled; the message says why."""

@@ -6,6 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel.compiler import constants_of
 from bilevel.contract import check_inner_loss
 from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
@@ -33,6 +34,11 @@ class Hypergradient:
             going backward: memory of steps/k + k iterates instead of steps, for one more forward
             pass over the window.
         keep_on: Device that holds the kept iterates, "cpu" to spare an accelerator's memory.
+        compile: Run every inner step, every adjoint step and the outer loss with its gradient as
+            one `torch.compile` graph each, compiled at their first call (about a minute in all)
+            and reused from then on. What cannot be compiled, or differs from eager mode by more
+            than rounding explains, is run in eager mode with a `CompileWarning`. `Reverse` and
+            `Forward` compile the recorded steps and the outer loss only.
 
     Raises:
         ConfigurationError: An argument that cannot work, such as a window longer than the run.
@@ -62,6 +68,7 @@ class Hypergradient:
         *,
         keep_every: int = 1,
         keep_on: torch.device | str | None = None,
+        compile: bool = False,
     ) -> None:
         for name, value in (("steps", steps), ("keep_every", keep_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -81,7 +88,7 @@ class Hypergradient:
             )
         for name, module in modules_held_by(problem):
             refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
-        self.inner = InnerLoop(problem, optimizer)
+        self.inner = InnerLoop(problem, optimizer, compile=compile)
         self._checked = False
         self.steps = steps
         self.keep_every = keep_every
@@ -112,6 +119,8 @@ class Hypergradient:
         if not self._checked:
             check_inner_loss(self.inner, outer, key)
             self._checked = True
+        if self.inner.compiler is not None:
+            self.inner.compiler.depends_on(constants_of(self.inner.problem))
         outer = optree.tree_map(
             lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, outer
         )

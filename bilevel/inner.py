@@ -8,6 +8,7 @@ import torch
 from optree.integrations.torch import tree_ravel
 from torch import Tensor
 
+from bilevel.compiler import Compiler
 from bilevel.contract import check_params, check_scalar, settle
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.problem import Problem
@@ -29,12 +30,13 @@ class InnerLoop:
         problem: The nested problem.
         optimizer: A `torchopt` or `bilevel.optim` gradient transformation, or a function that
             makes one from the problem's `hyperparameters`.
+        compile: Whether steps are run as compiled graphs.
 
     Raises:
         ConfigurationError: `optimizer` is neither.
     """
 
-    def __init__(self, problem: Problem, optimizer: Any) -> None:
+    def __init__(self, problem: Problem, optimizer: Any, *, compile: bool = False) -> None:
         self._is_transformation = hasattr(optimizer, "init") and hasattr(optimizer, "update")
         if not self._is_transformation and (
             not callable(optimizer) or hasattr(optimizer, "zero_grad")
@@ -46,6 +48,7 @@ class InnerLoop:
             )
         self.problem = problem
         self.optimizer = optimizer
+        self.compiler = Compiler() if compile else None
         if self._is_transformation:
             settle(optimizer, torch.device("cpu"), check=True)
         self._unravel: Callable[[Tensor], Any] | None = None
@@ -140,6 +143,28 @@ class InnerLoop:
 
     # Recording and re-running.
 
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, as one compiled graph if this loop compiles.
+
+        The function must be pure and its arguments and result pytrees of tensors (other arguments
+        are constants). The result may be on an autograd graph only in eager mode.
+        """
+        return function(*args) if self.compiler is None else self.compiler(function, *args)
+
+    def advance(
+        self,
+        params: Tensor,
+        state: Any,
+        batch: Any,
+        hyperparameters: Mapping[str, Tensor],
+        signals: tuple[str, ...] = (),
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """(θ_{t+1}, s_{t+1}, per-step scalars) from (θ_t, s_t), without a graph."""
+        gradient, loss = self.gradient_without_graph(params, batch)
+        after = self.update(Iterate(params, state), gradient, hyperparameters)
+        recorded = {name: SIGNALS[name](gradient) for name in signals}
+        return after.params, after.state, {"inner_loss": loss, **recorded}
+
     @torch.no_grad()
     def rollout(
         self,
@@ -181,11 +206,12 @@ class InnerLoop:
             if step >= keep_from and (step - keep_from) % keep_every == 0:
                 kept[step] = iterate if keep_on is None else _moved(iterate, keep_on)
             batch = self.batch(outer, step, key)
-            gradient, loss = self.gradient_without_graph(iterate.params, batch)
-            iterate = self.update(iterate, gradient, hyperparameters)
-            recorded["inner_loss"].append(loss)
-            for name in signals:
-                recorded[name].append(SIGNALS[name](gradient))
+            params, optimizer_state, scalars = self.run(
+                self.advance, iterate.params, iterate.state, batch, hyperparameters, tuple(signals)
+            )
+            iterate = Iterate(params, optimizer_state)
+            for name, value in scalars.items():
+                recorded[name].append(value)
         kept[horizon] = iterate
         trace = Trace({name: torch.stack(values) for name, values in recorded.items()})
         return Trajectory(kept, key, steps, trace, Window(min(keep_from, horizon - 1), horizon))
@@ -222,8 +248,10 @@ class InnerLoop:
             hyperparameters = self.hyperparameters(outer)
             for step in range(first, last):
                 batch = self.batch(outer, step, trajectory.key)
-                gradient, _ = self.gradient_without_graph(segment[-1].params, batch)
-                segment.append(self.update(segment[-1], gradient, hyperparameters))
+                params, state, _ = self.run(
+                    self.advance, segment[-1].params, segment[-1].state, batch, hyperparameters, ()
+                )
+                segment.append(Iterate(params, state))
         return segment
 
     def _transformation(self, hyperparameters: Mapping[str, Tensor]) -> Any:

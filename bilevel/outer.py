@@ -11,7 +11,7 @@ from bilevel.errors import ProblemError, UnusedOuterVariableError
 from bilevel.inner import InnerLoop
 from bilevel.micro_batches import MicroBatches
 from bilevel.trajectory import Trajectory
-from bilevel.tree import is_differentiable, named_leaves, partition
+from bilevel.tree import detach, is_differentiable, named_leaves, partition
 
 
 @final
@@ -68,25 +68,29 @@ class OuterVariables:
         Raises:
             ProblemError: F does not depend on θ.
         """
-        params = params.detach().requires_grad_()
         if not isinstance(outer_batch, MicroBatches):
             outer_batch = MicroBatches([outer_batch])
-        losses, metrics = [], []
+        total, totals, cotangent = torch.zeros(()), {}, None
         for batch, weight in outer_batch:
-            with torch.enable_grad():
-                loss, reported = inner.outer_loss(params, self.tree, batch)
-                share = loss * weight
-            if share.requires_grad:
-                torch.autograd.backward(share, inputs=[params, *self.leaves])
-            losses.append(share.detach())
-            metrics.append({name: value.detach() * weight for name, value in reported.items()})
-        if params.grad is None:
-            raise ProblemError("outer_loss does not depend on the params it is given")
-        self._used_by_outer_loss = {
-            index for index, leaf in enumerate(self.leaves) if leaf.grad is not None
-        }
-        totals = {name: torch.stack([each[name] for each in metrics]).sum(0) for name in metrics[0]}
-        return torch.stack(losses).sum(), totals, params.grad
+            loss, metrics, (params_grad, *grads) = inner.run(
+                _outer_gradients, inner, params.detach(), self.tree, batch
+            )
+            total = total.to(loss) + loss * weight
+            totals = {
+                name: totals[name] + value * weight if totals else value * weight
+                for name, value in metrics.items()
+            }
+            if params_grad is None:
+                raise ProblemError("outer_loss does not depend on the params it is given")
+            params_grad = params_grad * weight
+            cotangent = params_grad if cotangent is None else cotangent.add_(params_grad)
+            for index, (leaf, grad) in enumerate(zip(self.leaves, grads, strict=True)):
+                if grad is not None:
+                    self._used_by_outer_loss.add(index)
+                    grad = grad * weight
+                    leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
+        assert cotangent is not None, "MicroBatches holds at least one"
+        return total, totals, cotangent
 
     def gradients(self, inner: InnerLoop, trajectory: Trajectory) -> tuple[list[Tensor], str]:
         """The accumulated gradients, and a status.
@@ -146,3 +150,17 @@ class OuterVariables:
                     torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)[0]
                 )
         return used
+
+
+def _outer_gradients(
+    inner: InnerLoop, params: Tensor, outer: Any, batch: Any
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor | None, ...]]:
+    """(F, its metrics, (∂F/∂θ, ∂F/∂φ leaf by leaf)); None where F does not depend on it."""
+    params = params.detach().requires_grad_()
+    leaves = partition(outer)[0]
+    with torch.enable_grad():
+        loss, metrics = inner.outer_loss(params, outer, batch)
+    grads: tuple[Tensor | None, ...] = (None,) * (1 + len(leaves))
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, [params, *leaves], allow_unused=True)
+    return loss.detach(), detach(metrics), grads

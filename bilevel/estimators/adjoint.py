@@ -65,8 +65,15 @@ class Adjoint(Estimator):
         for step, iterate in inner.iterates_backward(trajectory, outer):
             with torch.enable_grad():
                 batch = inner.batch(variables.tree, step, trajectory.key)
-            cotangent, state_cotangents, batch_cotangents, step_hyper_cotangents = (
-                self._adjoint_step(inner, iterate, batch, constants, cotangent, state_cotangents)
+            cotangent, state_cotangents, batch_cotangents, step_hyper_cotangents = inner.run(
+                self._adjoint_step,
+                inner,
+                iterate.params,
+                iterate.state,
+                batch,
+                constants,
+                cotangent,
+                state_cotangents,
             )
             variables.accumulate(partition(batch, _needs_gradient)[0], batch_cotangents)
             for name, value in step_hyper_cotangents.items():
@@ -96,7 +103,8 @@ class Adjoint(Estimator):
     def _adjoint_step(
         self,
         inner: InnerLoop,
-        iterate: Iterate,
+        params: Tensor,
+        state: Any,
         batch: Any,
         hyperparameters: Mapping[str, Tensor],
         cotangent: Tensor,
@@ -104,8 +112,8 @@ class Adjoint(Estimator):
     ) -> tuple[Tensor, list[Tensor], list[Tensor], dict[str, Tensor]]:
         """(λ, μ, b̄, h̄) one step earlier."""
         linearise = _reverse_over_reverse if self.hvp == "reverse" else _forward_over_reverse
-        gradient, pull_gradient = linearise(inner, iterate.params, batch)
-        state_leaves, rebuild_state = partition(iterate.state)
+        gradient, pull_gradient = linearise(inner, params, batch)
+        state_leaves, rebuild_state = partition(state)
 
         def update(
             params: Tensor,
@@ -119,7 +127,7 @@ class Adjoint(Estimator):
             return after.params, partition(after.state)[0]
 
         _, pull_update, *_ = torch.func.vjp(
-            update, iterate.params, state_leaves, gradient, dict(hyperparameters)
+            update, params, state_leaves, gradient, dict(hyperparameters)
         )
         through_update, state_cotangents, gradient_cotangent, hyper_cotangents = pull_update(
             (cotangent, state_cotangents)

@@ -1,0 +1,197 @@
+"""Compiled steps give what eager steps give, or say that they do not and step aside."""
+
+import warnings
+
+import optree
+import problems
+import pytest
+import torch
+from problems import relative_error, seeded
+from torch.func import functional_call
+
+import bilevel
+from bilevel.compiler import GRAPHS_PER_FUNCTION, Compiler
+
+WINDOW = problems.Fixed(2, 5)
+OPTIMIZERS = {
+    "sgd": bilevel.optim.sgd(0.1, momentum=0.9),
+    "adam": bilevel.optim.adam(0.05, eps_root=1e-6),
+}
+
+
+def hypergradient(problem, optimizer, *, backend="eager", compile=True, **options):
+    made = bilevel.Hypergradient(problem, optimizer, 6, WINDOW, compile=compile, **options)
+    if compile:
+        made.inner.compiler = Compiler(backend)
+    return made
+
+
+def both(case, optimizer, **options):
+    """The results of one call, eager and with traced graphs run by PyTorch's own interpreter."""
+    return [
+        hypergradient(case.problem, optimizer, compile=compile, **options)(
+            case.outer, case.outer_batch, seeded(1)
+        )
+        for compile in (False, True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("data_cleaning", "sgd"),
+        ("learned_start", "adam"),
+        ("learned_rate", "sgd"),
+        pytest.param("quadratic", "adam", marks=pytest.mark.slow),
+        pytest.param("ridge", "sgd", marks=pytest.mark.slow),
+        pytest.param("convnet_distillation", "adam", marks=pytest.mark.slow),
+    ],
+)
+def test_traced_steps_are_the_eager_ones(name, optimizer):
+    case = problems.make(name, seed=0)
+    chosen = OPTIMIZERS[optimizer]
+    if name == "learned_rate":
+        chosen = getattr(bilevel.optim, optimizer)
+    eager, traced = both(case, chosen)
+    assert relative_error(traced.grads, eager.grads) < 1e-10
+    assert relative_error(traced.loss, eager.loss) < 1e-12
+    torch.testing.assert_close(dict(traced.trace), dict(eager.trace))
+    torch.testing.assert_close(traced.metrics, eager.metrics)
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep_every": 2}, {"estimator": bilevel.estimators.Reverse()}]
+)
+def test_recomputed_steps_and_other_estimators(options):
+    case = problems.make("mlp_distillation", seed=0)
+    eager, traced = both(case, OPTIMIZERS["adam"], **options)
+    assert relative_error(traced.grads, eager.grads) < 1e-10
+
+
+def test_forward_mode_is_traced_too():
+    case = problems.make("mlp_distillation", seed=0)
+    estimator = bilevel.estimators.Adjoint(hvp="forward")
+    eager, traced = both(case, OPTIMIZERS["sgd"], estimator=estimator)
+    assert relative_error(traced.grads, eager.grads) < 1e-10
+
+
+@pytest.mark.slow
+def test_the_real_compiler_compiles_once():
+    case = problems.make("mlp_distillation", seed=0)
+    compiled = hypergradient(case.problem, OPTIMIZERS["sgd"], backend="inductor")
+    eager = hypergradient(case.problem, OPTIMIZERS["sgd"], compile=False)
+    for seed in (0, 1):
+        expected = eager(case.outer, case.outer_batch, seeded(seed)).grads
+        found = compiled(case.outer, case.outer_batch, seeded(seed)).grads
+        assert relative_error(found, expected) < 1e-9
+        if seed == 0:
+            seconds = compiled.inner.compiler.seconds
+            assert seconds > 0
+    assert compiled.inner.compiler.seconds == seconds
+
+
+class Labelled(bilevel.Problem):
+    """Its labels are an attribute, so a constant of any graph traced through it."""
+
+    def __init__(self, labels):
+        self.network = torch.nn.Linear(3, 2, dtype=torch.float64)
+        self.labels = labels
+
+    def init(self, outer, *, generator):
+        return bilevel.fresh_parameters(self.network, generator)
+
+    def inner_batch(self, outer, step, *, generator):
+        return outer
+
+    def inner_loss(self, params, batch):
+        one_hot = torch.eye(2, dtype=batch.dtype)[self.labels]
+        return ((functional_call(self.network, params, (batch,)) - one_hot) ** 2).mean()
+
+    def outer_loss(self, params, outer, batch):
+        return (functional_call(self.network, params, (batch,)) ** 2).mean()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_changed_constant_is_noticed(in_place):
+    inputs = torch.randn(4, 3, dtype=torch.float64, generator=seeded(0))
+    problem = Labelled(torch.tensor([0, 1, 0, 1]))
+    compiled = hypergradient(problem, OPTIMIZERS["sgd"])
+    eager = hypergradient(problem, OPTIMIZERS["sgd"], compile=False)
+    before = compiled(inputs, inputs, seeded(0)).grads
+    if in_place:
+        problem.labels[0] = 1
+    else:
+        problem.labels = torch.tensor([1, 1, 0, 1])
+    after = compiled(inputs, inputs, seeded(0)).grads
+    assert relative_error(after, before) > 1e-3
+    assert relative_error(after, eager(inputs, inputs, seeded(0)).grads) < 1e-10
+
+
+def branching(x):
+    return x * 2 if float(x.sum()) > 0 else x
+
+
+def test_what_cannot_be_traced_is_run_eagerly():
+    compiler = Compiler("eager")
+    with pytest.warns(bilevel.CompileWarning, match="branching is run in eager mode: it could not"):
+        assert compiler(branching, torch.ones(2)).tolist() == [2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiler(branching, -torch.ones(2)).tolist() == [-1, -1]
+
+
+def double(x):
+    return {"double": 2 * x}
+
+
+def test_a_wrong_compiler_is_found_out():
+    def wrong(graph, example_inputs):
+        return lambda *inputs: [output * 1.1 for output in graph(*inputs)]
+
+    compiler = Compiler(wrong)
+    with pytest.warns(bilevel.CompileWarning, match=r"differs .* relative 1\.0e-01 where at most"):
+        found = compiler(double, torch.ones(3))
+    assert found["double"].tolist() == [2, 2, 2]
+    assert compiler(double, torch.ones(3))["double"].tolist() == [2, 2, 2]
+
+
+def test_a_compiler_that_yields_nan_is_found_out():
+    def wrong(graph, example_inputs):
+        return lambda *inputs: [output * float("nan") for output in graph(*inputs)]
+
+    with pytest.warns(bilevel.CompileWarning, match="differs"):
+        assert Compiler(wrong)(double, torch.ones(3))["double"].tolist() == [2, 2, 2]
+
+
+def ill_conditioned(x):
+    return (x - 1.0) / torch.finfo(x.dtype).eps
+
+
+def test_rounding_is_allowed_for():
+    """Where one unit in the last place changes the result by all of itself, so may a compiler."""
+
+    def rounding(graph, example_inputs):
+        return lambda *inputs: graph(*[x * (1 + torch.finfo(x.dtype).eps) for x in inputs])
+
+    compiler = Compiler(rounding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiler(ill_conditioned, torch.full((4,), 1.5, dtype=torch.float64))
+        compiler(ill_conditioned, torch.full((4,), 1 + 1e-15, dtype=torch.float64))
+
+
+def test_a_new_shape_every_time_ends_in_eager_mode():
+    compiler = Compiler("eager")
+    for size in range(1, 1 + GRAPHS_PER_FUNCTION):
+        compiler(double, torch.ones(size))
+    with pytest.warns(bilevel.CompileWarning, match="more than 8 combinations of shapes"):
+        assert len(compiler(double, torch.ones(100))["double"]) == 100
+
+
+def test_no_graph_outlives_a_compiled_call():
+    case = problems.make("mlp_distillation", seed=0)
+    outer = optree.tree_map(lambda x: x.clone().requires_grad_(), case.outer)
+    made = hypergradient(case.problem, OPTIMIZERS["adam"])
+    result = made(outer, case.outer_batch, seeded(0))
+    tensors = [result.loss, *optree.tree_leaves(result.grads), *result.trace.signals.values()]
+    assert all(tensor.grad_fn is None for tensor in tensors)
