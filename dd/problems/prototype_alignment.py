@@ -135,11 +135,12 @@ class PrototypeAlignment:
 
 def _members(classes: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     """[K, N]: 1 where an image is of a class."""
-    return F.one_hot(classes, num_classes).T.to(dtype)
+    # Not one_hot, which waits for the device to check its argument, and so cannot be compiled.
+    return (classes == torch.arange(num_classes, device=classes.device)[:, None]).to(dtype)
 
 
 def _prototypes(features: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     """The mean of features [N, d] over each class: [K, d], 0 where there is none."""
-    # A product with the one-hot matrix, unlike index_add, adds up in the same order on every run.
+    # A matrix product, unlike index_add, adds up in the same order on every run.
     members = _members(classes, num_classes, features.dtype)
     return members @ features / members.sum(1, keepdim=True).clamp_min(1)

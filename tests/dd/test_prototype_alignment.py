@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel
+from bilevel.compiler import Compiler
 from bilevel.estimators import Adjoint, Reverse
 from dd.augmentation import NoAugmentation
 from dd.networks import ConvNet
@@ -243,6 +244,19 @@ def test_with_alignment_adjoint_equals_reverse(n: int, seed: int) -> None:
         without.loss + 2.0 * sum(v for k, v in adjoint.metrics.items() if "alignment" in k),
     )
     assert not torch.allclose(adjoint.grads["images"], without.grads["images"])
+
+
+def test_with_alignment_the_outer_loss_can_be_traced_for_compilation() -> None:
+    results = []
+    for compile in (False, True):
+        made, outer = problem(2, PrototypeAlignment())
+        solve = bilevel.Hypergradient(made, bilevel.optim.sgd(0.1), steps=2, compile=compile)
+        if compile:
+            solve.inner.compiler = Compiler("eager")
+        results.append(solve(outer, batch(7, 11), seeded(0)))
+    eager, traced = results
+    torch.testing.assert_close(traced.metrics, eager.metrics)
+    torch.testing.assert_close(traced.grads["images"], eager.grads["images"], rtol=1e-9, atol=0)
 
 
 def test_the_outer_loss_moves_the_parameters_by_its_cross_entropy_alone() -> None:
