@@ -35,7 +35,7 @@ class TrainingState:
 
     outer: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
-    clip: bilevel.clip.MovingAverageClip | None
+    clip: bilevel.clip.Clip | None
     truncation: bilevel.truncation.Truncation
     step: int = 0
     seconds: float = 0.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import bilevel
 import gin
-from dd import augmentation, data, networks
+from dd import augmentation, data, networks, problems
 from dd.distiller import Distiller
 from dd.evaluation import Evaluator
 from dd.experiment import Experiment
@@ -28,9 +28,11 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "digits": data.digits,
     "arrays": data.arrays,
     "image_folder": data.image_folder,
+    "tiny_imagenet": data.tiny_imagenet,
+    "imagenet": data.imagenet,
     "standardize": data.Standardize.fit,
-    "zca_whitening": data.ZCAWhitening.fit,
-    "kip_whitening": data.KIPWhitening.fit,
+    "zca_whitening": data.zca_whitening,
+    "kip_whitening": data.kip_whitening,
     "NoAugmentation": augmentation.NoAugmentation,
     "FlipOrRotate": augmentation.FlipOrRotate,
     "DSA": augmentation.DSA,
@@ -41,6 +43,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Adjoint": bilevel.estimators.Adjoint,
     "Reverse": bilevel.estimators.Reverse,
     "MovingAverageClip": bilevel.clip.MovingAverageClip,
+    "MovingAverageRowClip": bilevel.clip.MovingAverageRowClip,
+    "PrototypeAlignment": problems.PrototypeAlignment,
     "sgd": bilevel.optim.sgd,
     "adam": bilevel.optim.adam,
     "adamw": bilevel.optim.adamw,
@@ -67,9 +71,11 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     gin.clear_config()
     for name in files:
         if not Path(name).is_file():
-            near = sorted(str(path) for path in Path(name).parent.glob("*.gin"))
-            there = f"; there are {', '.join(near)}" if near else ""
-            raise ConfigError(f"gin file {name} does not exist{there}")
+            beside = sorted(path.name for path in Path(name).parent.glob("*.gin"))
+            raise ConfigError(
+                f"gin file {name} does not exist"
+                + (_nearest(Path(name).name, beside) if beside else "")
+            )
     try:
         for name in files:
             _parse(Path(name))

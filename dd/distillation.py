@@ -73,7 +73,7 @@ class Distillation:
         self.job = job
         self.state = state
         self.hypergradient = bilevel.Hypergradient(
-            MetaLoss(job.network, job.synthetic, job.augmentation, job.device),
+            MetaLoss(job.network, job.synthetic, job.augmentation, job.device, settings.alignment),
             optimizer=settings.optimizer,
             steps=settings.inner_steps,
             truncation=state.truncation,
@@ -190,7 +190,7 @@ class Distillation:
     def _validate(self, monitor: Monitor) -> None:
         state, job = self.state, self.job
         accuracy = job.evaluator.validation(
-            state.outer["images"],
+            job.synthetic.images(state.outer),
             job.synthetic.labels(state.outer),
             job.network,
             job.data,
@@ -228,7 +228,7 @@ class Distillation:
     def _distilled_set(self) -> DistilledSet:
         state, job = self.state, self.job
         return DistilledSet(
-            images=state.outer["images"].detach(),
+            images=job.synthetic.images(state.outer).detach(),
             labels=job.synthetic.labels(state.outer).detach(),
             transform=job.data.transform,
             class_names=job.data.class_names,

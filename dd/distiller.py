@@ -8,10 +8,11 @@ import torch
 
 import bilevel
 from bilevel import distributed
-from bilevel.clip import MovingAverageClip
+from bilevel.clip import Clip
 from dd.checkpoint import TrainingState
 from dd.checks import check_choice, check_instance, check_integer, check_number
 from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.problems import PrototypeAlignment
 from dd.progress import StopRequest
 
 
@@ -33,6 +34,7 @@ class Distiller:
         real_micro_batch: How many of them are in memory with a graph at a time.
         image_lr: Outer Adam's rate for the images.
         label_lr: Outer Adam's rate for learned labels.
+        alignment: A term of the outer loss beside the cross-entropy; default: none.
         clip: Clipping of the images' hypergradient; default: none.
         validate_every: Outer steps between looks at the validation accuracy; the best set seen is
             the one that is kept. 0: no looks, the last set is kept.
@@ -57,7 +59,8 @@ class Distiller:
         real_micro_batch: int = 1000,
         image_lr: float = 1e-3,
         label_lr: float = 1e-3,
-        clip: MovingAverageClip | None = None,
+        alignment: PrototypeAlignment | None = None,
+        clip: Clip | None = None,
         validate_every: int = 0,
         image_every: int = 100,
         snapshot_minutes: Sequence[float] = (),
@@ -92,8 +95,12 @@ class Distiller:
             check_instance(
                 "estimator", estimator, bilevel.estimators.Estimator, "@Adjoint() with ()"
             )
+        if alignment is not None:
+            check_instance(
+                "alignment", alignment, PrototypeAlignment, "@PrototypeAlignment() with ()"
+            )
         if clip is not None:
-            check_instance("clip", clip, MovingAverageClip, "@MovingAverageClip() with ()")
+            check_instance("clip", clip, Clip, "@MovingAverageClip() with ()")
         if not isinstance(snapshot_minutes, (list, tuple)):
             raise ValueError(f"snapshot_minutes={snapshot_minutes!r}: it must be a list of minutes")
         for minute in snapshot_minutes:
@@ -110,6 +117,7 @@ class Distiller:
         self.real_micro_batch = real_micro_batch
         self.image_lr = image_lr
         self.label_lr = label_lr
+        self.alignment = alignment
         self.clip = clip
         self.validate_every = validate_every
         self.image_every = image_every

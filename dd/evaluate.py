@@ -18,10 +18,17 @@ CHANGEABLE = (
     "FlipOrRotate",
     "DSA",
     "Experiment.device",
+    "Experiment.images_on",
     "cifar10.",
     "cifar100.",
     "arrays.path",
     "image_folder.root",
+    "tiny_imagenet.root",
+    "tiny_imagenet.cache_folder",
+    "imagenet.root",
+    "imagenet.cache_folder",
+    "kip_whitening.cache_folder",
+    "zca_whitening.cache_folder",
 )
 
 EPILOG = """\

@@ -16,11 +16,12 @@ from bilevel.distributed import rank
 from dd.augmentation import Augmentation, FlipOrRotate
 from dd.checks import check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData
+from dd.data.stored_images import Images
 from dd.processes import collected, own_share
 from dd.synthetic import random_subset
 
 #: A function from the key of one network to the (images, labels) it is trained on.
-TrainingSet = Callable[[Key], tuple[Tensor, Tensor]]
+TrainingSet = Callable[[Key], tuple[Images, Tensor]]
 
 
 @final
@@ -125,8 +126,9 @@ class Evaluator:
         self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
     ) -> Accuracy:
         """Test accuracy of networks trained on one given set, hard or soft labels."""
+        given = images.detach(), labels.detach()
         return self._measure(
-            "distilled", lambda _: (images, labels), network, data, key, self.networks, self.steps
+            "distilled", lambda _: given, network, data, key, self.networks, self.steps
         )
 
     def random_real(
@@ -160,6 +162,7 @@ class Evaluator:
         self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
     ) -> float:
         """Mean accuracy on the validation part after `validation_steps`; never the test set."""
+        images, labels = images.detach(), labels.detach()
         accuracies = {}
         for index in own_share(self.validation_networks):
             trained = self._train(
@@ -203,23 +206,21 @@ class Evaluator:
         return Accuracy(tuple(collected(values)), steps[chosen])
 
     def _train(
-        self, images: Tensor, labels: Tensor, network: nn.Module, key: Key, steps: Sequence[int]
+        self, images: Images, labels: Tensor, network: nn.Module, key: Key, steps: Sequence[int]
     ) -> list[dict[str, Tensor]]:
         """The parameters after each number in `steps` of training on (images, labels)."""
-        images, labels = images.detach(), labels.detach()
         params = fresh_parameters(network, key.generator("init"), device=images.device)
         leaves = [value.requires_grad_() for value in params.values()]
         optimizer = torch.optim.Adam(leaves, lr=self.lr)
         generator = key.generator("batches")
         stages = []
         for step in range(1, max(steps) + 1):
-            batch, targets = images, labels
+            chosen: Tensor | slice = slice(None)
             if len(images) > self.batch_size:
                 chosen = torch.randint(
                     len(images), (self.batch_size,), generator=generator, device=generator.device
-                ).to(images.device)
-                batch, targets = images[chosen], labels[chosen]
-            batch = self.augmentation(batch, generator)
+                )
+            batch, targets = self.augmentation(images[chosen], generator), labels[chosen]
             loss = F.cross_entropy(functional_call(network, params, (batch,)), targets)
             optimizer.zero_grad()
             loss.backward()
@@ -231,9 +232,11 @@ class Evaluator:
 
 @torch.no_grad()
 def _accuracy(
-    network: nn.Module, params: dict[str, Tensor], images: Tensor, labels: Tensor, chunk: int = 500
+    network: nn.Module, params: dict[str, Tensor], images: Images, labels: Tensor, chunk: int = 500
 ) -> float:
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
-    for part, targets in zip(images.split(chunk), labels.split(chunk), strict=True):
-        correct += (functional_call(network, params, (part,)).argmax(dim=1) == targets).sum()
+    for start in range(0, len(labels), chunk):
+        part = slice(start, start + chunk)
+        predicted = functional_call(network, params, (images[part],)).argmax(dim=1)
+        correct += (predicted == labels[part]).sum()
     return int(correct) / len(labels)

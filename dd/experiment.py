@@ -13,7 +13,7 @@ from torch import nn
 import bilevel
 from bilevel.distributed import rank, world_size
 from dd.augmentation import Augmentation
-from dd.checks import check_callable, check_instance, check_integer, check_number
+from dd.checks import check_callable, check_choice, check_instance, check_integer, check_number
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
 from dd.distillation import DISTILLED, Job
@@ -47,6 +47,8 @@ class Experiment:
         validation_fraction: Share of the training set held out for every choice that is made.
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" … Of several processes each
             has a GPU of its own, so there "cuda:1" is refused.
+        images_on: Where the dataset is kept: "device", or "host" if it does not fit there. From
+            the host's memory, or memory-mapped files, batches are read ahead.
 
     Raises:
         ValueError: An argument outside its range.
@@ -64,6 +66,7 @@ class Experiment:
         seed: int = 0,
         validation_fraction: float = 0.1,
         device: str = "auto",
+        images_on: str = "device",
     ) -> None:
         check_instance("dataset", dataset, ImageDataset, "@cifar10() with ()")
         check_callable("transform", transform, "@kip_whitening without ()")
@@ -76,6 +79,7 @@ class Experiment:
         check_number("validation_fraction", validation_fraction, above=0)
         if validation_fraction >= 1:
             raise ValueError(f"validation_fraction={validation_fraction}: it must be below 1")
+        check_choice("images_on", images_on, ("device", "host"))
         self.dataset = dataset
         self.transform = transform
         self.augmentation = augmentation
@@ -85,12 +89,15 @@ class Experiment:
         self.seed = seed
         self.validation_fraction = validation_fraction
         self.device = _device(device)
+        self.images_on = images_on
         channels, height, width = dataset.image_shape
         if height != width:
             raise ValueError(f"dataset: its images are {height}×{width}; they must be square")
         self.network = network(
             num_classes=dataset.num_classes, channels=channels, image_size=height
         )
+        if distiller.alignment is not None:
+            distiller.alignment.check(self.network, dataset.image_shape, synthetic.patches_per_side)
         # On the CPU, so that a seed means the same on every device.
         self.key = bilevel.Key(seed)
 
@@ -98,7 +105,9 @@ class Experiment:
         """Split the dataset and transform it, by a given transform or by a newly fitted one."""
         fit = self.transform if transform is None else transform
         try:
-            return prepare(self.dataset, fit, self.validation_fraction, self.seed, self.device)
+            return prepare(
+                self.dataset, fit, self.validation_fraction, self.seed, self.device, self.images_on
+            )
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"the dataset cannot be prepared with validation_fraction="

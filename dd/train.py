@@ -16,7 +16,8 @@ from dd.memory import keep_freed_memory
 from dd.processes import one_first
 from dd.progress import stop_on_signal
 
-#: Parameters that may change when a run is resumed: how long it goes on, and how it is judged.
+#: Parameters that may change when a run is resumed: how long it goes on, how it is judged, and
+#: where cached files are.
 RESUMABLE = (
     "Distiller.outer_steps",
     "Distiller.minutes",
@@ -26,6 +27,10 @@ RESUMABLE = (
     "Evaluator.steps",
     "Evaluator.full_data_networks",
     "Evaluator.full_data_steps",
+    "kip_whitening.cache_folder",
+    "zca_whitening.cache_folder",
+    "tiny_imagenet.cache_folder",
+    "imagenet.cache_folder",
 )
 
 EPILOG = """\

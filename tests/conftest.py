@@ -11,6 +11,14 @@ settings.register_profile("thorough", max_examples=200, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """What a run caches stays out of the user's own cache, here and in subprocesses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

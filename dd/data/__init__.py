@@ -2,14 +2,24 @@
 
 from dd.data.errors import DatasetNotFoundError
 from dd.data.image_dataset import ImageDataset, to_unit_range
-from dd.data.sources import arrays, cifar10, cifar100, digits, image_folder
+from dd.data.sources import (
+    arrays,
+    cifar10,
+    cifar100,
+    digits,
+    image_folder,
+    imagenet,
+    tiny_imagenet,
+)
 from dd.data.transforms import (
     KIPWhitening,
     PixelTransform,
     Standardize,
     ZCAWhitening,
     apply_in_chunks,
+    kip_whitening,
     transform_from_state,
+    zca_whitening,
 )
 
 __all__ = [
@@ -25,6 +35,10 @@ __all__ = [
     "cifar100",
     "digits",
     "image_folder",
+    "imagenet",
+    "kip_whitening",
+    "tiny_imagenet",
     "to_unit_range",
     "transform_from_state",
+    "zca_whitening",
 ]

@@ -1,4 +1,4 @@
-"""A labelled image dataset held in memory."""
+"""A labelled image dataset, in memory or memory-mapped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def _check_unit_range(name: str, images: Tensor) -> None:
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
-    """Training and test images with hard labels, in memory.
+    """Training and test images with hard labels, in memory or in memory-mapped files.
+
+    Nothing writes to the images.
 
     Attributes:
         name: what reports and artifacts call it.

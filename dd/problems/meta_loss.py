@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import bilevel
 from dd.augmentation import Augmentation
+from dd.problems.prototype_alignment import PrototypeAlignment
 from dd.synthetic import SyntheticDataset
 
 
@@ -17,16 +18,17 @@ class MetaLoss(bilevel.Problem):
     """Train a fresh network on the synthetic set; judge it by its loss on real images.
 
         ℓ(θ, (x, y)) = cross-entropy of the network on augmented synthetic images x, labels y
-        F(θ, φ)      = cross-entropy on a batch of (already augmented) real images
+        F(θ, φ)      = cross-entropy on a batch of (already augmented) real images, + alignment
 
     Outer variables are those of `SyntheticDataset`; the outer batch is (images, labels). Reports
-    `accuracy` on the outer batch, a fraction.
+    `accuracy` on the outer batch, a fraction, and with an alignment `cross_entropy` and its parts.
 
     Args:
         network: The module whose parameters are trained; only its structure is used.
         synthetic: How inner batches are drawn.
         augmentation: Applied to every inner batch.
         device: Where parameters live.
+        alignment: A term that draws the synthetic images' features to those of the real ones.
 
     Source: the outer objective of Feng et al., arXiv 2311.07025, equation 1.
     """
@@ -37,11 +39,13 @@ class MetaLoss(bilevel.Problem):
         synthetic: SyntheticDataset,
         augmentation: Augmentation,
         device: torch.device,
+        alignment: PrototypeAlignment | None = None,
     ) -> None:
         self.network = network
         self.synthetic = synthetic
         self.augmentation = augmentation
         self.device = device
+        self.alignment = alignment
 
     def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
         return bilevel.fresh_parameters(self.network, generator, device=self.device)
@@ -59,5 +63,16 @@ class MetaLoss(bilevel.Problem):
     def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels = batch
         logits = functional_call(self.network, params, (images,))
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        return F.cross_entropy(logits, labels), {"accuracy": accuracy}
+        loss = F.cross_entropy(logits, labels)
+        metrics = {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+        if self.alignment is None:
+            return loss, metrics
+        alignment, parts = self.alignment(
+            self.network,
+            params,
+            (images, labels),
+            (self.synthetic.images(outer), self.synthetic.classes(outer)),
+            logits.shape[1],
+            self.synthetic.patches_per_side,
+        )
+        return loss + alignment, {**metrics, "cross_entropy": loss, **parts}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
-from bilevel.clip import MovingAverageClip
+from bilevel.clip import MovingAverageClip, MovingAverageRowClip
 
 norms = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12)
 decays, factors = st.floats(0, 0.99), st.floats(0.1, 5)
@@ -138,3 +138,77 @@ def test_with_a_cap_an_outlier_moves_the_average_by_so_much_at_most(cap, decay, 
 def test_a_bad_cap_is_named(cap):
     with pytest.raises(bilevel.ConfigurationError, match="cap="):
         MovingAverageClip(cap=cap)
+
+
+def rows(*lengths):
+    """Two tensors, an image batch and a vector, whose rows' gradients have these norms."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(len(lengths), 2, 3, dtype=torch.float64, generator=generator)
+    directions /= torch.linalg.vector_norm(directions, dim=(1, 2), keepdim=True)
+    grad = directions * torch.tensor(lengths, dtype=torch.float64)[:, None, None]
+    tensors = [torch.zeros_like(grad[1:]), torch.zeros(1, dtype=torch.float64)]
+    tensors[0].grad, tensors[1].grad = grad[1:].clone(), grad.new_tensor(lengths[:1])
+    return tensors
+
+
+def row_norms(tensors):
+    matrix, vector = (tensor.grad for tensor in tensors)
+    return [*vector.abs().tolist(), *torch.linalg.vector_norm(matrix, dim=(1, 2)).tolist()]
+
+
+row_lengths = st.lists(
+    st.lists(st.just(0.0) | st.floats(1e-6, 1e6), min_size=4, max_size=4), min_size=1, max_size=6
+)
+
+
+@given(row_lengths, decays, factors)
+def test_each_row_is_clipped_on_its_own(steps, decay, factor):
+    clip, average = MovingAverageRowClip(decay, factor), None
+    for lengths in steps:
+        pair, before = rows(*lengths), rows(*lengths)
+        counted = [length for length in lengths if length > 0]
+        mean = sum(counted) / max(len(counted), 1)
+        average = mean if average is None else decay * average + (1 - decay) * mean
+        bound = factor * average
+        assert clip(pair) == pytest.approx((mean, bound), rel=1e-12)
+        assert row_norms(pair) == pytest.approx([min(length, bound) for length in lengths])
+        for tensor, other in zip(pair, before, strict=True):
+            for row, original in zip(tensor.grad, other.grad, strict=True):  # only lengths change
+                torch.testing.assert_close(
+                    row * torch.linalg.vector_norm(original),
+                    original * torch.linalg.vector_norm(row),
+                )
+
+
+def test_an_outlier_among_rows_leaves_the_others_alone():
+    pair = rows(1.0, 1.0, 1.0, 100.0)
+    others = pair[0].grad[:2].clone()
+    MovingAverageRowClip(0.9, 1.0)(pair)
+    assert torch.equal(pair[0].grad[:2], others)
+    assert row_norms(pair)[3] == pytest.approx(103 / 4)
+
+
+def test_with_one_row_the_row_clip_is_the_joint_clip():
+    row, joint = MovingAverageRowClip(0.5, 1.5, 2.0), MovingAverageClip(0.5, 1.5, 2.0)
+    for norm in (1.0, 5.0, 0.1, 0.0, 30.0):
+        pairs = [torch.zeros(1, 3, dtype=torch.float64) for _ in range(2)]
+        for tensor in pairs:
+            tensor.grad = torch.tensor([[0.6 * norm, 0.0, 0.8 * norm]], dtype=torch.float64)
+        assert row([pairs[0]]) == pytest.approx(joint([pairs[1]]), rel=1e-12)
+        torch.testing.assert_close(pairs[0].grad, pairs[1].grad)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_refused_and_the_average_stays(value):
+    clip = MovingAverageRowClip()
+    clip(rows(1.0, 1.0))
+    with pytest.raises(bilevel.NonFiniteError):
+        clip(rows(1.0, value))
+    assert clip.state_dict() == {"average": 1.0}
+
+
+def test_a_scalar_is_a_row():
+    tensor = torch.tensor(0.0)
+    tensor.grad = torch.tensor(4.0)
+    MovingAverageRowClip(factor=0.5)([tensor])
+    assert float(tensor.grad) == 2.0

@@ -10,7 +10,7 @@ from dd.experiment import Experiment
 GIN = Path(__file__).parents[2] / "gin"
 DIGITS = str(GIN / "digits.gin")
 #: What makes any shipped configuration buildable here, without a download.
-SMALL = ["Experiment.dataset = @digits()", "ConvNet.depth = 2", "ConvNet.width = 8"]
+SMALL = ["Experiment.dataset = @digits()", "ConvNet.depth = 1", "ConvNet.width = 8"]
 
 each_shipped_file = pytest.mark.parametrize(
     "path", sorted(GIN.glob("*.gin")), ids=lambda path: path.name
@@ -145,11 +145,17 @@ def test_a_missing_include_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
 # Mistakes.
 
 
-def test_a_missing_file_is_named_with_those_that_are_there() -> None:
+def test_a_missing_file_is_named_with_the_one_that_is_meant() -> None:
     message = error(files=[str(GIN / "digit.gin")])
-    assert "digit.gin does not exist" in message
-    for path in GIN.glob("*.gin"):
-        assert path.name in message
+    assert "digit.gin does not exist; did you mean 'digits.gin'?" in message
+
+
+def test_a_missing_file_like_no_other_is_named_with_those_that_are_there(tmp_path: Path) -> None:
+    for name in ("one.gin", "two.gin"):
+        (tmp_path / name).write_text("")
+    assert "zzzzzz does not exist; there are one.gin, two.gin" in error(
+        files=[str(tmp_path / "zzzzzz")]
+    )
 
 
 def test_a_missing_file_in_a_missing_folder(tmp_path: Path) -> None:
@@ -190,6 +196,7 @@ WRONG_VALUES = [
     "Experiment.validation_fraction = 'half'",
     "Experiment.validation_fraction = 0",
     "Experiment.validation_fraction = 1.5",
+    "Experiment.images_on = 'disk'",
     "Experiment.dataset = 'digits'",
     "Experiment.network = 'ConvNet'",
     "Experiment.transform = None",
@@ -199,6 +206,7 @@ WRONG_VALUES = [
     "SyntheticDataset.projection = ['start']",
     "SyntheticDataset.learn_labels = 'no'",
     "SyntheticDataset.batch_per_class = 2",
+    "SyntheticDataset.patches_per_side = 0",
     "Distiller.outer_steps = 0",
     "Distiller.inner_steps = 2.5",
     "Distiller.minutes = '5'",
@@ -216,6 +224,7 @@ WRONG_VALUES = [
     "RandomWindow.refresh = 0",
     "MovingAverageClip.decay = 1.0",
     "MovingAverageClip.factor = 'two'",
+    "Distiller.alignment = 1.0",
     "adam.lr = 'fast'",
     "adam.lr = -1",
     "adam.betas = 0.9",
@@ -248,6 +257,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_parameter(binding: str) -
         "Distiller.truncation = @RandomWindow",
         "Distiller.optimizer = @adam",
         "Distiller.clip = @MovingAverageClip",
+        "Distiller.alignment = @PrototypeAlignment",
         "Distiller.estimator = @Adjoint",
         "Evaluator.augmentation = @NoAugmentation",
     ],
@@ -275,6 +285,26 @@ def test_a_reference_without_its_parentheses_is_refused(binding: str) -> None:
 )
 def test_a_wrong_reference_is_refused_by_name(binding: str, name: str) -> None:
     assert name in error(binding)
+
+
+@pytest.mark.parametrize(
+    ("binding", "name"),
+    [
+        ("PrototypeAlignment.weight = 0", "weight=0"),
+        ("PrototypeAlignment.layer = 'feature'", "layer='feature'"),
+        ("SyntheticDataset.patches_per_side = 4", "patches_per_side=4"),
+        ("MovingAverageRowClip.cap = 0.5", "cap=0.5"),
+    ],
+)
+def test_patches_that_cannot_work_are_refused_before_anything_is_done(
+    binding: str, name: str
+) -> None:
+    parts = [
+        "Distiller.alignment = @PrototypeAlignment()",
+        "Distiller.clip = @MovingAverageRowClip()",
+    ]
+    config.load([DIGITS], parts)
+    assert name in error(*parts, binding)
 
 
 def test_a_window_longer_than_the_inner_run_is_refused_with_both_numbers() -> None:

@@ -38,8 +38,21 @@ def loss(network: ConvNet, parameters: Parameters, images: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(images)) % 4)
 
 
-def test_the_published_parameter_count() -> None:
-    assert parameter_count(ConvNet(10, channels=3, image_size=32, depth=3, width=128)) == 320_010
+@pytest.mark.parametrize(
+    ("num_classes", "image_size", "depth", "count"),
+    [
+        (10, 32, 3, 320_010),  # published
+        (200, 64, 4, 857_160),
+        (1000, 64, 4, 2_496_360),
+        (10, 128, 5, 615_690),
+    ],
+)
+def test_the_parameter_counts_of_the_papers_networks(
+    num_classes: int, image_size: int, depth: int, count: int
+) -> None:
+    network = ConvNet(num_classes, channels=3, image_size=image_size, depth=depth, width=128)
+    assert parameter_count(network) == count
+    assert network(torch.zeros(1, 3, image_size, image_size)).shape == (1, num_classes)
 
 
 @settings(max_examples=20, deadline=None)

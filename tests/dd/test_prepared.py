@@ -1,5 +1,7 @@
 """Prepared data: who sees which images, and the order in which real batches come."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from bilevel import Key
 from dd.augmentation import FlipOrRotate, NoAugmentation
 from dd.data import ImageDataset, KIPWhitening, PixelTransform, Standardize, ZCAWhitening
 from dd.data.prepared import PreparedData, RealBatches, prepare
+from dd.data.stored_images import StoredImages
 
 CPU = torch.device("cpu")
 FITS = {"standardize": Standardize.fit, "zca": ZCAWhitening.fit, "kip": KIPWhitening.fit}
@@ -29,8 +32,10 @@ def dataset(count: int = 60) -> ImageDataset:
     )
 
 
-def prepared(fit: object = Standardize.fit, seed: int = 0) -> PreparedData:
-    return prepare(dataset(), fit, 0.2, seed, CPU)  # type: ignore[arg-type]
+def prepared(
+    fit: object = Standardize.fit, seed: int = 0, images_on: str = "device"
+) -> PreparedData:
+    return prepare(dataset(), fit, 0.2, seed, CPU, images_on)  # type: ignore[arg-type]
 
 
 def rows(images: Tensor) -> set[tuple[float, ...]]:
@@ -40,11 +45,11 @@ def rows(images: Tensor) -> set[tuple[float, ...]]:
 @given(seed=seeds)
 def test_the_parts_are_disjoint_and_complete(seed: int) -> None:
     raw, data = dataset(), prepared(Standardize([0.0], [1.0]), seed)
-    train, validation = rows(data.train_images), rows(data.validation_images)
+    train, validation = rows(data.train_images[:]), rows(data.validation_images[:])
     assert len(train) == 48
     assert len(validation) == 12
     assert train | validation == rows(raw.train_images)
-    assert torch.equal(data.test_images, raw.test_images)
+    assert torch.equal(data.test_images[:], raw.test_images)
     assert torch.equal(data.test_labels, raw.test_labels)
 
 
@@ -58,14 +63,14 @@ def test_images_keep_their_labels_and_validation_is_stratified() -> None:
         (data.train_images, data.train_labels),
         (data.validation_images, data.validation_labels),
     ):
-        assert [label_of[tuple(image.flatten().tolist())] for image in images] == labels.tolist()
+        assert [label_of[tuple(image.flatten().tolist())] for image in images[:]] == labels.tolist()
     assert torch.bincount(data.validation_labels).tolist() == [4, 4, 4]
 
 
 def test_another_seed_holds_out_others() -> None:
     first, again, other = (prepared(Standardize([0.0], [1.0]), seed) for seed in (1, 1, 2))
-    assert torch.equal(first.validation_images, again.validation_images)
-    assert rows(first.validation_images) != rows(other.validation_images)
+    assert torch.equal(first.validation_images[:], again.validation_images[:])
+    assert rows(first.validation_images[:]) != rows(other.validation_images[:])
 
 
 @pytest.mark.parametrize("fit", FITS.values(), ids=FITS)
@@ -86,7 +91,7 @@ def test_the_transform_is_fitted_on_the_training_part_alone(fit: object) -> None
         (data.validation_images, raw.train_images[validation]),
         (data.test_images, raw.test_images),
     ):
-        torch.testing.assert_close(found, transform(wanted))
+        torch.testing.assert_close(found[:], transform(wanted))
     for name, value in transform.state().items():
         torch.testing.assert_close(data.transform.state()[name], value)
 
@@ -94,16 +99,67 @@ def test_the_transform_is_fitted_on_the_training_part_alone(fit: object) -> None
 def test_a_fitted_transform_is_used_as_it_is() -> None:
     data = prepared(Standardize([0.25], [0.5]))
     assert float(data.transform.state()["mean"]) == 0.25
-    assert torch.equal(data.test_images, (dataset().test_images - 0.25) / 0.5)
+    assert torch.equal(data.test_images[:], (dataset().test_images - 0.25) / 0.5)
+
+
+@pytest.mark.parametrize("fit", FITS.values(), ids=FITS)
+def test_images_on_the_host_are_those_on_the_device(fit: object) -> None:
+    device, host = (prepared(fit, images_on=place) for place in ("device", "host"))
+    for part in ("train_images", "validation_images", "test_images"):
+        torch.testing.assert_close(getattr(host, part)[:], getattr(device, part)[:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "images_on", "dtype"),
+    [
+        ("standardize", "device", torch.uint8),
+        ("standardize", "host", torch.uint8),
+        ("zca", "device", torch.float32),
+        ("kip", "device", torch.float32),
+        ("kip", "host", torch.uint8),
+    ],
+)
+def test_how_images_are_held(kind: str, images_on: str, dtype: torch.dtype) -> None:
+    raw = dataset()
+    bytes_ = [(images * 255).to(torch.uint8) for images in (raw.train_images, raw.test_images)]
+    raw = dataclasses.replace(raw, train_images=bytes_[0], test_images=bytes_[1])
+    data = prepare(raw, FITS[kind], 0.2, 0, CPU, images_on)
+    for images in (data.train_images, data.validation_images, data.test_images):
+        assert isinstance(images, StoredImages)
+        assert images.read(slice(None)).dtype == dtype
+
+
+def test_of_a_large_set_a_random_part_of_the_training_images_is_fitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dd.data.prepared.MOST_FITTED", 10)
+    seen: list[Tensor] = []
+
+    def spy(images: Tensor) -> PixelTransform:
+        seen.append(images)
+        return Standardize([0.0], [1.0])
+
+    for seed in (0, 0, 1):
+        data = prepared(spy, seed)
+        assert len(rows(seen[-1])) == 10
+        assert rows(seen[-1]) < rows(data.train_images[:])
+    assert torch.equal(seen[0], seen[1])
+    assert rows(seen[1]) != rows(seen[2])
 
 
 def batches(
-    count: int, size: int, seed: int = 0, augmentation: object = None, channels: int = 1
+    count: int,
+    size: int,
+    seed: int = 0,
+    augmentation: object = None,
+    channels: int = 1,
+    on_host: bool = False,
 ) -> RealBatches:
     """Images that are filled with their own index."""
     images = torch.arange(float(count))[:, None, None, None].repeat(1, channels, 4, 4)
     chosen = NoAugmentation() if augmentation is None else augmentation
-    return RealBatches(images, torch.arange(count), size, chosen, Key(seed))  # type: ignore[arg-type]
+    store = StoredImages(images, on_host=on_host)
+    return RealBatches(store, torch.arange(count), size, chosen, Key(seed))  # type: ignore[arg-type]
 
 
 def indices(real: RealBatches, step: int) -> list[int]:
@@ -133,11 +189,14 @@ def test_each_epoch_has_another_order() -> None:
     assert indices(batches(20, 20, seed=1), 0) != indices(batches(20, 20, seed=0), 0)
 
 
-@given(steps=st.lists(st.integers(0, 11), min_size=1, max_size=8), seed=seeds)
-def test_a_batch_is_a_pure_function_of_its_step(steps: list[int], seed: int) -> None:
-    one = Standardize([3.0], [2.0])(batches(10, 3).images)
+@given(
+    steps=st.lists(st.integers(0, 11), min_size=1, max_size=8), seed=seeds, on_host=st.booleans()
+)
+def test_a_batch_is_a_pure_function_of_its_step_wherever_it_is_read_from(
+    steps: list[int], seed: int, on_host: bool
+) -> None:
     sequential, random_access = (
-        RealBatches(one, torch.arange(10), 3, FlipOrRotate(), Key(seed)) for _ in range(2)
+        batches(10, 3, seed, FlipOrRotate(), on_host=place) for place in (False, on_host)
     )
     expected = [sequential.at(step) for step in range(12)]
     for step in steps:

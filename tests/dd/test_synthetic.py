@@ -8,6 +8,7 @@ from problems import seeded
 from torch import Tensor
 
 from bilevel import ConfigurationError
+from dd.patches import split_patches
 from dd.synthetic import SyntheticDataset, random_subset
 
 Outer = dict[str, Tensor]
@@ -218,6 +219,72 @@ def test_a_full_batch_is_the_set_itself(sizes: tuple[int | None, int | None]) ->
     assert torch.equal(labels, dataset.hard_labels(4))
 
 
+PATCHED_SHAPE = (2, 6, 6)
+
+
+def whole_and_patched(
+    n: int, seed: int, projection: str = "none", **sizes: int
+) -> tuple[tuple[SyntheticDataset, Outer], tuple[SyntheticDataset, Outer]]:
+    """The same three classes of four images, learned whole and in n×n patches."""
+    made = []
+    for patches_per_side in (1, n):
+        dataset = SyntheticDataset(
+            4, projection=projection, patches_per_side=patches_per_side, **sizes
+        )
+        images = torch.zeros(12, *PATCHED_SHAPE)
+        made.append((dataset, dataset.create(images, torch.arange(12) % 3, 3, seeded(seed))))
+    return made[0], made[1]
+
+
+each_n = st.sampled_from([1, 2, 3, 6])
+
+
+@given(n=each_n, seed=seeds, classes=st.integers(1, 3), per_class=st.integers(1, 4))
+def test_patches_make_the_same_images_and_batches(
+    n: int, seed: int, classes: int, per_class: int
+) -> None:
+    (whole, one), (patched, other) = whole_and_patched(
+        n, seed, classes_per_step=classes, batch_per_class=per_class
+    )
+    assert other["images"].shape == (12 * n**2, 2, 6 // n, 6 // n)
+    assert torch.equal(patched.images(other), one["images"])
+    assert torch.equal(whole.images(one), one["images"])
+    for dataset, outer in ((whole, one), (patched, other)):
+        assert torch.equal(dataset.labels(outer), torch.arange(3).repeat_interleave(4))
+    batches = [each.batch(outer, seeded(seed)) for each, outer in ((whole, one), (patched, other))]
+    assert torch.equal(batches[0][0], batches[1][0])
+    assert torch.equal(batches[0][1], batches[1][1])
+    # What reaches the patches is what reaches the whole images, cut.
+    for images, _ in batches:
+        (images * torch.arange(float(images.numel())).view_as(images)).sum().backward()
+    assert torch.equal(other["images"].grad, split_patches(one["images"].grad, n))
+
+
+@given(n=each_n, seed=seeds)
+def test_every_patch_is_projected_so_that_images_have_unit_norm(n: int, seed: int) -> None:
+    _, (patched, outer) = whole_and_patched(n, seed, projection="every_step")
+    for _ in range(2):
+        images = outer["images"].detach()
+        torch.testing.assert_close(norms(images), torch.full((12 * n**2,), 1 / n))
+        torch.testing.assert_close(norms(patched.images(outer)), torch.ones(12))
+        with torch.no_grad():
+            outer["images"].mul_(torch.rand(12 * n**2, 1, 1, 1, generator=seeded(1)) + 0.5)
+        patched.constrain_(outer)
+
+
+def test_classes_are_those_the_images_were_made_for() -> None:
+    dataset = SyntheticDataset(2, learn_labels=True, patches_per_side=3)
+    outer = created(dataset)
+    with torch.no_grad():
+        outer["labels"].zero_()
+    assert dataset.classes(outer).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_images_that_cannot_be_cut_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"patches_per_side=2: images of 3×3"):
+        created(SyntheticDataset(patches_per_side=2))
+
+
 @given(
     labels=st.lists(st.integers(0, 3), min_size=1, max_size=40),
     per_class=st.integers(1, 3),
@@ -258,6 +325,7 @@ def test_a_random_subset_is_random() -> None:
         ({"batch_per_class": "1"}, "batch_per_class='1'"),
         ({"batch_per_class": 2}, "batch_per_class=2.*images_per_class=1"),
         ({"learn_labels": "no"}, "learn_labels='no'"),
+        ({"patches_per_side": 0}, "patches_per_side=0"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments: dict[str, object], message: str) -> None:

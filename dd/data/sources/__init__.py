@@ -4,5 +4,15 @@ from dd.data.sources._arrays import arrays
 from dd.data.sources._cifar import cifar10, cifar100
 from dd.data.sources._digits import digits
 from dd.data.sources._image_folder import image_folder
+from dd.data.sources._imagenet import imagenet
+from dd.data.sources._tiny_imagenet import tiny_imagenet
 
-__all__ = ["arrays", "cifar10", "cifar100", "digits", "image_folder"]
+__all__ = [
+    "arrays",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "image_folder",
+    "imagenet",
+    "tiny_imagenet",
+]

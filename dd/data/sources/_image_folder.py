@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import functional
 from tqdm import tqdm
 
 from dd.data.errors import DatasetNotFoundError
 from dd.data.image_dataset import ImageDataset
+from dd.data.sources._image_files import decode_image, list_class_folders
 from dd.data.splitting import stratified_split
 
 __all__ = ["image_folder"]
@@ -52,8 +50,8 @@ def image_folder(
             f"add it, or pass root={str(root / subsets[0])!r} to split that folder",
         )
     if subsets:
-        train_paths, train_labels, class_names = _list_images(root / "train", root)
-        test_paths, test_labels, test_names = _list_images(root / "test", root)
+        train_paths, train_labels, class_names = list_class_folders(root / "train", root, _LAYOUT)
+        test_paths, test_labels, test_names = list_class_folders(root / "test", root, _LAYOUT)
         if class_names != test_names:
             different = sorted(set(class_names) ^ set(test_names))
             raise ValueError(
@@ -61,7 +59,7 @@ def image_folder(
                 f"only one of them has {different[0]!r}"
             )
     else:
-        paths, labels, class_names = _list_images(root, root)
+        paths, labels, class_names = list_class_folders(root, root, _LAYOUT)
         train, test = stratified_split(labels, test_fraction, seed, "test_fraction")
         train_paths, train_labels = [paths[index] for index in train.tolist()], labels[train]
         test_paths, test_labels = [paths[index] for index in test.tolist()], labels[test]
@@ -75,33 +73,9 @@ def image_folder(
     )
 
 
-def _list_images(directory: Path, root: Path) -> tuple[list[str], Tensor, tuple[str, ...]]:
-    try:
-        listing = ImageFolder(str(directory))
-    except FileNotFoundError as error:
-        raise DatasetNotFoundError.looked_in(
-            root, _LAYOUT, f"arrange the image files so ({error})"
-        ) from error
-    paths = [path for path, _ in listing.samples]
-    return paths, torch.tensor(listing.targets, dtype=torch.int64), tuple(listing.classes)
-
-
 def _decode(paths: list[str], image_size: int, description: str) -> Tensor:
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     # disable=None: no bar where the output is not a terminal.
     for index, path in enumerate(tqdm(paths, desc=description, unit="image", disable=None)):
-        images[index] = _decode_one(path, image_size)
+        images[index] = decode_image(path, image_size)
     return images
-
-
-def _decode_one(path: str, image_size: int) -> Tensor:
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    # Pillow reports damage as any of these, depending on the format.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode the image {path}: {error}") from error
-    resized = functional.resize(
-        image, [image_size], functional.InterpolationMode.BILINEAR, antialias=True
-    )
-    return functional.pil_to_tensor(functional.center_crop(resized, [image_size, image_size]))

@@ -1,6 +1,7 @@
 """Invertible maps between pixels in [0, 1] and what the networks see."""
 
 from dd.data.transforms._base import PixelTransform, apply_in_chunks
+from dd.data.transforms._fitting import kip_whitening, zca_whitening
 from dd.data.transforms._kip import KIPWhitening
 from dd.data.transforms._restore import transform_from_state
 from dd.data.transforms._standardize import Standardize
@@ -12,5 +13,7 @@ __all__ = [
     "Standardize",
     "ZCAWhitening",
     "apply_in_chunks",
+    "kip_whitening",
     "transform_from_state",
+    "zca_whitening",
 ]

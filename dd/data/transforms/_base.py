@@ -23,6 +23,9 @@ class PixelTransform(abc.ABC):
     kind: ClassVar[str]
     """The name under which saved artifacts know the transform."""
 
+    elementwise: ClassVar[bool]
+    """Whether every value is mapped on its own: cheap enough to do anew for every batch."""
+
     @abc.abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
         """Transform images.

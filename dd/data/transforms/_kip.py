@@ -50,6 +50,7 @@ class KIPWhitening(PixelTransform):
     """
 
     kind: ClassVar[str] = "kip"
+    elementwise: ClassVar[bool] = False
 
     @torch.no_grad()
     def __init__(

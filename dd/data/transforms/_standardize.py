@@ -33,6 +33,7 @@ class Standardize(PixelTransform):
     """
 
     kind: ClassVar[str] = "standardize"
+    elementwise: ClassVar[bool] = True
 
     def __init__(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
         self._mean = torch.as_tensor(mean, dtype=torch.float32).detach().clone()

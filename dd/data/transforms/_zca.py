@@ -37,6 +37,7 @@ class ZCAWhitening(PixelTransform):
     """
 
     kind: ClassVar[str] = "zca"
+    elementwise: ClassVar[bool] = False
 
     @torch.no_grad()
     def __init__(

@@ -1,8 +1,8 @@
-"""Clipping of hypergradients, whose norms vary over orders of magnitude between windows."""
+"""The interface of every clip, and the moving average that they share."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import final
 
 import torch
 from torch import Tensor
@@ -10,12 +10,11 @@ from torch import Tensor
 from bilevel.errors import ConfigurationError, NonFiniteError
 
 
-@final
-class MovingAverageClip:
-    """Clip the norm of a gradient to a multiple of the moving average of that norm.
+class Clip(ABC):
+    """Clips gradients to a bound that follows a moving average of their norm n.
 
-        e ← decay·e + (1 − decay)·min(‖g‖, cap·e)    (e starts at the first ‖g‖; this comes first)
-        g ← g · min(1, factor·e / ‖g‖)
+        e ← decay·e + (1 − decay)·min(n, cap·e)    (e starts at the first n; this comes first)
+        bound = factor·e
 
     Args:
         decay: In [0, 1).
@@ -44,31 +43,17 @@ class MovingAverageClip:
         self.cap = math.inf if cap is None else cap
         self.average: float | None = None
 
+    @abstractmethod
     def __call__(self, tensors: Iterable[Tensor]) -> tuple[float, float]:
         """Scale the `.grad` of `tensors` in place.
 
         Returns:
-            (‖g‖ before clipping, the bound it was clipped to).
+            (n before clipping, the bound).
 
         Raises:
             ConfigurationError: A tensor has no gradient.
-            NonFiniteError: ‖g‖ is NaN or infinite; the average stays as it was.
+            NonFiniteError: n is NaN or infinite; the average stays as it was.
         """
-        grads = [tensor.grad for tensor in tensors]
-        if not grads or any(grad is None for grad in grads):
-            raise ConfigurationError("every tensor to clip must have a gradient, at least one")
-        norm = float(torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None]))
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"the norm of the gradient to clip is {norm}")
-        previous = norm if self.average is None else self.average
-        counted = min(norm, self.cap * previous) if previous else norm
-        self.average = self.decay * previous + (1 - self.decay) * counted
-        bound = self.factor * self.average
-        if norm > bound:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(bound / norm)
-        return norm, bound
 
     def state_dict(self) -> dict[str, float | None]:
         """The moving average, None before the first call."""
@@ -83,3 +68,25 @@ class MovingAverageClip:
         if "average" not in state:
             raise ConfigurationError(f"the state of a clip has an average, not {sorted(state)}")
         self.average = state["average"]
+
+    def _bound(self, norm: float) -> float:
+        """The bound once `norm` has moved the average."""
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the norm of the gradient to clip is {norm}")
+        previous = norm if self.average is None else self.average
+        counted = min(norm, self.cap * previous) if previous else norm
+        self.average = self.decay * previous + (1 - self.decay) * counted
+        return self.factor * self.average
+
+
+def gradients_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The `.grad` of each tensor.
+
+    Raises:
+        ConfigurationError: One has none, or there is no tensor.
+    """
+    grads = [tensor.grad for tensor in tensors]
+    found = [grad for grad in grads if isinstance(grad, torch.Tensor)]
+    if not grads or len(found) < len(grads):
+        raise ConfigurationError("every tensor to clip must have a gradient, at least one")
+    return found

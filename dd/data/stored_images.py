@@ -1,0 +1,82 @@
+"""Images of a prepared dataset: kept as they are stored, read as the networks see them."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from dd.data.transforms import PixelTransform
+
+__all__ = ["Images", "StoredImages"]
+
+
+@final
+class StoredImages:
+    """Some images of a stored set, transformed when they are read.
+
+    Indexing with a slice or with int64 indices [n] gives float32 [n, C, H, W] on `device`.
+
+    Args:
+        pixels: [M, C, H, W], what `transform` takes; without one, floating point.
+        transform: Applied to what is read; None if `pixels` are transformed already.
+        device: Where images are read to; default: where `pixels` are.
+        on_host: `pixels` stay in the host's memory, or in a memory-mapped file, and only what is
+            read goes to `device`.
+        rows: Which of `pixels` these images are, int64 [N]; default: all of them.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        transform: PixelTransform | None = None,
+        device: torch.device | None = None,
+        on_host: bool = False,
+        rows: Tensor | None = None,
+    ) -> None:
+        self.device = pixels.device if device is None else device
+        self.on_host = on_host
+        self._pixels = pixels
+        self._transform = transform
+        everything = torch.arange(len(pixels), device=pixels.device)
+        self._rows = everything if rows is None else rows.to(pixels.device)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        return self.transformed(self.read(index))
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, H, W)."""
+        return torch.Size((len(self), *self._pixels.shape[1:]))
+
+    def subset(self, rows: Tensor) -> StoredImages:
+        """The images at `rows`, int64 [n]; the pixels are shared, not copied."""
+        chosen = self._rows[rows.to(self._rows.device)]
+        return StoredImages(self._pixels, self._transform, self.device, self.on_host, chosen)
+
+    def read(self, index: Tensor | slice) -> Tensor:
+        """The stored pixels of some images, for `transformed`; may be called from any thread.
+
+        Those that are on their way to a GPU are put in page-locked memory, from which they are
+        copied without waiting.
+        """
+        rows = self._rows[index if isinstance(index, slice) else index.to(self._rows.device)]
+        if not (self.on_host and self.device.type == "cuda"):
+            return self._pixels[rows]
+        shape = (len(rows), *self._pixels.shape[1:])
+        target = torch.empty(shape, dtype=self._pixels.dtype, pin_memory=True)
+        return torch.index_select(self._pixels, 0, rows, out=target)
+
+    @torch.no_grad()
+    def transformed(self, pixels: Tensor) -> Tensor:
+        """What `read` returned, on `device` and transformed."""
+        pixels = pixels.to(self.device, non_blocking=True)
+        return pixels if self._transform is None else self._transform(pixels)
+
+
+#: Images as the networks see them: in a tensor, or made from their stored form when indexed.
+Images = Tensor | StoredImages

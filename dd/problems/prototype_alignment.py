@@ -1,0 +1,146 @@
+"""Alignment of synthetic with real images by class prototypes of their features."""
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from dd.checks import check_number
+
+
+@final
+class PrototypeAlignment:
+    """A term of the outer loss: how far synthetic class prototypes are from the real ones.
+
+        λ · (L_global + L_local),    L = Σ_c (N_c / N) · ‖P_c − Q_c‖² / V
+
+    P_c is the mean feature of the N_c real images of class c in the outer batch of N, Q_c that of
+    the synthetic images made for class c, and V the mean squared distance of all these features
+    from their mean: the unit, which makes λ mean the same for every layer. The features are the
+    map [d, h, w] that a layer of the network makes of an image, averaged over the image for
+    L_global, and over each of n×n patches, at its place, for L_local. Without patches there is no
+    L_local. θ_stop and V are held constant, so that the term has a derivative in the synthetic
+    images alone.
+
+    The layer sees whole images, of whose map the patches are cut. Given a patch alone, a layer
+    that normalises over its few pixels makes nearly the same of every patch.
+
+    With `MicroBatches`, prototypes and V are those of each piece. As classes weigh by their share
+    of it, the derivative is that of the whole batch but for V. The graph of all synthetic images
+    is in memory at once.
+
+    Args:
+        weight: λ > 0.
+        layer: Name of the network's layer that turns images into maps; "features" is all of a
+            ConvNet but its classifier.
+
+    Raises:
+        ValueError: An argument outside its range.
+
+    Source: the alignment term of patch-wise semantic preservation in AT-BPTT (arXiv 2510.04838);
+    the distance, its unit, the layer and λ are our own choice, as the paper's are not published.
+    """
+
+    def __init__(self, weight: float = 1.0, layer: str = "features") -> None:
+        check_number("weight", weight, above=0)
+        if not isinstance(layer, str) or not layer:
+            raise ValueError(f"layer={layer!r}: it must be the name of a layer of the network")
+        self.weight = weight
+        self.layer = layer
+
+    def check(
+        self, network: nn.Module, image_shape: tuple[int, ...], patches_per_side: int
+    ) -> None:
+        """Refuse a network without such a layer, or with a map that n×n patches do not fit.
+
+        Args:
+            network: The module.
+            image_shape: (C, H, W) with H = W.
+            patches_per_side: n.
+
+        Raises:
+            ValueError: Naming what does not fit.
+        """
+        names = [name for name, _ in network.named_modules() if name]
+        if self.layer not in names:
+            raise ValueError(f"layer={self.layer!r}: the network has {', '.join(names)}")
+        params = dict(network.named_parameters())
+        try:
+            shape = tuple(self._maps(network, params, torch.zeros(1, *image_shape)).shape)
+        except RuntimeError as error:
+            raise ValueError(f"layer={self.layer!r} cannot take images: {error}") from error
+        if len(shape) != 4 or shape[2] % patches_per_side or shape[3] != shape[2]:
+            raise ValueError(
+                f"patches_per_side={patches_per_side}: the layer {self.layer!r} makes "
+                f"{list(shape[1:])} of an image; it must be [d, h, h] with h a multiple of that"
+            )
+
+    def __call__(
+        self,
+        network: nn.Module,
+        params: Mapping[str, Tensor],
+        real: tuple[Tensor, Tensor],
+        synthetic: tuple[Tensor, Tensor],
+        num_classes: int,
+        patches_per_side: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The term, and its unweighted parts `alignment_global` and `alignment_local`.
+
+        Args:
+            network: The module whose layer makes the features.
+            params: θ_stop, by name.
+            real: Images [N, C, H, W] and their classes, int64 [N].
+            synthetic: The same, of all that is learned.
+            num_classes: K.
+            patches_per_side: n.
+        """
+        with torch.no_grad():
+            real_maps = self._maps(network, params, real[0])
+        maps = self._maps(network, params, synthetic[0])
+        shares = _members(real[1], num_classes, maps.dtype).mean(1)
+
+        def distance(patches: int) -> Tensor:
+            real_features, features = (
+                F.avg_pool2d(each, each.shape[2] // patches).flatten(1)
+                for each in (real_maps, maps)
+            )
+            difference = _prototypes(real_features, real[1], num_classes) - _prototypes(
+                features, synthetic[1], num_classes
+            )
+            together = torch.cat([real_features, features.detach()])
+            scatter = (together - together.mean(0)).square().sum(1).mean()
+            # Where all features are the same, so are the prototypes: 0, not 0/0.
+            unit = scatter.clamp_min(torch.finfo(maps.dtype).tiny)
+            return shares @ difference.square().sum(1) / unit
+
+        parts = {"alignment_global": distance(1)}
+        if patches_per_side > 1:
+            parts["alignment_local"] = distance(patches_per_side)
+        return self.weight * torch.stack(list(parts.values())).sum(), parts
+
+    def _maps(self, network: nn.Module, params: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """What the layer makes of images, [N, d, h, h], without a derivative in `params`."""
+        prefix = f"{self.layer}."
+        own = {
+            name.removeprefix(prefix): value.detach()
+            for name, value in params.items()
+            if name.startswith(prefix)
+        }
+        maps: Tensor = functional_call(network.get_submodule(self.layer), own, (images,))
+        return maps
+
+
+def _members(classes: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """[K, N]: 1 where an image is of a class."""
+    # Not one_hot, which waits for the device to check its argument, and so cannot be compiled.
+    return (classes == torch.arange(num_classes, device=classes.device)[:, None]).to(dtype)
+
+
+def _prototypes(features: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """The mean of features [N, d] over each class: [K, d], 0 where there is none."""
+    # A matrix product, unlike index_add, adds up in the same order on every run.
+    members = _members(classes, num_classes, features.dtype)
+    return members @ features / members.sum(1, keepdim=True).clamp_min(1)
