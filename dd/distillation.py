@@ -70,16 +70,26 @@ class Distillation:
 
     def __init__(self, settings: Distiller, job: Job, state: TrainingState) -> None:
         self.settings = settings
+        settings.precision.set_global_flags()
         self.job = job
         self.state = state
         self.hypergradient = bilevel.Hypergradient(
-            MetaLoss(job.network, job.synthetic, job.augmentation, job.device, settings.alignment),
+            MetaLoss(
+                job.network,
+                job.synthetic,
+                job.augmentation,
+                job.device,
+                settings.alignment,
+                settings.precision,
+            ),
             optimizer=settings.optimizer,
             steps=settings.inner_steps,
             truncation=state.truncation,
             estimator=settings.estimator,
             keep_every=settings.keep_every,
             keep_on=settings.keep_on,
+            inner_replicas=settings.inner_replicas,
+            compile=settings.compiles,
         )
         self.averaged = AveragedHypergradient(self.hypergradient)
         self.key = job.key.fold("process", rank()) if rank() else job.key
@@ -128,13 +138,16 @@ class Distillation:
 
     def _loop(self, stop: StopRequest, monitor: Monitor, progress: Progress) -> None:
         state, settings = self.state, self.settings
-        skipped = 0
+        skipped, started = 0, False
         saved_at = time.monotonic()
         while not settings.finished(state) and not stop.agreed():
             seconds_before, began = state.seconds, time.perf_counter()
             try:
                 self._step(monitor, progress)
                 skipped = 0
+                if not started:
+                    started = True
+                    progress.say(self._first_step(time.perf_counter() - began))
             except bilevel.NonFiniteError as error:
                 skipped += 1
                 if skipped == MOST_SKIPPED:
@@ -154,6 +167,11 @@ class Distillation:
             if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 self._save()
                 saved_at = time.monotonic()
+
+    def _first_step(self, seconds: float) -> str:
+        compiler = self.hypergradient.inner.compiler
+        compiling = "" if compiler is None else f", {compiler.seconds:.0f} of them compiling"
+        return f"first outer step after {seconds:.0f} s{compiling}"
 
     def _step(self, monitor: Monitor, progress: Progress) -> None:
         """One outer step; if it raises, the outer variables are as they were."""

@@ -629,3 +629,19 @@ def test_evaluation_with_another_split_is_refused(
     assert here(evaluate, [str(copy), "--gin_param=digits.seed = 1"]) == 2
     assert "digits.seed was 0, now 1" in capsys.readouterr().err
     assert (copy / "results.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_compiled_run_ends_where_an_eager_one_does(tmp_path: Path) -> None:
+    for compile in (False, True):
+        words = arguments(
+            tmp_path / str(compile), Distiller__compile=compile, Distiller__minutes=60
+        )
+        done = command(tmp_path, "dd.train", *words)
+        assert done.returncode == 0
+        assert ("of them compiling" in done.stderr) == compile
+    found, expected = (
+        DistilledSet.load(tmp_path / str(compile) / "distilled.safetensors").images
+        for compile in (True, False)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
