@@ -67,6 +67,16 @@ def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
     )
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """`rows` as a Markdown table."""
+    lines = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *([str(v) for v in row.values()] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def write_json(
     path: Path, rows: Sequence[dict[str, Any]], summary: dict[str, float | None]
 ) -> None:

@@ -10,7 +10,10 @@ Methods
                      the steps before it by `torch.optim.Adam`, as the released RaT-BPTT does.
     reverse          `bilevel.estimators.Reverse`, the same computation in this package.
     adjoint          `bilevel.estimators.Adjoint()`, the default.
+    compiled         The same, with `Hypergradient(compile=True)`. Compiling is not in its time.
     adjoint-forward  `bilevel.estimators.Adjoint(hvp="forward")`, when asked for by --methods.
+    torchopt         `torchopt.MetaAdam` through the window, its graph cut after every step before
+                     the window, when asked for by --methods.
 
 Columns
     time/higher      Seconds of this method over those of `higher` at the same window.
@@ -28,23 +31,30 @@ Columns
                      same for all methods (it makes PyTorch load what any of them needs, more than
                      100 MB of code). So all that a method adds counts: graphs, stored iterates,
                      scratch space, and the outer loss on the real images, which needs the same for
-                     all. The allocator is set so that the resident set follows the tensors alive
-                     (`common.FAITHFUL_MALLOC`); it is left alone where time is measured.
+                     all. The compiler's own memory does not count: "before" is then after a first
+                     call with a window of one step. The allocator is set so that the resident set
+                     follows the tensors alive (`common.FAITHFUL_MALLOC`); it is left alone where
+                     time is measured.
     error            ‖float32 − float64‖ / ‖float64‖ of the hypergradient, at the smallest window.
                      The float64 one is by `reverse`. All start the window from one and the same
                      (θ, Adam state), that of one float32 run, so the chaos of the steps before it
                      does not count. `higher` adds Adam's eps before the bias correction, and so
                      differentiates a slightly different step; its "error" includes that.
 
-The summary is taken for `adjoint`: how many times faster than `higher` (in seconds) and what part
-of its memory at the largest window, and what part of its growth in memory from the smallest window
-to the largest.
+The summary is taken at the largest window for `compiled`, or for `adjoint` where that was not
+measured: how many times faster than `higher` (in seconds), what part of its memory, and what part
+of its growth in memory from the smallest window to the largest.
+
+--keep-freed-memory keeps glibc from handing freed blocks back to the system, for all methods alike,
+as the commands of `dd` do for themselves.
 
     python benchmarks/hypergradient.py
     python benchmarks/hypergradient.py --quick
 """
 
 import argparse
+import copy
+import functools
 import os
 import statistics
 import subprocess
@@ -58,12 +68,14 @@ import higher
 import optree
 import torch
 import torch.nn.functional as F
+import torchopt
 from common import FAITHFUL_MALLOC, machine, peak_memory, table, write_json
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
 import bilevel
+from dd.memory import keep_freed_memory
 from dd.networks import ConvNet
 
 LEARNING_RATE = 1e-3
@@ -75,9 +87,10 @@ EPS_ROOT = 0.0
 ESTIMATORS: dict[str, bilevel.estimators.Estimator] = {
     "reverse": bilevel.estimators.Reverse(),
     "adjoint": bilevel.estimators.Adjoint(),
+    "compiled": bilevel.estimators.Adjoint(),
     "adjoint-forward": bilevel.estimators.Adjoint(hvp="forward"),
 }
-METHODS = ("higher", *ESTIMATORS)
+METHODS = ("higher", "torchopt", *ESTIMATORS)
 
 COLUMNS = {
     "window": "d",
@@ -106,6 +119,13 @@ class Distillation(bilevel.Problem):
         self.images, self.labels = draw(images)
         self.real = draw(REAL_IMAGES)
 
+    def to(self, device: torch.device) -> "Distillation":
+        """The same problem with its network and data on `device`."""
+        self.network.to(device)
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.real = (self.real[0].to(device), self.real[1].to(device))
+        return self
+
     def init(self, outer: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:
         return bilevel.fresh_parameters(self.network, generator)
 
@@ -130,13 +150,24 @@ def hypergradient(method: str, problem: Distillation, burn_in: int, window: int)
     if method == "higher":
         problem.network.load_state_dict(bilevel.fresh_parameters(problem.network, generator))
         return higher_window(problem, plain_steps(problem, burn_in), window)
+    if method == "torchopt":
+        problem.network.load_state_dict(bilevel.fresh_parameters(problem.network, generator))
+        return torchopt_window(problem, burn_in, window)
+    made = ours(method, problem, burn_in, window)
+    return made(problem.images, problem.real, generator).grads
+
+
+@functools.cache
+def ours(method: str, problem: Distillation, burn_in: int, window: int) -> bilevel.Hypergradient:
+    """Made once, so that what it compiled is reused."""
     return bilevel.Hypergradient(
         problem,
         adam(),
         steps=burn_in + window,
         truncation=bilevel.truncation.Last(window),
         estimator=ESTIMATORS[method],
-    )(problem.images, problem.real, generator).grads
+        compile=method == "compiled",
+    )
 
 
 def plain_steps(problem: Distillation, count: int) -> torch.optim.Optimizer:
@@ -159,6 +190,21 @@ def higher_window(problem: Distillation, optimizer: torch.optim.Optimizer, windo
             opt.step(F.cross_entropy(fast(images), problem.labels))
         loss = F.cross_entropy(fast(inputs), labels)
     return torch.autograd.grad(loss, images)[0]
+
+
+def torchopt_window(problem: Distillation, burn_in: int, window: int) -> Tensor:
+    """The hypergradient by TorchOpt's differentiable Adam, from the network's parameters."""
+    network = copy.deepcopy(problem.network)
+    optimizer = torchopt.MetaAdam(network, lr=LEARNING_RATE)
+    for _ in range(burn_in):
+        optimizer.step(F.cross_entropy(network(problem.images), problem.labels))
+        torchopt.stop_gradient(network)
+        torchopt.stop_gradient(optimizer)
+    images = problem.images.clone().requires_grad_()
+    for _ in range(window):
+        optimizer.step(F.cross_entropy(network(images), problem.labels))
+    inputs, labels = problem.real
+    return torch.autograd.grad(F.cross_entropy(network(inputs), labels), images)[0]
 
 
 def errors(
@@ -184,8 +230,15 @@ def errors(
     exact = bilevel.estimators.Reverse()(
         exact_inner, exact_trajectory, exact_problem.images, exact_problem.real
     ).grads
+    compiled_inner = bilevel.InnerLoop(problem, adam(), compile=True)
+    compiled_inner.start(problem.images, bilevel.Key(1), {})
     found = {
-        name: estimator(inner, trajectory, problem.images, problem.real).grads
+        name: estimator(
+            compiled_inner if name == "compiled" else inner,
+            trajectory,
+            problem.images,
+            problem.real,
+        ).grads
         for name, estimator in ESTIMATORS.items()
         if name in methods
     }
@@ -219,6 +272,8 @@ def measure_memory(method: str, width: int, images: int, burn_in: int, window: i
     """Peak memory of one call in this process; see the text at the top for what it is above."""
     problem = Distillation(width, images)
     plain_steps(problem, 1)
+    if method == "compiled":
+        hypergradient(method, problem, burn_in, window=1)
     return peak_memory(lambda: hypergradient(method, problem, burn_in, window))
 
 
@@ -260,7 +315,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     problem = Distillation(args.width, args.images)
     for method in args.methods:
-        hypergradient(method, problem, burn_in=1, window=2)
+        for window in args.windows if method == "compiled" else (2,):
+            hypergradient(method, problem, args.burn_in if method == "compiled" else 1, window)
         done("warm-up")
     wall: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
     processor: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
@@ -287,24 +343,25 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             "seconds": seconds[window, method],
             "cpu seconds": cpu_seconds[window, method],
             "MB": memory[window, method],
-            "error": error[method] if window == args.windows[0] else None,
+            "error": error.get(method) if window == args.windows[0] else None,
         }
         for window, method in cases
     ]
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """`adjoint` against `higher` at the largest window; growth is None for a single window."""
+    """Ours against `higher` at the largest window; growth is None for a single window."""
     by_case = {(row["window"], row["method"]): row for row in rows}
+    ours = "compiled" if "compiled" in {row["method"] for row in rows} else "adjoint"
     first, last = rows[0]["window"], rows[-1]["window"]
 
     def growth(method: str) -> float:
         return by_case[last, method]["MB"] - by_case[first, method]["MB"]
 
     return {
-        "speedup_vs_higher": 1 / by_case[last, "adjoint"]["time/higher"],
-        "memory_vs_higher": by_case[last, "adjoint"]["memory/higher"],
-        "growth_vs_higher": growth("adjoint") / growth("higher") if last > first else None,
+        "speedup_vs_higher": 1 / by_case[last, ours]["time/higher"],
+        "memory_vs_higher": by_case[last, ours]["memory/higher"],
+        "growth_vs_higher": growth(ours) / growth("higher") if last > first else None,
     }
 
 
@@ -322,14 +379,16 @@ def parse() -> argparse.Namespace:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=["higher", "reverse", "adjoint"],
+        default=["higher", "reverse", "adjoint", "compiled"],
         help="higher and adjoint are always among them",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="under a minute: higher and adjoint, windows 2 and 10, width 32, burn-in 10, 1 repeat",
+        help="under two minutes: higher, adjoint and compiled, windows 2 and 10, width 32, burn-in "
+        "10, 1 repeat",
     )
+    parser.add_argument("--keep-freed-memory", action="store_true", help="see above")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -337,7 +396,7 @@ def parse() -> argparse.Namespace:
         parser.error("windows, width, images, repeats and threads must be at least 1")
     if args.quick:
         args.windows, args.width, args.burn_in, args.repeats = [2, 10], 32, 10, 1
-        args.methods = ["higher", "adjoint"]
+        args.methods = ["higher", "adjoint", "compiled"]
     args.windows = sorted(set(args.windows))
     args.methods = [m for m in METHODS if m in {"higher", "adjoint", *args.methods}]
     return args
@@ -350,6 +409,8 @@ def main() -> None:
         window = args.windows[0]
         print(measure_memory(args.memory_of, args.width, args.images, args.burn_in, window))
         return
+    if args.keep_freed_memory:
+        keep_freed_memory()
     rows = measure(args)
     summary = summarise(rows)
     print(" | ".join(f"{name}: {value}" for name, value in machine().items()))

@@ -1,0 +1,339 @@
+"""One report from one GPU: is it right, how fast is it, what memory does it take, what accuracy.
+
+In this order, each part in the report as soon as it is there:
+
+1.  Exactness: hypergradients by `Adjoint` in float32 on the device, eager and compiled, and in
+    float64, against autograd through the whole window in float64 on the CPU.
+2.  One hypergradient against `higher`, over widths and windows: seconds and peak memory.
+3.  Growth of time and memory with the window.
+4.  Precision: seconds of an outer step, and the hypergradient's cosine to float64, by option.
+5.  Inner replicas: seconds of R runs one after the other and side by side.
+6.  With --data, a distillation of CIFAR-10 at 10 images per class for --minutes, and its accuracy.
+
+    python benchmarks/gpu.py --report benchmarks/results/gpu.md
+    python benchmarks/gpu.py --data DIR --minutes 10 --report benchmarks/results/gpu.md
+
+`--device cpu --quick` runs all of it in small, to see that it works. Peak memory on a CPU is that of
+the process, so there it only means something in `benchmarks/hypergradient.py`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, markdown
+from hypergradient import Distillation, adam, higher_window, plain_steps
+from torch import Tensor
+from torch.nn import functional as F
+
+import bilevel
+from dd.augmentation import NoAugmentation
+from dd.networks import ConvNet
+from dd.precision import Precision
+from dd.problems import MetaLoss
+from dd.synthetic import SyntheticDataset
+
+ROOT = Path(__file__).resolve().parent.parent
+PRECISIONS = {
+    "float32": Precision(),
+    "tf32": Precision(tf32=True),
+    "channels last": Precision(channels_last=True),
+    "tf32, channels last": Precision(tf32=True, channels_last=True),
+    "bfloat16 outer": Precision(outer="bfloat16"),
+    "bfloat16 inner and outer": Precision(inner="bfloat16", outer="bfloat16"),
+    "bfloat16, channels last": Precision(inner="bfloat16", outer="bfloat16", channels_last=True),
+}
+
+
+def made(problem: bilevel.Problem, burn_in: int, window: int, **options: Any) -> Any:
+    return bilevel.Hypergradient(
+        problem,
+        adam(),
+        steps=burn_in + window,
+        truncation=bilevel.truncation.Last(window),
+        **options,
+    )
+
+
+def measured(call: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of a call after one to warm up, and the peak memory of the last in MB."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else float("nan")
+    return {"seconds": statistics.median(seconds), "MB": peak / 1e6}
+
+
+def exactness(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """Relative errors of one hypergradient from one trajectory, that of the float64 run."""
+    width, images, window = (8, 10, 3) if quick else (32, 50, 10)
+    seed = bilevel.Key(1)
+    rows = []
+    exact = Distillation(width, images, torch.float64)
+    inner = bilevel.InnerLoop(exact, adam())
+    # Past Adam's first steps, whose derivative is chaotic in float32.
+    trajectory = inner.rollout(
+        exact.images, seed, steps=20 + window, horizon=20 + window, keep_from=20
+    )
+    reference = bilevel.estimators.Reverse()(inner, trajectory, exact.images, exact.real).grads
+
+    def converted(dtype: torch.dtype) -> bilevel.Trajectory:
+        def move(leaf: Any) -> Any:
+            return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+
+        kept = {
+            step: bilevel.Iterate(
+                move(iterate.params), type(iterate.state)(*map(move, iterate.state))
+            )
+            for step, iterate in trajectory.kept.items()
+        }
+        return bilevel.Trajectory(kept, seed, trajectory.steps, trajectory.trace, trajectory.window)
+
+    for dtype in (torch.float64, torch.float32):
+        problem = Distillation(width, images, dtype).to(device)
+        for compile in (False, True):
+            loop = bilevel.InnerLoop(problem, adam(), compile=compile)
+            loop.start(problem.images, seed, {})
+            for hvp in ("reverse", "forward"):
+                found = bilevel.estimators.Adjoint(hvp)(
+                    loop, converted(dtype), problem.images, problem.real
+                ).grads
+                error = (found.cpu().double() - reference).norm() / reference.norm()
+                rows.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "mode": "compiled" if compile else "eager",
+                        "product": hvp,
+                        "relative error": f"{float(error):.1e}",
+                    }
+                )
+    return rows
+
+
+def against_higher(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """Seconds and memory of every way, over widths and windows, with 50 images."""
+    burn_in, repeats = (2, 1) if quick else (60, 3)
+    rows = []
+    for width in (8,) if quick else (64, 128):
+        problem = Distillation(width, 50).to(device)
+        for window in (2, 4) if quick else (10, 40, 100):
+
+            def higher(problem: Distillation = problem, window: int = window) -> Tensor:
+                return higher_window(problem, plain_steps(problem, burn_in), window)
+
+            ways = {"higher": higher}
+            for name, compile in (("adjoint", False), ("compiled", True)):
+                own = made(problem, burn_in, window, compile=compile)
+
+                def ours(own: Any = own, problem: Distillation = problem) -> Tensor:
+                    generator = torch.Generator().manual_seed(1)
+                    return own(problem.images, problem.real, generator).grads
+
+                ways[name] = ours
+            base = None
+            for name, call in ways.items():
+                taken = measured(call, device, repeats)
+                base = base or taken
+                rows.append(
+                    {
+                        "width": width,
+                        "window": window,
+                        "method": name,
+                        "time / higher": f"{taken['seconds'] / base['seconds']:.2f}",
+                        "memory / higher": f"{taken['MB'] / base['MB']:.3f}",
+                        "seconds": f"{taken['seconds']:.2f}",
+                        "MB": f"{taken['MB']:.0f}",
+                    }
+                )
+    return rows
+
+
+def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """The CIFAR-10 setting at 10 images per class, on random images."""
+    images_per_class, width, real, steps, window = (
+        (1, 8, 50, 4, 2) if quick else (10, 128, 5000, 60, 40)
+    )
+    images = torch.randn(real, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(real) % 10
+    synthetic = SyntheticDataset(images_per_class=images_per_class)
+    outer = synthetic.create(images, labels, 10, torch.Generator().manual_seed(1))
+
+    def hypergradient(chosen: Precision, dtype: torch.dtype, compile: bool) -> Callable[[], Tensor]:
+        chosen.set_global_flags()
+        problem = MetaLoss(
+            ConvNet(10, width=width).to(dtype),
+            synthetic,
+            NoAugmentation(),
+            device,
+            precision=chosen,
+        )
+        own = made(problem, steps - window, window, compile=compile)
+        there = {name: value.detach().to(device, dtype) for name, value in outer.items()}
+        batch = (images.to(device, dtype), labels.to(device))
+
+        def call() -> Tensor:
+            return own(there, batch, torch.Generator().manual_seed(2)).grads["images"]
+
+        return call
+
+    reference = hypergradient(Precision(), torch.float64, compile=False)().flatten().double()
+    rows = []
+    for name, chosen in PRECISIONS.items():
+        for compile in (False, True):
+            call = hypergradient(chosen, torch.float32, compile)
+            taken = measured(call, device, 1 if quick else 3)
+            found = call().flatten().double()
+            rows.append(
+                {
+                    "precision": name,
+                    "mode": "compiled" if compile else "eager",
+                    "seconds": f"{taken['seconds']:.2f}",
+                    "MB": f"{taken['MB']:.0f}",
+                    "cosine to float64": f"{float(F.cosine_similarity(found, reference, 0)):.4f}",
+                    "norm / float64": f"{float(found.norm() / reference.norm()):.3f}",
+                }
+            )
+    Precision().set_global_flags()
+    return rows
+
+
+def replicas(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """Seconds of R inner runs, eager, at 10 images and 20 differentiated steps of 40."""
+    rows = []
+    for width in (8,) if quick else (32, 128):
+        problem = Distillation(width, 10).to(device)
+        for count in (1, 2) if quick else (1, 2, 4, 8):
+            after = made(problem, 20, 20, inner_replicas=count)
+            beside = made(bilevel.Replicas(problem, count), 20, 20)
+            taken = [
+                measured(
+                    lambda own=own, problem=problem: own(
+                        problem.images, problem.real, torch.Generator().manual_seed(1)
+                    ),
+                    device,
+                    1 if quick else 3,
+                )
+                for own in (after, beside)
+            ]
+            rows.append(
+                {
+                    "width": width,
+                    "replicas": count,
+                    "one after the other, s": f"{taken[0]['seconds']:.2f}",
+                    "side by side, s": f"{taken[1]['seconds']:.2f}",
+                    "side by side, MB": f"{taken[1]['MB']:.0f}",
+                }
+            )
+    return rows
+
+
+def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """What `dd.train` reaches in `--minutes`, and at snapshots before."""
+    folder = args.report.parent / "gpu_run"
+    snapshots = sorted({round(args.minutes / 4, 2), round(args.minutes / 2, 2)})
+    settings = [
+        f"cifar10.root = '{args.data}'",
+        f"Distiller.minutes = {args.minutes}",
+        f"Distiller.snapshot_minutes = {snapshots}",
+        "Distiller.validate_every = 0",
+        "Distiller.precision = @Precision()",
+        "Precision.tf32 = True",
+        f"Experiment.device = '{device.type}'",
+        "Evaluator.full_data_networks = 0",
+        "Evaluator.networks = 4",
+    ]
+    base = [sys.executable, "-m"]
+    subprocess.run(
+        [
+            *base,
+            "dd.train",
+            f"--gin_file={ROOT / 'gin' / 'cifar10_rat.gin'}",
+            f"--run_dir={folder}",
+            *(f"--gin_param={setting}" for setting in settings),
+        ],
+        cwd=ROOT,
+        check=True,
+    )
+    found = {args.minutes: json.loads((folder / "results.json").read_text())}
+    for minutes in snapshots:
+        at = folder / "snapshots" / f"{minutes:g}_minutes.safetensors"
+        out = folder / f"{minutes:g}.json"
+        subprocess.run(
+            [*base, "dd.evaluate", str(folder), f"--set={at}", "--only=distilled", f"--json={out}"],
+            cwd=ROOT,
+            check=True,
+        )
+        found[minutes] = json.loads(out.read_text())
+    return [
+        {
+            "minutes": minutes,
+            "outer steps": result["outer_steps"],
+            "distilled": _percent(result["accuracy"]["distilled"]),
+            "random real": _percent(result["accuracy"]["random_real"]),
+        }
+        for minutes, result in sorted(found.items())
+    ]
+
+
+def _percent(accuracy: dict[str, Any] | None) -> str:
+    if accuracy is None:
+        return "–"
+    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--data", help="folder with CIFAR-10, for the distillation")
+    parser.add_argument("--minutes", type=float, default=10, help="of the distillation")
+    parser.add_argument("--quick", action="store_true", help="all of it in small")
+    parser.add_argument("--report", type=Path, required=True, help="Markdown; JSON goes beside it")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here; try --device cpu --quick")
+    about = machine()
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, list[dict[str, Any]]] = {}
+    plan = {
+        "Exactness against float64": lambda: exactness(device, args.quick),
+        "One hypergradient against higher": lambda: against_higher(device, args.quick),
+        "Precision": lambda: precision(device, args.quick),
+        "Inner replicas": lambda: replicas(device, args.quick),
+    }
+    if args.data:
+        plan["CIFAR-10, 10 images per class"] = lambda: distillation(args, device)
+    for title, part in plan.items():
+        parts[title] = part()
+        lines = ["# Measured on one device", "", " | ".join(f"{k}: {v}" for k, v in about.items())]
+        for name, rows in parts.items():
+            lines += ["", f"## {name}", "", markdown(rows)]
+        args.report.write_text("\n".join(lines) + "\n")
+        args.report.with_suffix(".json").write_text(
+            json.dumps({"machine": about, "parts": parts}, indent=2) + "\n"
+        )
+        print(f"\n{title}\n\n{markdown(parts[title])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
