@@ -13,8 +13,8 @@ In this order, each part in the report as soon as it is there:
     python benchmarks/gpu.py --report benchmarks/results/gpu.md
     python benchmarks/gpu.py --data DIR --minutes 10 --report benchmarks/results/gpu.md
 
-`--device cpu --quick` runs all of it in small, to see that it works. Peak memory on a CPU is that of
-the process, so there it only means something in `benchmarks/hypergradient.py`.
+`--device cpu --quick` runs all of it in small, to see that it works. A CPU has no peak of memory to
+ask for, so there that column is empty; see `benchmarks/hypergradient.py`.
 """
 
 import argparse
