@@ -1,12 +1,13 @@
 """Nested optimisation on PyTorch: exact hypergradients through an inner training run."""
 
-from bilevel import clip, estimators, optim, truncation
+from bilevel import clip, distributed, estimators, optim, truncation
 from bilevel.errors import (
     BilevelError,
     CompileWarning,
     ConfigurationError,
     NonFiniteError,
     ProblemError,
+    ProcessError,
     UnusedOuterVariableError,
 )
 from bilevel.hypergradient import Hypergradient
@@ -15,6 +16,7 @@ from bilevel.micro_batches import MicroBatches
 from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
+from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult, Stats
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
 
@@ -31,12 +33,15 @@ __all__ = [
     "NonFiniteError",
     "Problem",
     "ProblemError",
+    "ProcessError",
+    "Replicas",
     "Stats",
     "Trace",
     "Trajectory",
     "UnusedOuterVariableError",
     "Window",
     "clip",
+    "distributed",
     "estimators",
     "fresh_parameters",
     "optim",

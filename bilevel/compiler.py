@@ -50,7 +50,7 @@ class Compiler:
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self.backend = backend
         self.seconds = 0.0
-        self._graphs: dict[Hashable, Callable[[Sequence[Any]], Any]] = {}
+        self._graphs: dict[tuple[Hashable, ...], Callable[[Sequence[Any]], Any]] = {}
         self._eager: set[Hashable] = set()
         self._context: Hashable = None
 
@@ -62,7 +62,8 @@ class Compiler:
         """`function(*args)`, whose result is cut off any autograd graph."""
         if function in self._eager:
             return function(*args)
-        leaves, spec = optree.tree_flatten(args)
+        given: Any = args
+        leaves, spec = optree.tree_flatten(given)
         key = (function, self._context, spec, tuple(map(_describe, leaves)))
         graph = self._graphs.get(key)
         if graph is None:
@@ -88,16 +89,19 @@ class Compiler:
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal structure
             remaining = iter(tensors)
-            arguments = [next(remaining) if chosen else x for x, chosen in zip(leaves, is_tensor)]
+            arguments = [
+                next(remaining) if chosen else x
+                for x, chosen in zip(leaves, is_tensor, strict=True)
+            ]
             arguments = [
                 x.detach().requires_grad_() if wanted else x
-                for x, wanted in zip(arguments, needs_gradient)
+                for x, wanted in zip(arguments, needs_gradient, strict=True)
             ]
             outputs, structure = optree.tree_flatten(eager(arguments))
             return [output.detach() for output in outputs]
 
         def tensors_of(given: Sequence[Any]) -> list[Tensor]:
-            return [x.detach() for x, chosen in zip(given, is_tensor) if chosen]
+            return [x.detach() for x, chosen in zip(given, is_tensor, strict=True) if chosen]
 
         def refuse(reason: str) -> Callable[[Sequence[Any]], Any]:
             warnings.warn(f"{name} is run in eager mode: {reason}", CompileWarning, stacklevel=6)
@@ -167,7 +171,7 @@ class _Same:
 def _describe(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    return leaf  # type: ignore[no-any-return]
+    return leaf
 
 
 def _perturbed(tensor: Tensor) -> Tensor:

@@ -23,3 +23,7 @@ class NonFiniteError(BilevelError, ArithmeticError):
 
 class CompileWarning(UserWarning):
     """Something is run in eager mode although it was to be compiled; the message says why."""
+
+
+class ProcessError(BilevelError, RuntimeError):
+    """Another process of the group has failed, is gone, or does something else than this one."""

@@ -8,14 +8,15 @@ from torch import Tensor
 
 from bilevel.compiler import constants_of
 from bilevel.contract import check_inner_loss
-from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
+from bilevel.errors import ConfigurationError, NonFiniteError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.inner import InnerLoop
 from bilevel.module import modules_held_by, refuse_running_statistics
+from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.result import HypergradientResult
-from bilevel.tree import named_leaves
+from bilevel.result import HypergradientResult, mean
+from bilevel.trajectory import Window
 from bilevel.truncation import Full, Truncation
 
 
@@ -31,9 +32,14 @@ class Hypergradient:
         truncation: Which steps are differentiated. Default: all of them.
         estimator: How they are differentiated. Default: `Adjoint`, exact in flat memory.
         keep_every: Keep every k-th iterate of the run and recompute the others exactly while
-            going backward: memory of steps/k + k iterates instead of steps, for one more forward
-            pass over the window.
+            going backward: memory of window/k + k iterates instead of the window's, for one more
+            forward pass over it. Default: the smallest k whose iterates take 96 MiB on a CPU,
+            1/64 of an accelerator's memory.
         keep_on: Device that holds the kept iterates, "cpu" to spare an accelerator's memory.
+        inner_replicas: Independent inner runs for one hypergradient, which is their mean: each has
+            its own initialisation and inner batches. They run one after the other, so memory stays
+            that of one run; `Replicas` runs them side by side instead. The first one's trace
+            selects the window for all.
         compile: Run every inner step, every adjoint step and the outer loss with its gradient as
             one `torch.compile` graph each, compiled at their first call (about a minute in all)
             and reused from then on. What cannot be compiled, or differs from eager mode by more
@@ -66,11 +72,16 @@ class Hypergradient:
         truncation: Truncation | None = None,
         estimator: Estimator | None = None,
         *,
-        keep_every: int = 1,
+        keep_every: int | None = None,
         keep_on: torch.device | str | None = None,
+        inner_replicas: int = 1,
         compile: bool = False,
     ) -> None:
-        for name, value in (("steps", steps), ("keep_every", keep_every)):
+        for name, value in (
+            ("steps", steps),
+            ("keep_every", 1 if keep_every is None else keep_every),
+            ("inner_replicas", inner_replicas),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigurationError(f"{name}={value!r}: it must be an integer of at least 1")
         self.truncation = Full() if truncation is None else truncation
@@ -92,6 +103,7 @@ class Hypergradient:
         self._checked = False
         self.steps = steps
         self.keep_every = keep_every
+        self.inner_replicas = inner_replicas
         self.keep_on = None if keep_on is None else torch.device(keep_on)
 
     def __call__(
@@ -126,20 +138,25 @@ class Hypergradient:
         )
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         horizon = self.truncation.horizon(self.steps, schedule_generator)
-        trajectory = self.inner.rollout(
-            outer,
-            key,
-            steps=self.steps,
-            horizon=horizon,
-            signals=self.truncation.signals,
-            keep_from=self.truncation.earliest_start(horizon),
-            keep_every=self.keep_every,
-            keep_on=self.keep_on,
-        )
-        window = self.truncation.select(trajectory.trace, schedule_generator)
-        result = self.estimator(self.inner, trajectory.select(window), outer, outer_batch)
-        _check_finite(result)
-        return result
+        window: Window | None = None
+        results = []
+        for replica in range(self.inner_replicas):
+            trajectory = self.inner.rollout(
+                outer,
+                key.fold("replica", replica) if replica else key,
+                steps=self.steps,
+                horizon=horizon,
+                signals=self.truncation.signals,
+                keep_from=self.truncation.earliest_start(horizon),
+                keep_every=self.keep_every,
+                keep_on=self.keep_on,
+            )
+            if window is None:
+                window = self.truncation.select(trajectory.trace, schedule_generator)
+            result = self.estimator(self.inner, trajectory.select(window), outer, outer_batch)
+            _check_finite(result)
+            results.append(result)
+        return results[0] if len(results) == 1 else mean(results)
 
     def backward(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
@@ -149,20 +166,9 @@ class Hypergradient:
         Raises:
             ProblemError: An outer tensor is not a leaf that requires gradients.
         """
-        leaves = named_leaves(outer)
-        for name, leaf in leaves:
-            if not (isinstance(leaf, Tensor) and leaf.is_leaf and leaf.requires_grad):
-                raise ProblemError(
-                    f"outer variable {name!r} is not a leaf tensor with requires_grad=True, so "
-                    "its .grad cannot be filled"
-                )
+        leaves = leaves_with_grad(outer)
         result = self(outer, outer_batch, generator)
-        for (_, leaf), grad in zip(leaves, optree.tree_leaves(result.grads), strict=True):
-            if leaf.grad is None:
-                leaf.grad = grad.clone()
-            else:
-                with torch.no_grad():
-                    leaf.grad.add_(grad)
+        add_to_grad(leaves, result.grads)
         return result
 
 

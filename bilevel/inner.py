@@ -13,7 +13,7 @@ from bilevel.contract import check_params, check_scalar, settle
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.trajectory import Iterate, Trace, Trajectory, Window, affordable_spacing
 from bilevel.tree import detach, to_device
 
 #: Per-step signals that a truncation schedule may ask for, as functions of the inner gradient.
@@ -175,7 +175,7 @@ class InnerLoop:
         horizon: int,
         signals: Sequence[str] = (),
         keep_from: int = 0,
-        keep_every: int = 1,
+        keep_every: int | None = None,
         keep_on: torch.device | None = None,
     ) -> Trajectory:
         """Run `horizon` inner steps and record them, without a graph.
@@ -187,7 +187,8 @@ class InnerLoop:
             horizon: How many steps to run, 1 … `steps`.
             signals: Names of per-step scalars to record beside `inner_loss`.
             keep_from: The first iterate that a window may start from.
-            keep_every: Keep every k-th iterate from there on; the others are recomputed.
+            keep_every: Keep every k-th iterate from there on; the others are recomputed. Default:
+                `affordable_spacing`.
             keep_on: Device that holds the kept iterates; default: where they are.
 
         Raises:
@@ -200,6 +201,8 @@ class InnerLoop:
         outer = detach(outer)
         hyperparameters = self.hyperparameters(outer)
         iterate = self.start(outer, key, hyperparameters)
+        if keep_every is None:
+            keep_every = affordable_spacing(iterate, horizon - keep_from)
         kept: dict[int, Iterate] = {}
         recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
         for step in range(horizon):

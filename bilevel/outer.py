@@ -70,7 +70,9 @@ class OuterVariables:
         """
         if not isinstance(outer_batch, MicroBatches):
             outer_batch = MicroBatches([outer_batch])
-        total, totals, cotangent = torch.zeros(()), {}, None
+        total = torch.zeros(())
+        totals: dict[str, Tensor] = {}
+        cotangent: Tensor | None = None
         for batch, weight in outer_batch:
             loss, metrics, (params_grad, *grads) = inner.run(
                 _outer_gradients, inner, params.detach(), self.tree, batch
@@ -164,3 +166,29 @@ def _outer_gradients(
     if loss.requires_grad:
         grads = torch.autograd.grad(loss, [params, *leaves], allow_unused=True)
     return loss.detach(), detach(metrics), grads
+
+
+def leaves_with_grad(outer: Any) -> list[Tensor]:
+    """The outer tensors as the user holds them, each fit to have its `.grad` filled.
+
+    Raises:
+        ProblemError: One is not a leaf that requires gradients.
+    """
+    leaves = named_leaves(outer)
+    for name, leaf in leaves:
+        if not (isinstance(leaf, Tensor) and leaf.is_leaf and leaf.requires_grad):
+            raise ProblemError(
+                f"outer variable {name!r} is not a leaf tensor with requires_grad=True, so "
+                "its .grad cannot be filled"
+            )
+    return [leaf for _, leaf in leaves]
+
+
+@torch.no_grad()
+def add_to_grad(leaves: Sequence[Tensor], grads: Any) -> None:
+    """Add the pytree `grads` to the `.grad` of `leaves`, as autograd would."""
+    for leaf, grad in zip(leaves, optree.tree_leaves(grads), strict=True):
+        if leaf.grad is None:
+            leaf.grad = grad.clone()
+        else:
+            leaf.grad.add_(grad)

@@ -1,8 +1,11 @@
 """What a hypergradient call returns."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import optree
+import torch
 from torch import Tensor
 
 from bilevel.trajectory import Trace, Window
@@ -47,3 +50,28 @@ class HypergradientResult:
     params: Any
     trace: Trace
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
+    """The mean of several results over one window, with the first one's parameters and trace."""
+    first = results[0]
+    grads = optree.tree_map(
+        lambda *leaves: torch.stack(leaves).mean(0), *(each.grads for each in results)
+    )
+    others = [each.stats.status for each in results if each.stats.status != "ok"]
+    stats = replace(
+        first.stats,
+        status="; ".join(dict.fromkeys(others)) or "ok",
+        hypergradient_norm=torch.nn.utils.get_total_norm(optree.tree_leaves(grads)),
+        hessian_vector_products=sum(each.stats.hessian_vector_products for each in results),
+    )
+    return replace(
+        first,
+        loss=torch.stack([each.loss for each in results]).mean(),
+        grads=grads,
+        stats=stats,
+        metrics={
+            name: torch.stack([each.metrics[name] for each in results]).mean()
+            for name in first.metrics
+        },
+    )

@@ -1,9 +1,12 @@
 """What a rollout records: iterates, per-step signals, and the window chosen over them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import optree
+import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
@@ -39,6 +42,26 @@ class Iterate:
 
     params: Tensor
     state: Any
+
+
+def affordable_spacing(iterate: Iterate, count: int) -> int:
+    """The smallest k such that keeping every k-th of `count` iterates is cheap on their device.
+
+    Cheap is 96 MiB on a CPU and 1/64 of an accelerator's memory, for the ⌈count / k⌉ kept ones and
+    the k of a recomputed segment. Where nothing is, k = ⌈√count⌉, which takes the least memory.
+    """
+    leaves = [iterate.params, *optree.tree_leaves(iterate.state)]
+    size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    device = iterate.params.device
+    budget = 96 * 2**20
+    if device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory // 64
+    least = max(1, math.ceil(math.sqrt(count)))
+    for spacing in range(1, least):
+        segment = spacing if spacing > 1 else 0
+        if (math.ceil(count / spacing) + segment) * size <= budget:
+            return spacing
+    return least
 
 
 @dataclass(frozen=True)

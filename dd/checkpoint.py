@@ -18,7 +18,8 @@ FORMAT = "dd-checkpoint-1"
 class TrainingState:
     """Everything that changes from one outer step to the next.
 
-    All randomness is keyed by the step number, so no generator is part of it.
+    All randomness is keyed by the step number and the process, so no generator is part of it, and
+    it is the same in every process.
 
     Attributes:
         outer: The outer variables.
@@ -29,6 +30,7 @@ class TrainingState:
         seconds: Wall clock spent in outer steps, over all processes that worked on this run.
         best_accuracy: Best validation accuracy so far, a fraction; None before the first.
         best_step: The step it was seen at.
+        processes: How many processes averaged their hypergradients in the last step.
     """
 
     outer: dict[str, Tensor]
@@ -39,6 +41,7 @@ class TrainingState:
     seconds: float = 0.0
     best_accuracy: float | None = None
     best_step: int | None = None
+    processes: int = 1
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
@@ -63,6 +66,7 @@ class TrainingState:
                 "seconds": self.seconds,
                 "best_accuracy": self.best_accuracy,
                 "best_step": self.best_step,
+                "processes": self.processes,
             },
         )
 
@@ -107,6 +111,7 @@ class TrainingState:
             self.truncation.load_state_dict({**metadata["truncation"], **group("truncation.")})
             self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
             self.best_accuracy, self.best_step = metadata["best_accuracy"], metadata["best_step"]
+            self.processes = int(metadata["processes"])
         except (KeyError, TypeError, ValueError, bilevel.ConfigurationError) as error:
             raise DamagedFileError(f"{path} is no complete checkpoint: {error}") from error
         with torch.no_grad():

@@ -30,7 +30,7 @@ def check_number(
         raise ValueError(f"{name}={value!r}: it must be a number {bound}")
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raise `ValueError` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, allowed))}")

@@ -5,6 +5,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import bilevel
+from bilevel.distributed import rank, world_size
+from dd.processes import joined
+
 #: Exit status after Ctrl-C, as the shell has it.
 INTERRUPTED = 130
 
@@ -30,17 +34,25 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> Non
 
 def fail(message: str) -> int:
     """Print a one-line error; returns the exit status for a usage error."""
-    print(f"error: {message}", file=sys.stderr)
+    where = f" in process {rank()} of {world_size()}" if rank() else ""
+    print(f"error{where}: {message}", file=sys.stderr)
     return 2
 
 
 def run(command: Callable[[], int]) -> int:
-    """Run a command; Ctrl-C outside the parts that handle it is no traceback either."""
+    """Run a command, under `torchrun` in every process, and end without a traceback.
+
+    That is, when Ctrl-C comes outside the parts that handle it, or when another process is gone.
+    """
     try:
-        return command()
+        with joined():
+            return command()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        if rank() == 0:
+            print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+    except bilevel.ProcessError as error:
+        return fail(str(error))
 
 
 def print_results(results: Mapping[str, Any]) -> None:

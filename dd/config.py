@@ -15,12 +15,14 @@ from dd import augmentation, data, networks, problems
 from dd.distiller import Distiller
 from dd.evaluation import Evaluator
 from dd.experiment import Experiment
+from dd.precision import Precision
 from dd.synthetic import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Experiment": Experiment,
     "Distiller": Distiller,
+    "Precision": Precision,
     "Evaluator": Evaluator,
     "SyntheticDataset": SyntheticDataset,
     "cifar10": data.cifar10,

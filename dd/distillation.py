@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import bilevel
+from bilevel.distributed import AveragedHypergradient, gather, rank, world_size
+from bilevel.tree import to_device
 from dd.augmentation import Augmentation
 from dd.checkpoint import TrainingState
 from dd.data.prepared import PreparedData, RealBatches
@@ -56,6 +58,10 @@ class Job:
 class Distillation:
     """Runs the outer loop: hypergradient, clipping, outer optimizer.
 
+    Of several processes each has its own initialisations, windows and real images, keyed by
+    (seed, rank, outer step). Their hypergradients are averaged, so all go through the same states;
+    the first one keeps the time and the schedule, and writes.
+
     Args:
         settings: Of the outer loop.
         job: What to work on, and where.
@@ -64,23 +70,35 @@ class Distillation:
 
     def __init__(self, settings: Distiller, job: Job, state: TrainingState) -> None:
         self.settings = settings
+        settings.precision.set_global_flags()
         self.job = job
         self.state = state
         self.hypergradient = bilevel.Hypergradient(
-            MetaLoss(job.network, job.synthetic, job.augmentation, job.device, settings.alignment),
+            MetaLoss(
+                job.network,
+                job.synthetic,
+                job.augmentation,
+                job.device,
+                settings.alignment,
+                settings.precision,
+            ),
             optimizer=settings.optimizer,
             steps=settings.inner_steps,
             truncation=state.truncation,
             estimator=settings.estimator,
             keep_every=settings.keep_every,
             keep_on=settings.keep_on,
+            inner_replicas=settings.inner_replicas,
+            compile=settings.compiles,
         )
+        self.averaged = AveragedHypergradient(self.hypergradient)
+        self.key = job.key.fold("process", rank()) if rank() else job.key
         self.real = RealBatches(
             job.data.train_images,
             job.data.train_labels,
             settings.real_batch,
             job.augmentation,
-            job.key.fold("real"),
+            self.key.fold("real"),
         )
 
     def run(self, stop: StopRequest, config_text: str) -> None:
@@ -88,14 +106,24 @@ class Distillation:
 
         Raises:
             bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
+            bilevel.ProcessError: Another process failed or is gone.
         """
-        state, settings = self.state, self.settings
-        monitor = Monitor(self.job.folder / "events", first_step=state.step)
-        progress = Progress(settings.outer_steps, settings.minutes, state.step, state.seconds)
+        state, settings, first = self.state, self.settings, rank() == 0
+        monitor = Monitor(self.job.folder / "events" if first else None, first_step=state.step)
+        progress = Progress(
+            settings.outer_steps, settings.minutes, state.step, state.seconds, shown=first
+        )
         try:
             monitor.config(config_text)
+            if state.processes != world_size():
+                progress.say(
+                    f"note: this run had {state.processes} processes and goes on with "
+                    f"{world_size()}, so each outer step now averages as many hypergradients"
+                )
+                state.processes = world_size()
             if state.step == 0:
-                self._keep()
+                # Whatever ends the run from here on, it can be resumed.
+                self._save()
                 self._show(monitor)
             try:
                 self._loop(stop, monitor, progress)
@@ -110,13 +138,16 @@ class Distillation:
 
     def _loop(self, stop: StopRequest, monitor: Monitor, progress: Progress) -> None:
         state, settings = self.state, self.settings
-        skipped = 0
+        skipped, started = 0, False
         saved_at = time.monotonic()
-        while not settings.finished(state) and not stop.requested:
+        while not settings.finished(state) and not stop.agreed():
             seconds_before, began = state.seconds, time.perf_counter()
             try:
                 self._step(monitor, progress)
                 skipped = 0
+                if not started:
+                    started = True
+                    progress.say(self._first_step(time.perf_counter() - began))
             except bilevel.NonFiniteError as error:
                 skipped += 1
                 if skipped == MOST_SKIPPED:
@@ -124,8 +155,9 @@ class Distillation:
                 progress.say(f"outer step {state.step} skipped: {error}")
                 state.step += 1
                 state.seconds += time.perf_counter() - began
+            self._follow_the_first()
             for minutes in settings.snapshot_minutes:
-                if seconds_before < 60 * minutes <= state.seconds:
+                if seconds_before < 60 * minutes <= state.seconds and rank() == 0:
                     name = f"{minutes:g}_minutes.safetensors"
                     self._distilled_set().save(self.job.folder / "snapshots" / name)
             if settings.validate_every and state.step % settings.validate_every == 0:
@@ -135,6 +167,11 @@ class Distillation:
             if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 self._save()
                 saved_at = time.monotonic()
+
+    def _first_step(self, seconds: float) -> str:
+        compiler = self.hypergradient.inner.compiler
+        compiling = "" if compiler is None else f", {compiler.seconds:.0f} of them compiling"
+        return f"first outer step after {seconds:.0f} s{compiling}"
 
     def _step(self, monitor: Monitor, progress: Progress) -> None:
         """One outer step; if it raises, the outer variables are as they were."""
@@ -146,8 +183,8 @@ class Distillation:
         batches = bilevel.MicroBatches(
             list(zip(*pieces, strict=True)), [len(part) / len(labels) for part in pieces[1]]
         )
-        result = self.hypergradient.backward(
-            state.outer, batches, job.key.generator("outer", state.step)
+        result = self.averaged.backward(
+            state.outer, batches, self.key.generator("outer", state.step)
         )
         bound = None if state.clip is None else state.clip([state.outer["images"]])[1]
         state.optimizer.step()
@@ -159,6 +196,14 @@ class Distillation:
         state.seconds += seconds
         monitor.outer_step(state.step, result, bound, seconds)
         progress.update(state.step, state.seconds, loss, accuracy)
+
+    def _follow_the_first(self) -> None:
+        """Take over the first process's clock and the state of its schedule."""
+        state = self.state
+        schedule = to_device(state.truncation.state_dict(), torch.device("cpu"))
+        state.seconds, schedule = gather((state.seconds, schedule))[0]
+        if rank():
+            state.truncation.load_state_dict(schedule)
 
     def _validate(self, monitor: Monitor) -> None:
         state, job = self.state, self.job
@@ -178,17 +223,23 @@ class Distillation:
         )
 
     def _save(self) -> None:
+        if rank():
+            return
         self.state.save(self.job.folder / CHECKPOINT)
         if self.state.best_accuracy is None:
             self._keep()
 
     def _keep(self) -> None:
+        if rank():
+            return
         kept = self._distilled_set()
         kept.save(self.job.folder / DISTILLED)
         picture = png(kept.pixels(), self.job.synthetic.images_per_class)
         write_bytes(self.job.folder / PICTURE, picture)
 
     def _show(self, monitor: Monitor) -> None:
+        if rank():
+            return
         pixels = self._distilled_set().pixels()
         monitor.images(self.state.step, pixels, self.job.synthetic.images_per_class)
 

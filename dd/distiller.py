@@ -1,16 +1,19 @@
 """How to distil: the settings of the outer loop."""
 
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
 
 import bilevel
+from bilevel import distributed
 from bilevel.clip import Clip
 from dd.checkpoint import TrainingState
 from dd.checks import check_choice, check_instance, check_integer, check_number
 from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.precision import Precision
 from dd.problems import PrototypeAlignment
 from dd.progress import StopRequest
 
@@ -28,8 +31,15 @@ class Distiller:
         optimizer: The inner optimizer, a gradient transformation.
         estimator: How they are differentiated; default: `Adjoint`.
         keep_every: Keep every k-th inner iterate and recompute the others: less memory, more time.
+            Default: as many as fit in 96 MiB, or 1/64 of the GPU's memory.
         keep_on: "cpu" to keep the iterates in the host's memory; default: on the device.
-        real_batch: Real images in the outer loss.
+        inner_replicas: Inner runs, each of a fresh network, whose hypergradients are averaged.
+        compile: True to run inner steps, adjoint steps and the outer loss as compiled graphs, which
+            takes about a minute at the start; False not to; "auto" to do so if the run is long
+            enough to pay for it: at least 100,000 inner steps, or 10 minutes where `minutes` ends
+            it, and a C++ compiler or GPU to compile for.
+        precision: Arithmetic of the networks; default: float32.
+        real_batch: Real images in the outer loss; of several processes each has as many.
         real_micro_batch: How many of them are in memory with a graph at a time.
         image_lr: Outer Adam's rate for the images.
         label_lr: Outer Adam's rate for learned labels.
@@ -52,8 +62,11 @@ class Distiller:
         optimizer: Any,
         minutes: float | None = None,
         estimator: bilevel.estimators.Estimator | None = None,
-        keep_every: int = 1,
+        keep_every: int | None = None,
         keep_on: str | None = None,
+        inner_replicas: int = 1,
+        compile: bool | str = "auto",
+        precision: Precision | None = None,
         real_batch: int = 5000,
         real_micro_batch: int = 1000,
         image_lr: float = 1e-3,
@@ -67,7 +80,8 @@ class Distiller:
         for name, value, minimum in (
             ("outer_steps", outer_steps, 1),
             ("inner_steps", inner_steps, 1),
-            ("keep_every", keep_every, 1),
+            ("keep_every", 1 if keep_every is None else keep_every, 1),
+            ("inner_replicas", inner_replicas, 1),
             ("real_batch", real_batch, 1),
             ("real_micro_batch", real_micro_batch, 1),
             ("validate_every", validate_every, 0),
@@ -81,6 +95,9 @@ class Distiller:
         check_instance(
             "truncation", truncation, bilevel.truncation.Truncation, "@RandomWindow() with ()"
         )
+        check_choice("compile", compile, (True, False, "auto"))
+        if precision is not None:
+            check_instance("precision", precision, Precision, "@Precision() with ()")
         if keep_on is not None:
             check_choice("keep_on", keep_on, ("cpu",))
         if inner_steps < truncation.minimum_steps:
@@ -112,6 +129,9 @@ class Distiller:
         self.estimator = estimator
         self.keep_every = keep_every
         self.keep_on = keep_on
+        self.inner_replicas = inner_replicas
+        self.compile = compile
+        self.precision = Precision() if precision is None else precision
         self.real_batch = real_batch
         self.real_micro_batch = real_micro_batch
         self.image_lr = image_lr
@@ -129,7 +149,7 @@ class Distiller:
 
         Args:
             job: What to work on, and where.
-            stop: Looked at after every outer step.
+            stop: Looked at after every outer step, in every process.
             config_text: Shown in TensorBoard.
             on_start: Called once it is sure that the run can start or go on.
 
@@ -138,14 +158,32 @@ class Distiller:
 
         Raises:
             bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
+            bilevel.ProcessError: Another process failed, or cannot read the checkpoint.
             DamagedFileError: The checkpoint cannot be used.
         """
         state = self._initial_state(job)
         if (job.folder / CHECKPOINT).exists():
             state.restore(job.folder / CHECKPOINT)
+        steps = distributed.gather(state.step)
+        if len(set(steps)) > 1:
+            raise bilevel.ProcessError(
+                f"the processes would go on from outer steps {steps}: {job.folder} must be a "
+                "folder that all of them can read"
+            )
+        distributed.broadcast_(state.outer.values())
         on_start()
         Distillation(self, job, state).run(stop, config_text)
         return state
+
+    @property
+    def compiles(self) -> bool:
+        """Whether steps are compiled; the same for a run that is resumed."""
+        if self.compile != "auto":
+            return bool(self.compile)
+        long = self.outer_steps * self.inner_steps * self.inner_replicas >= 100_000
+        if self.minutes is not None:
+            long = long and self.minutes >= 10
+        return long and (torch.cuda.is_available() or shutil.which("g++") is not None)
 
     def finished(self, state: TrainingState) -> bool:
         """Whether all that was asked for is done."""
@@ -165,5 +203,9 @@ class Distiller:
             [{"params": [value], "lr": rates[name]} for name, value in outer.items()]
         )
         return TrainingState(
-            outer, optimizer, copy.deepcopy(self.clip), copy.deepcopy(self.truncation)
+            outer,
+            optimizer,
+            copy.deepcopy(self.clip),
+            copy.deepcopy(self.truncation),
+            processes=distributed.world_size(),
         )

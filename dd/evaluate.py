@@ -10,6 +10,7 @@ from dd.distillation import DISTILLED
 from dd.experiment import CONFIG, RESULTS, TRAINING_SETS
 from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory
+from dd.processes import one_first
 
 #: Parameters that change neither the split of the data nor the set.
 CHANGEABLE = (
@@ -76,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     whole = chosen == folder / DISTILLED and not options.only
     name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
-        experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
+        with one_first():
+            experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
         saved = configuration.read_text()
         # What the transform was fitted with is known only in training.
         changed = config.differences(saved, f"{saved}\n{config.text()}", CHANGEABLE)

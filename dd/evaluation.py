@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bilevel import Key, fresh_parameters
+from bilevel.distributed import rank
 from dd.augmentation import Augmentation, FlipOrRotate
 from dd.checks import check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData
 from dd.data.stored_images import Images
+from dd.processes import collected, own_share
 from dd.synthetic import random_subset
 
 #: A function from the key of one network to the (images, labels) it is trained on.
@@ -63,7 +65,7 @@ class Evaluator:
     Networks are trained from fresh initialisations on the whole small set (mini-batches beyond
     `batch_size`). Their accuracy on the *validation* part is measured after each number in
     `steps`; the number with the best mean is chosen, and only there is the test set used, once.
-    (The papers choose on the test set itself.)
+    (The papers choose on the test set itself.) Several processes share the networks out.
 
     Args:
         networks: How many networks each training set is given.
@@ -161,15 +163,16 @@ class Evaluator:
     ) -> float:
         """Mean accuracy on the validation part after `validation_steps`; never the test set."""
         images, labels = images.detach(), labels.detach()
-        accuracies = []
-        for index in range(self.validation_networks):
+        accuracies = {}
+        for index in own_share(self.validation_networks):
             trained = self._train(
                 images, labels, network, key.fold("network", index), [self.validation_steps]
             )
-            accuracies.append(
-                _accuracy(network, trained[0], data.validation_images, data.validation_labels)
+            accuracies[index] = _accuracy(
+                network, trained[0], data.validation_images, data.validation_labels
             )
-        return statistics.fmean(accuracies)
+        values = collected(accuracies)
+        return statistics.fmean(values)
 
     def _measure(
         self,
@@ -181,22 +184,26 @@ class Evaluator:
         networks: int,
         steps: Sequence[int],
     ) -> Accuracy:
-        trained = []
-        validation = torch.zeros(len(steps))
-        for index in tqdm(range(networks), desc=f"evaluating {name}", unit="network"):
+        trained, validated = {}, {}
+        share = tqdm(
+            own_share(networks), desc=f"evaluating {name}", unit="network", disable=rank() > 0
+        )
+        for index in share:
             network_key = key.fold(name, index)
             stages = self._train(*training_set(network_key), network, network_key, steps)
-            for stage, params in enumerate(stages):
-                validation[stage] += _accuracy(
-                    network, params, data.validation_images, data.validation_labels
-                )
-            trained.append(stages)
-        chosen = int(validation.argmax())
-        values = tuple(
-            _accuracy(network, stages[chosen], data.test_images, data.test_labels)
-            for stages in trained
-        )
-        return Accuracy(values, steps[chosen])
+            trained[index] = stages
+            validated[index] = torch.tensor(
+                [
+                    _accuracy(network, params, data.validation_images, data.validation_labels)
+                    for params in stages
+                ]
+            )
+        chosen = int(sum(collected(validated), torch.zeros(len(steps))).argmax())
+        values = {
+            index: _accuracy(network, stages[chosen], data.test_images, data.test_labels)
+            for index, stages in trained.items()
+        }
+        return Accuracy(tuple(collected(values)), steps[chosen])
 
     def _train(
         self, images: Images, labels: Tensor, network: nn.Module, key: Key, steps: Sequence[int]

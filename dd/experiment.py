@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import bilevel
+from bilevel.distributed import rank, world_size
 from dd.augmentation import Augmentation
 from dd.checks import check_callable, check_choice, check_instance, check_integer, check_number
 from dd.data import ImageDataset, PixelTransform
@@ -20,6 +21,7 @@ from dd.distilled_set import DistilledSet
 from dd.distiller import Distiller
 from dd.evaluation import Accuracy, Evaluator
 from dd.files import write_json, write_text
+from dd.processes import own_cuda_device
 from dd.progress import StopRequest
 from dd.synthetic import SyntheticDataset
 
@@ -43,7 +45,8 @@ class Experiment:
         evaluator: How the set is judged.
         seed: Of everything.
         validation_fraction: Share of the training set held out for every choice that is made.
-        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" …
+        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1" … Of several processes each
+            has a GPU of its own, so there "cuda:1" is refused.
         images_on: Where the dataset is kept: "device", or "host" if it does not fit there. From
             the host's memory, or memory-mapped files, batches are read ahead.
 
@@ -118,10 +121,16 @@ class Experiment:
         results = self._empty_results()
 
         def begin() -> None:
-            write_text(folder / CONFIG, config_text)
-            write_json(folder / RESULTS, results)
+            if rank() == 0:
+                write_text(folder / CONFIG, config_text)
+            _write(folder / RESULTS, results)
 
-        provenance = {"dataset": self.dataset.name, "seed": self.seed, "versions": _versions()}
+        provenance = {
+            "dataset": self.dataset.name,
+            "seed": self.seed,
+            "processes": world_size(),
+            "versions": _versions(),
+        }
         job = Job(
             data=data,
             network=self.network,
@@ -137,7 +146,7 @@ class Experiment:
             state = self.distiller.distil(job, stop, config_text, begin)
             results["outer_steps"] = state.step
             results["wall_clock_seconds"]["distilling"] = state.seconds
-            if not stop.requested:
+            if not stop.agreed():
                 stop.at_once = True
                 distilled = DistilledSet.load(folder / DISTILLED)
                 results["distilled_set"] = {"file": DISTILLED, **distilled.provenance}
@@ -145,7 +154,7 @@ class Experiment:
         except KeyboardInterrupt:
             pass  # a second Ctrl-C while distilling, or the first while evaluating
         results["status"] = "interrupted"
-        write_json(folder / RESULTS, results)
+        _write(folder / RESULTS, results)
         return results
 
     def evaluate(
@@ -192,9 +201,9 @@ class Experiment:
             accuracy = measurements[name]()
             results["accuracy"][name] = None if accuracy is None else accuracy.as_dict()
             results["wall_clock_seconds"]["evaluating"] = time.perf_counter() - began
-            write_json(results_path, {**results, "status": "evaluating"})
+            _write(results_path, {**results, "status": "evaluating"})
         results["status"] = "complete"
-        write_json(results_path, results)
+        _write(results_path, results)
         return results
 
     def _empty_results(self) -> dict[str, Any]:
@@ -213,6 +222,12 @@ class Experiment:
         }
 
 
+def _write(path: Path, results: dict[str, Any]) -> None:
+    """Write results; of several processes the first one does."""
+    if rank() == 0:
+        write_json(path, results)
+
+
 def _versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "torchopt", "numpy")
     return {
@@ -223,7 +238,7 @@ def _versions() -> dict[str, str]:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_cuda_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -232,6 +247,13 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}: it must be 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: no CUDA device is available here")
+    if device.type == "cuda" and world_size() > 1:
+        if device.index is not None:
+            raise ValueError(
+                f"device={name!r}: {world_size()} processes cannot share one GPU; with 'cuda' "
+                "each has its own"
+            )
+        return own_cuda_device()
     return device
 
 

@@ -16,16 +16,21 @@ class Monitor:
     """Writes TensorBoard events of one run.
 
     Args:
-        folder: Where the events go.
+        folder: Where the events go; None in processes that write nothing.
         first_step: The step a resumed run goes on from; later events of an earlier process, which
             the resumed one will write again, are hidden.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
+        self._writer = None
+        if folder is not None:
+            purge_step = first_step + 1 if first_step else 0
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def config(self, text: str) -> None:
         """Show the configuration."""
+        if self._writer is None:
+            return
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def outer_step(
@@ -39,6 +44,8 @@ class Monitor:
             bound: The norm that the images' hypergradient was clipped to; None without clipping.
             seconds: How long the step took.
         """
+        if self._writer is None:
+            return
         scalars: dict[str, Tensor | float] = {
             "outer/loss": result.loss,
             **{f"outer/{name}": value for name, value in result.metrics.items()},
@@ -59,6 +66,8 @@ class Monitor:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Show named numbers."""
+        if self._writer is None:
+            return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -70,10 +79,13 @@ class Monitor:
             pixels: [N, C, H, W], ordered by class.
             images_per_class: How many images each class has.
         """
+        if self._writer is None:
+            return
         for name, shown in (("clamped", pixels.clamp(0, 1)), ("stretched", stretched(pixels))):
             grid = image_grid(shown, images_per_class)
             self._writer.add_image(f"synthetic_images/{name}", grid, step)
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -11,6 +11,8 @@ from typing import final
 
 from tqdm import tqdm
 
+from bilevel.distributed import gather, rank
+
 
 @final
 class Progress:
@@ -21,10 +23,17 @@ class Progress:
         minutes: The most minutes, or None.
         step: The step a resumed run goes on from.
         seconds: The seconds spent before.
+        shown: False in processes that are to be silent.
     """
 
     def __init__(
-        self, outer_steps: int, minutes: float | None, step: int = 0, seconds: float = 0.0
+        self,
+        outer_steps: int,
+        minutes: float | None,
+        step: int = 0,
+        seconds: float = 0.0,
+        *,
+        shown: bool = True,
     ) -> None:
         self._by_time = minutes is not None
         self._outer_steps, self._first = outer_steps, (step, seconds)
@@ -34,6 +43,7 @@ class Progress:
             desc="distilling",
             unit="s" if self._by_time else "step",
             dynamic_ncols=True,
+            disable=not shown,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed} < {remaining}{postfix}]",
         )
@@ -52,7 +62,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(message, file=sys.stderr)
+        if not self._bar.disable:
+            self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -70,6 +81,14 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal_number is not None
 
+    def agreed(self) -> bool:
+        """Whether some process has been asked to stop: the same answer in all.
+
+        Raises:
+            bilevel.ProcessError: Another process is gone.
+        """
+        return any(gather(self.requested))
+
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
@@ -82,7 +101,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
         if at_once:
             raise KeyboardInterrupt
         # Not print: the signal may arrive while the bar is being written.
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        if rank() == 0:
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -6,12 +6,14 @@ from datetime import datetime
 from pathlib import Path
 
 from bilevel import BilevelError
+from bilevel.distributed import gather
 from dd import config
 from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
 from dd.distillation import CHECKPOINT, DISTILLED, PICTURE
 from dd.experiment import CONFIG, RESULTS, Experiment
 from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory
+from dd.processes import one_first
 from dd.progress import stop_on_signal
 
 #: Parameters that may change when a run is resumed: how long it goes on, how it is judged, and
@@ -37,6 +39,7 @@ examples:
   python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
   python -m dd.train --gin_file=gin/cifar10_rat.gin --gin_param='RandomWindow.window = 40'
   python -m dd.train --gin_file=gin/digits.gin --gin_param='Distiller.truncation = @Full()'
+  torchrun --nproc_per_node=4 -m dd.train --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
 
 The run directory then holds
   config.gin              every parameter in use
@@ -68,12 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     keep_freed_memory()
     try:
-        experiment = config.load(options.gin_file, options.gin_param)
+        with one_first():
+            experiment = config.load(options.gin_file, options.gin_param)
     except config.ConfigError as error:
         return fail(str(error))
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(options.gin_file[0]).stem}-{started}"
-    folder = Path(options.run_dir or default)
+    folder = Path(gather(options.run_dir or default)[0])
     return _run(experiment, folder)
 
 
@@ -103,7 +107,7 @@ def _run(experiment: Experiment, folder: Path) -> int:
             results = experiment.train(data, folder, stop, text)
     except (BilevelError, DamagedFileError, OSError) as error:
         return fail(str(error))
-    if stop.requested:
+    if results["status"] == "interrupted":
         done = results["outer_steps"]
         print(
             ("stopped at once" if done is None else f"stopped after outer step {done}")

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import bilevel
 from dd.augmentation import Augmentation
+from dd.precision import Precision
 from dd.problems.prototype_alignment import PrototypeAlignment
 from dd.synthetic import SyntheticDataset
 
@@ -29,6 +30,7 @@ class MetaLoss(bilevel.Problem):
         augmentation: Applied to every inner batch.
         device: Where parameters live.
         alignment: A term that draws the synthetic images' features to those of the real ones.
+        precision: Of the networks' arithmetic; default: float32.
 
     Source: the outer objective of Feng et al., arXiv 2311.07025, equation 1.
     """
@@ -40,12 +42,14 @@ class MetaLoss(bilevel.Problem):
         augmentation: Augmentation,
         device: torch.device,
         alignment: PrototypeAlignment | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self.network = network
         self.synthetic = synthetic
         self.augmentation = augmentation
         self.device = device
         self.alignment = alignment
+        self.precision = Precision() if precision is None else precision
 
     def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
         return bilevel.fresh_parameters(self.network, generator, device=self.device)
@@ -58,11 +62,11 @@ class MetaLoss(bilevel.Problem):
 
     def inner_loss(self, params: Any, batch: Any) -> Tensor:
         images, labels = batch
-        return F.cross_entropy(functional_call(self.network, params, (images,)), labels)
+        return F.cross_entropy(self._logits(params, images, self.precision.inner), labels)
 
     def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels = batch
-        logits = functional_call(self.network, params, (images,))
+        logits = self._logits(params, images, self.precision.outer)
         loss = F.cross_entropy(logits, labels)
         metrics = {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
         if self.alignment is None:
@@ -76,3 +80,9 @@ class MetaLoss(bilevel.Problem):
             self.synthetic.patches_per_side,
         )
         return loss + alignment, {**metrics, "cross_entropy": loss, **parts}
+
+    def _logits(self, params: Any, images: Tensor, dtype: str) -> Tensor:
+        """Logits [N, classes], float32 whatever `dtype` the network runs in."""
+        with self.precision.autocast(dtype, images.device):
+            logits: Tensor = functional_call(self.network, params, (self.precision.stored(images),))
+        return logits.to(images.dtype)

@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dd import config, evaluate, train
+from dd.distillation import Distillation
 from dd.distilled_set import DistilledSet
 from dd.files import read_tensors
 
@@ -302,6 +303,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     expected, found = results_of(finished[0]), results_of(resumed[0])
     assert found["outer_steps"] == OUTER_STEPS
     assert found["accuracy"] == expected["accuracy"]
+
+
+def test_a_run_that_dies_in_its_first_steps_can_be_resumed(
+    finished: tuple[Path, str],
+    tmp_path: Path,
+    here: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, steps = Distillation._step, iter(range(OUTER_STEPS))
+
+    def dying_step(self: Distillation, *rest: Any) -> None:
+        if next(steps) == 2:
+            raise MemoryError
+        step(self, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "_step", dying_step)
+        with pytest.raises(MemoryError):
+            here(train, arguments(tmp_path / "run"))
+    assert here(train, arguments(tmp_path / "run")) == 0
+    assert torch.equal(outer(tmp_path / "run")["outer.images"], outer(finished[0])["outer.images"])
+    shown = events(tmp_path / "run")
+    assert steps_of(shown, "outer/loss") == list(range(1, OUTER_STEPS + 1))
 
 
 def test_tensorboard_of_a_resumed_run_shows_every_step_once(resumed: tuple[Path, str]) -> None:
@@ -605,3 +629,19 @@ def test_evaluation_with_another_split_is_refused(
     assert here(evaluate, [str(copy), "--gin_param=digits.seed = 1"]) == 2
     assert "digits.seed was 0, now 1" in capsys.readouterr().err
     assert (copy / "results.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_compiled_run_ends_where_an_eager_one_does(tmp_path: Path) -> None:
+    for compile in (False, True):
+        words = arguments(
+            tmp_path / str(compile), Distiller__compile=compile, Distiller__minutes=60
+        )
+        done = command(tmp_path, "dd.train", *words)
+        assert done.returncode == 0
+        assert ("of them compiling" in done.stderr) == compile
+    found, expected = (
+        DistilledSet.load(tmp_path / str(compile) / "distilled.safetensors").images
+        for compile in (True, False)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)

@@ -64,7 +64,7 @@ def advance(state: TrainingState, step: int) -> None:
     state.clip(state.outer.values())
     state.optimizer.step()
     state.step, state.seconds = step + 1, state.seconds + 0.25
-    state.best_accuracy, state.best_step = 0.5, step
+    state.best_accuracy, state.best_step, state.processes = 0.5, step, 2
 
 
 def tensors() -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(steps: int, tmp_pat
         assert torch.equal(restored.outer[name], value)
     assert restored.clip.state_dict() == state.clip.state_dict()  # type: ignore[union-attr]
     assert restored.truncation.state_dict() == state.truncation.state_dict()
-    for name in ("step", "seconds", "best_accuracy", "best_step"):
+    for name in ("step", "seconds", "best_accuracy", "best_step", "processes"):
         assert getattr(restored, name) == getattr(state, name)
 
 

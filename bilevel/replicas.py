@@ -1,0 +1,77 @@
+"""Several independent inner runs of one problem, side by side as one."""
+
+from typing import Any, final
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel.errors import ConfigurationError
+from bilevel.problem import Problem
+from bilevel.random import Key
+
+
+@final
+class Replicas(Problem):
+    """R copies of a problem with their own initialisations and inner batches, run side by side.
+
+        ℓ(θ₁ … θ_R, b₁ … b_R) = Σ_r ℓ(θ_r, b_r),    F(θ₁ … θ_R, φ) = (1/R) Σ_r F(θ_r, φ)
+
+    by `torch.func.vmap`, so each operation is done once for all R. The hypergradient is the mean
+    of R independent ones: its variance over inner randomness is 1/R of one's. Exact as long as the
+    inner optimizer treats every coordinate on its own, which all of `bilevel.optim` do, while
+    TorchOpt's clipping by the norm would clip the R gradients together. Recorded inner losses are
+    sums over the replicas.
+
+    Side by side wins where single operations are too small to fill the processor, as for a small
+    network on a GPU, and loses where they are not, because convolutions with different weights
+    become grouped ones; see `docs/performance.md`. Memory is that of R runs. The alternative is
+    `Hypergradient(inner_replicas=R)`, one run after the other.
+
+    Args:
+        problem: What is replicated; its losses must work under `torch.func.vmap`, and its batches
+            have the same shapes in every replica.
+        count: R, at least 1.
+
+    Raises:
+        ConfigurationError: `problem` is no `Problem`, or `count` is below 1.
+    """
+
+    def __init__(self, problem: Problem, count: int) -> None:
+        if not isinstance(problem, Problem):
+            raise ConfigurationError(f"problem is a {type(problem).__name__}, not a Problem")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigurationError(f"count={count!r}: it must be an integer of at least 1")
+        self.problem = problem
+        self.count = count
+
+    def init(self, outer: Any, *, generator: torch.Generator) -> Any:
+        return self._stacked(
+            [self.problem.init(outer, generator=g) for g in self._split(generator)]
+        )
+
+    def inner_batch(self, outer: Any, step: int, *, generator: torch.Generator) -> Any:
+        return self._stacked(
+            [self.problem.inner_batch(outer, step, generator=g) for g in self._split(generator)]
+        )
+
+    def inner_loss(self, params: Any, batch: Any) -> Tensor:
+        return torch.func.vmap(self.problem.inner_loss)(params, batch).sum()
+
+    def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        def one(params: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            value = self.problem.outer_loss(params, outer, batch)
+            return (value[0], dict(value[1])) if isinstance(value, tuple) else (value, {})
+
+        loss, metrics = torch.func.vmap(one)(params)
+        return loss.mean(), {name: value.mean() for name, value in metrics.items()}
+
+    def hyperparameters(self, outer: Any) -> Any:
+        return self.problem.hyperparameters(outer)
+
+    def _split(self, generator: torch.Generator) -> list[torch.Generator]:
+        key = Key.draw(generator)
+        return [key.generator("replica", index) for index in range(self.count)]
+
+    def _stacked(self, trees: list[Any]) -> Any:
+        return optree.tree_map(lambda *leaves: torch.stack(leaves), *trees)

@@ -1,0 +1,25 @@
+"""`python -m dd.train` with a checkpoint after every step, failing in process 1's fourth one."""
+
+import sys
+from typing import Any
+
+from bilevel.distributed import rank
+from dd import distillation, train
+from dd.cli import run
+from dd.problems import MetaLoss
+
+distillation.CHECKPOINT_SECONDS = 0.0
+judge = MetaLoss.outer_loss
+steps = 0
+
+
+def outer_loss(self: MetaLoss, *arguments: Any) -> Any:
+    global steps
+    steps += 1
+    if rank() == 1 and steps == 4:
+        raise RuntimeError("the fourth step is too much")
+    return judge(self, *arguments)
+
+
+MetaLoss.outer_loss = outer_loss  # type: ignore[assignment, method-assign]
+sys.exit(run(train.main))

@@ -1,0 +1,95 @@
+"""Lower precision is asked for, stays close, and leaves everything else float32."""
+
+import pytest
+import torch
+from problems import seeded
+from torch import Tensor
+from torch.nn import functional as F
+
+import bilevel
+from dd.augmentation import NoAugmentation
+from dd.distiller import Distiller
+from dd.networks import ConvNet
+from dd.precision import Precision
+from dd.problems import MetaLoss
+from dd.synthetic import SyntheticDataset
+
+CPU = torch.device("cpu")
+CLASSES = 3
+
+
+def hypergradient(precision: Precision | None) -> tuple[Tensor, bilevel.HypergradientResult]:
+    synthetic = SyntheticDataset(images_per_class=2)
+    images = torch.randn(30, 3, 8, 8, generator=seeded(0))
+    labels = torch.arange(30) % CLASSES
+    outer = synthetic.create(images, labels, CLASSES, seeded(1))
+    problem = MetaLoss(
+        ConvNet(CLASSES, image_size=8, depth=2, width=8),
+        synthetic,
+        NoAugmentation(),
+        CPU,
+        precision=precision,
+    )
+    made = bilevel.Hypergradient(problem, bilevel.optim.sgd(0.1), 5)
+    result = made(outer, (images, labels), seeded(2))
+    return result.grads["images"], result
+
+
+@pytest.mark.parametrize("part", ["inner", "outer"])
+def test_bfloat16_changes_the_arithmetic_and_not_the_direction(part: str) -> None:
+    exact, _ = hypergradient(None)
+    low, result = hypergradient(Precision(**{part: "bfloat16"}))
+    assert low.dtype == result.loss.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in result.params.values())
+    error = float((low - exact).norm() / exact.norm())
+    assert 1e-4 < error < 0.3
+    assert F.cosine_similarity(low.flatten(), exact.flatten(), dim=0) > 0.95
+
+
+def test_the_default_and_the_memory_format_change_nothing() -> None:
+    exact, _ = hypergradient(None)
+    torch.testing.assert_close(hypergradient(Precision())[0], exact, rtol=0, atol=0)
+    torch.testing.assert_close(
+        hypergradient(Precision(channels_last=True))[0], exact, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("inner", "float64"), ("outer", 16), ("tf32", "yes"), ("channels_last", 1)],
+)
+def test_a_value_that_cannot_work(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{argument}="):
+        Precision(**{argument: value})  # type: ignore[arg-type]
+
+
+def distiller(**changes: object) -> Distiller:
+    settings: dict[str, object] = {
+        "outer_steps": 1000,
+        "inner_steps": 100,
+        "truncation": bilevel.truncation.Last(5),
+        "optimizer": bilevel.optim.sgd(0.1),
+        **changes,
+    }
+    return Distiller(**settings)  # type: ignore[arg-type]
+
+
+def test_auto_compiles_a_run_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dd.distiller.shutil.which", lambda name: "/usr/bin/" + name)
+    assert distiller().compiles
+    assert not distiller(outer_steps=999).compiles
+    assert distiller(outer_steps=500, inner_replicas=2).compiles
+    assert not distiller(minutes=9).compiles
+    assert distiller(minutes=10).compiles
+    assert not distiller(compile=False).compiles
+    assert distiller(outer_steps=1, compile=True).compiles
+
+
+def test_auto_needs_something_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dd.distiller.shutil.which", lambda name: None)
+    assert distiller().compiles == torch.cuda.is_available()
+
+
+def test_compile_takes_no_other_value() -> None:
+    with pytest.raises(ValueError, match="compile='yes'"):
+        distiller(compile="yes")
