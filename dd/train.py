@@ -86,7 +86,8 @@ def _run(experiment: Experiment, folder: Path) -> int:
         print(f"note: {name} is set, but nothing refers to {name.rsplit('.', 1)[0]}")
     print(f"preparing {experiment.dataset!r}", flush=True)
     try:
-        data = experiment.prepare()
+        with one_first():  # The others find the whitening that it fitted.
+            data = experiment.prepare()
     except (ValueError, BilevelError) as error:
         return fail(config.one_line(error))
     text = config.text()

@@ -33,7 +33,8 @@ class PrototypeAlignment:
     is in memory at once.
 
     Args:
-        weight: λ > 0.
+        weight: λ > 0. The term's gradient reaches the images at once, and is far larger than what
+            the cross-entropy's leaves behind a window: with λ = 1 nothing else is learned.
         layer: Name of the network's layer that turns images into maps; "features" is all of a
             ConvNet but its classifier.
 
@@ -44,7 +45,7 @@ class PrototypeAlignment:
     the distance, its unit, the layer and λ are our own choice, as the paper's are not published.
     """
 
-    def __init__(self, weight: float = 1.0, layer: str = "features") -> None:
+    def __init__(self, weight: float = 0.01, layer: str = "features") -> None:
         check_number("weight", weight, above=0)
         if not isinstance(layer, str) or not layer:
             raise ValueError(f"layer={layer!r}: it must be the name of a layer of the network")

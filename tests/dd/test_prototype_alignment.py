@@ -184,7 +184,7 @@ def test_it_vanishes_where_prototypes_agree_and_not_elsewhere(n: int) -> None:
     params = parameters(network)
     images, labels = batch(6, 0)
     order = torch.randperm(6, generator=seeded(0))
-    alignment = PrototypeAlignment()
+    alignment = PrototypeAlignment(1.0)
     same = (images[order], labels[order])
     assert float(alignment(network, params, (images, labels), same, CLASSES, n)[0]) < 1e-20
     swapped = (images, (labels + 1) % CLASSES)

@@ -24,6 +24,7 @@ TINY = {
     "ConvNet.depth": 2,
     "ConvNet.width": 4,
     "SyntheticDataset.projection": "every_step",
+    "PrototypeAlignment.weight": 1.0,
     "Distiller.minutes": None,
     "Distiller.outer_steps": 4,
     "Distiller.inner_steps": 4,
