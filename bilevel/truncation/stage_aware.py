@@ -52,8 +52,8 @@ class StageAware(Truncation):
     Raises:
         ConfigurationError: An argument outside its range.
 
-    A window that fits to be drawn is preferred to the released code's clamping, which draws the
-    last possible start far too often. Biased, as every truncation is.
+    The hypergradient is exact for its window; as an estimate of the full one it is biased, as
+    with every truncation. See docs/truncation.md for where the paper and its code differ.
 
     Source: Li et al., arXiv 2510.04838 (NeurIPS 2025), and its released code.
     """
@@ -125,7 +125,6 @@ class StageAware(Truncation):
     def select(self, trace: Trace, generator: torch.Generator) -> Window:
         if self._drawn is not None:
             return self._drawn
-        self._uses_left = 0
         self._selection = self._from_norms(gradient_norms(trace))
         self._uses_left = self.refresh - 1
         return self._selection.draw(generator)

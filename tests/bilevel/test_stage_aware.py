@@ -170,6 +170,14 @@ def test_the_test_of_fit_rejects_a_wrong_temperature():
     assert p_value(counts, expected, draws) < 1e-4
 
 
+@pytest.mark.parametrize("anchor", ["start", "end"])
+def test_without_any_change_of_the_norms_every_window_has_the_base_width(anchor):
+    made = schedule(anchor=anchor, refresh=2000)
+    windows = [step(made, torch.ones(24, dtype=DTYPE), seeded(seed))[2] for seed in range(2000)]
+    assert {window.width for window in windows} == {6}
+    assert {window.start for window in windows} == set(range(24 - 6 + 1))
+
+
 @given(st.sampled_from(list(Stage)), seeds, st.floats(1e-3, 1e3))
 def test_a_multiple_of_the_loss_gives_the_same_windows(stage, seed, scale):
     one, other = (schedule(stage, refresh=2) for _ in range(2))

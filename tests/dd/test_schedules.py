@@ -203,7 +203,7 @@ def test_the_held_out_accuracy_is_that_of_the_network_at_the_window_s_end(tmp_pa
     )
     right = logits.argmax(1) == prepared().validation_labels[run.held_out]
     found = curve(events(tmp_path), "outer/held_out_accuracy")
-    assert found == pytest.approx([float(right.float().mean())], abs=0.021)  # one image more or less
+    assert found == pytest.approx([float(right.float().mean())])
 
 
 def test_a_schedule_that_does_not_ask_pays_for_no_held_out_accuracy(tmp_path: Path) -> None:
@@ -245,11 +245,13 @@ def test_tensorboard_shows_the_windows_and_where_they_come_from(tmp_path: Path) 
 def test_the_loss_at_stop_is_that_of_the_last_differentiated_step(
     bindings: list[str], tmp_path: Path
 ) -> None:
+    bindings = [*bindings, "Experiment.seed = 1"]  # whose first window ends before the run does
     made = experiment(*bindings)
     work = job(made, tmp_path)
     run = Distillation(made.distiller, work, made.distiller._initial_state(work))
     batch = run.real.at(0)
     result = run.hypergradient(run.state.outer, batch, work.key.generator("outer", 0))
+    assert result.window.stop < INNER_STEPS
     distil(tmp_path, bindings, 1)
     expected = float(result.trace["inner_loss"][result.window.stop - 1])
     assert curve(events(tmp_path), "inner/loss_at_stop") == [pytest.approx(expected)]
