@@ -12,7 +12,7 @@ from bilevel import distributed
 from bilevel.clip import Clip
 from dd.checkpoint import TrainingState
 from dd.checks import check_choice, check_instance, check_integer, check_number
-from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.distillation import CHECKPOINT, METRICS, Distillation, Job
 from dd.precision import Precision
 from dd.problems import PrototypeAlignment
 from dd.progress import StopRequest
@@ -41,6 +41,8 @@ class Distiller:
         precision: Arithmetic of the networks; default: float32.
         real_batch: Real images in the outer loss; of several processes each has as many.
         real_micro_batch: How many of them are in memory with a graph at a time.
+        held_out_batch: Images of the validation split, always the same, on which θ_stop is judged
+            after every outer step if the truncation schedule asks for `held_out_accuracy`.
         image_lr: Outer Adam's rate for the images.
         label_lr: Outer Adam's rate for learned labels.
         alignment: A term of the outer loss beside the cross-entropy; default: none.
@@ -69,6 +71,7 @@ class Distiller:
         precision: Precision | None = None,
         real_batch: int = 5000,
         real_micro_batch: int = 1000,
+        held_out_batch: int = 500,
         image_lr: float = 1e-3,
         label_lr: float = 1e-3,
         alignment: PrototypeAlignment | None = None,
@@ -84,6 +87,7 @@ class Distiller:
             ("inner_replicas", inner_replicas, 1),
             ("real_batch", real_batch, 1),
             ("real_micro_batch", real_micro_batch, 1),
+            ("held_out_batch", held_out_batch, 1),
             ("validate_every", validate_every, 0),
             ("image_every", image_every, 1),
         ):
@@ -105,6 +109,8 @@ class Distiller:
                 f"inner_steps={inner_steps}: {type(truncation).__name__} needs at least "
                 f"{truncation.minimum_steps}, the width of its window"
             )
+        for metric in truncation.metrics:
+            check_choice(f"the metric of {type(truncation).__name__}", metric, METRICS)
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise ValueError(f"optimizer={optimizer!r}: write for example @adam() with ()")
         if estimator is not None:
@@ -134,6 +140,7 @@ class Distiller:
         self.precision = Precision() if precision is None else precision
         self.real_batch = real_batch
         self.real_micro_batch = real_micro_batch
+        self.held_out_batch = held_out_batch
         self.image_lr = image_lr
         self.label_lr = label_lr
         self.alignment = alignment
@@ -185,10 +192,14 @@ class Distiller:
             long = long and self.minutes >= 10
         return long and (torch.cuda.is_available() or shutil.which("g++") is not None)
 
+    def progress(self, state: TrainingState) -> float:
+        """What is done of the run, by steps or by time, whichever is further; at least 1 is all."""
+        by_time = 0.0 if self.minutes is None else state.seconds / (60 * self.minutes)
+        return max(state.step / self.outer_steps, by_time)
+
     def finished(self, state: TrainingState) -> bool:
         """Whether all that was asked for is done."""
-        out_of_time = self.minutes is not None and state.seconds >= 60 * self.minutes
-        return state.step >= self.outer_steps or out_of_time
+        return self.progress(state) >= 1
 
     def _initial_state(self, job: Job) -> TrainingState:
         """The state before the first outer step."""
