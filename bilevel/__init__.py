@@ -1,11 +1,13 @@
 """Nested optimisation on PyTorch: exact hypergradients through an inner training run."""
 
-from bilevel import clip, estimators, optim, truncation
+from bilevel import clip, estimators, linear, optim, truncation
 from bilevel.errors import (
     BilevelError,
     ConfigurationError,
+    ConvergenceWarning,
     NonFiniteError,
     ProblemError,
+    SolverError,
     UnusedOuterVariableError,
 )
 from bilevel.hypergradient import Hypergradient
@@ -14,12 +16,13 @@ from bilevel.micro_batches import MicroBatches
 from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.result import HypergradientResult, Stats
+from bilevel.result import HypergradientResult, SolverStats, Stats
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
 
 __all__ = [
     "BilevelError",
     "ConfigurationError",
+    "ConvergenceWarning",
     "Hypergradient",
     "HypergradientResult",
     "InnerLoop",
@@ -29,6 +32,8 @@ __all__ = [
     "NonFiniteError",
     "Problem",
     "ProblemError",
+    "SolverError",
+    "SolverStats",
     "Stats",
     "Trace",
     "Trajectory",
@@ -37,6 +42,7 @@ __all__ = [
     "clip",
     "estimators",
     "fresh_parameters",
+    "linear",
     "optim",
     "refuse_running_statistics",
     "truncation",

@@ -19,3 +19,14 @@ class UnusedOuterVariableError(ProblemError):
 
 class NonFiniteError(BilevelError, ArithmeticError):
     """A loss or a hypergradient became NaN or infinite; the message says where it began."""
+
+
+class SolverError(BilevelError, ArithmeticError):
+    """A linear system without a usable solution: a singular matrix, or a diverging iteration."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A linear solver stopped short of its tolerance, so the hypergradient is approximate.
+
+    `warnings.filterwarnings("error", category=bilevel.ConvergenceWarning)` makes it an error.
+    """

@@ -85,8 +85,7 @@ class OuterVariables:
         self._used_by_outer_loss = {
             index for index, leaf in enumerate(self.leaves) if leaf.grad is not None
         }
-        totals = {name: torch.stack([each[name] for each in metrics]).sum(0) for name in metrics[0]}
-        return torch.stack(losses).sum(), totals, params.grad
+        return torch.stack(losses).sum(), _added(metrics), params.grad
 
     def gradients(self, inner: InnerLoop, trajectory: Trajectory) -> tuple[list[Tensor], str]:
         """The accumulated gradients, and a status.
@@ -146,3 +145,22 @@ class OuterVariables:
                     torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)[0]
                 )
         return used
+
+
+@torch.no_grad()
+def outer_loss_value(
+    inner: InnerLoop, params: Tensor, outer: Any, outer_batch: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(F, its metrics) at θ = `params`, without a derivative."""
+    if not isinstance(outer_batch, MicroBatches):
+        outer_batch = MicroBatches([outer_batch])
+    losses, metrics = [], []
+    for batch, weight in outer_batch:
+        loss, reported = inner.outer_loss(params, outer, batch)
+        losses.append(loss * weight)
+        metrics.append({name: value * weight for name, value in reported.items()})
+    return torch.stack(losses).sum(), _added(metrics)
+
+
+def _added(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in metrics]).sum(0) for name in metrics[0]}
