@@ -115,7 +115,7 @@ class _OneMinusTransposedJacobian(LinearOperator):
         super().__init__(point, symmetric=False)
         self._pull = pull
 
-    def _product(self, vector: Tensor) -> Tensor:
+    def product(self, vector: Tensor) -> Tensor:
         return vector - self._pull(vector)[0]
 
 

@@ -178,8 +178,8 @@ class _TaskBlocks(LinearOperator):
         self._widths = [leaf.numel() // tasks for leaf in leaves]
         super().__init__(self.split(hessian.gradient.detach()), symmetric=True)
 
-    def _product(self, vector: Tensor) -> Tensor:
-        return self.split(self._hessian(self.join(vector)))
+    def product(self, vector: Tensor) -> Tensor:
+        return self.split(self._hessian.product(self.join(vector)))
 
     def split(self, flat: Tensor) -> Tensor:
         """A flat vector, one row a task."""

@@ -47,13 +47,10 @@ def randomized_eigendecomposition(
         generator=generator,
     ).to(operator.device)
 
-    def apply(vectors: Tensor) -> Tensor:
-        return torch.stack([operator(vector) for vector in vectors.unbind(-1)], dim=-1)
-
-    basis = torch.linalg.qr(apply(draws))[0]
+    basis = torch.linalg.qr(operator.many(draws))[0]
     for _ in range(power_iterations):
-        basis = torch.linalg.qr(apply(basis))[0]
-    small = basis.mT @ apply(basis)
+        basis = torch.linalg.qr(operator.many(basis))[0]
+    small = basis.mT @ operator.many(basis)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
     order = values.abs().argsort(dim=-1, descending=True)[..., :rank]
     values = values.gather(-1, order)

@@ -7,6 +7,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+#: So many numbers at most go through `vmap` together. Where launching operations takes the time it
+#: is many times faster than one product after the other; where arithmetic does, it only costs
+#: memory.
+TOGETHER = 2**15
+
 
 class LinearOperator(ABC):
     """A square matrix A, or a batch of independent ones, known through v ↦ Av.
@@ -26,28 +31,36 @@ class LinearOperator(ABC):
         self.products = 0
 
     @abstractmethod
-    def _product(self, vector: Tensor) -> Tensor:
-        """Av."""
+    def product(self, vector: Tensor) -> Tensor:
+        """Av, in operations that `torch.func.vmap` can follow. Not counted: call the object."""
 
     @final
     @torch.no_grad()
     def __call__(self, vector: Tensor) -> Tensor:
         """Av for v of shape [..., p], without a graph."""
         self.products += 1
-        return self._product(vector)
+        return self.product(vector)
+
+    @final
+    @torch.no_grad()
+    def many(self, vectors: Tensor) -> Tensor:
+        """A applied to the columns of `vectors`, [..., p, k]: k products.
+
+        Short vectors go through `torch.func.vmap` together, long ones one after the other, so that
+        memory is that of one product.
+        """
+        self.products += vectors.shape[-1]
+        together = min(TOGETHER // self.shape.numel(), vectors.shape[-1])
+        if together <= 1:
+            return torch.stack([self.product(vector) for vector in vectors.unbind(-1)], dim=-1)
+        return torch.func.vmap(self.product, in_dims=-1, out_dims=-1, chunk_size=together)(vectors)
 
     @final
     def columns(self, indices: Tensor) -> Tensor:
-        """The columns of A at `indices` (int64, [k]), of every matrix of a batch: [..., p, k].
-
-        It takes k products, one after the other, so that memory is that of one.
-        """
-        found = []
-        for index in indices.tolist():
-            unit = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-            unit[..., index] = 1
-            found.append(self(unit))
-        return torch.stack(found, dim=-1)
+        """The columns of A at `indices` (int64, [k]), of every matrix of a batch: [..., p, k]."""
+        units = torch.zeros(*self.shape, len(indices), dtype=self.dtype, device=self.device)
+        units[..., indices.to(self.device), torch.arange(len(indices), device=self.device)] = 1
+        return self.many(units)
 
 
 @final
@@ -71,5 +84,5 @@ class HessianOperator(LinearOperator):
         params = params.detach()
         self.gradient, self._pull, *_ = torch.func.vjp(gradient, params)
 
-    def _product(self, vector: Tensor) -> Tensor:
+    def product(self, vector: Tensor) -> Tensor:
         return self._pull(vector)[0]

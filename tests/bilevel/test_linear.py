@@ -33,7 +33,7 @@ class Matrix(LinearOperator):
         super().__init__(matrix[..., 0], symmetric=symmetric)
         self.matrix = matrix
 
-    def _product(self, vector):
+    def product(self, vector):
         return (self.matrix @ vector[..., None])[..., 0]
 
 
