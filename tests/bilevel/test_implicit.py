@@ -306,7 +306,9 @@ def test_a_learned_start_has_no_effect_on_an_optimum_and_the_status_says_so():
 
 
 def test_a_learned_rate_has_no_effect_on_an_optimum():
-    problem = type("Rated", (problems.Quadratic,), {"hyperparameters": lambda s, o: {"lr": o["lr"]}})
+    problem = type(
+        "Rated", (problems.Quadratic,), {"hyperparameters": lambda s, o: {"lr": o["lr"]}}
+    )
     made = problems.make("quadratic", 0)
     problem = problem(made.problem.A, made.problem.B, made.problem.start)
     outer = made.outer | {"lr": torch.tensor(0.3, dtype=DTYPE)}
@@ -410,7 +412,10 @@ class ManyRidges(bilevel.Problem):
 
     def init(self, outer, *, generator):
         tasks, _, width = self.inputs.shape
-        return {"slope": torch.zeros(tasks, width, dtype=DTYPE), "shift": torch.zeros(tasks).double()}
+        return {
+            "slope": torch.zeros(tasks, width, dtype=DTYPE),
+            "shift": torch.zeros(tasks).double(),
+        }
 
     def inner_batch(self, outer, step, *, generator):
         return outer["log_penalty"].exp()
@@ -509,7 +514,7 @@ def Implicit_with(state):
 
 def test_states_of_others_are_refused():
     for state in ({"solution": torch.ones(3)}, {"step": 3}):
-        with pytest.raises(ConfigurationError, match="cannot continue|has no state"):
+        with pytest.raises(ConfigurationError, match="cannot continue"):
             Implicit().load_state_dict(state)
         with pytest.raises(ConfigurationError, match="FixedPoint has no state"):
             FixedPoint().load_state_dict(state)

@@ -437,8 +437,8 @@ def test_shapes_that_do_not_fit():
     A = Matrix(torch.eye(3, dtype=DTYPE))
     with pytest.raises(ConfigurationError, match=r"rhs of shape \(2,\).*\(3,\)"):
         ConjugateGradient().solve(A, torch.ones(2, dtype=DTYPE))
+    ones = torch.ones(3, dtype=DTYPE)
     with pytest.raises(ConfigurationError, match=r"start of shape \(2,\).*\(3,\)"):
-        ones = torch.ones(3, dtype=DTYPE)
         ConjugateGradient().solve(A, ones, start=ones[:2])
 
 
