@@ -1,4 +1,4 @@
-"""Finite differences: close to the exact adjoint for smooth losses, and free of second derivatives."""
+"""Finite differences: close to the exact adjoint for smooth losses, by first derivatives alone."""
 
 import problems
 import pytest

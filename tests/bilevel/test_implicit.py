@@ -323,7 +323,7 @@ def test_a_learned_rate_has_no_effect_on_an_optimum():
 def test_errors_of_a_run_are_named_as_by_the_other_estimators():
     case = problems.make("quadratic", 0)
     for estimator in [Implicit(), Implicit(Dense()), FixedPoint(GMRES()), FixedPoint(Dense())]:
-        with pytest.raises(bilevel.NonFiniteError, match="inner loss became .* inner step 1 of 4"):
+        with pytest.raises(bilevel.NonFiniteError, match=r"inner loss became .* inner step 1 of 4"):
             solve(case, bilevel.optim.sgd(1e200), 4, estimator)
         forgotten = case.outer | {"forgotten": torch.ones(1, dtype=DTYPE)}
         with pytest.raises(bilevel.UnusedOuterVariableError, match="forgotten"):

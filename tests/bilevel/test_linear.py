@@ -186,6 +186,17 @@ def test_a_diverging_series_is_an_error(size, seed):
         Neumann(0.3, 200).solve(A, rhs)
 
 
+def test_a_series_that_grows_at_first_may_still_converge():
+    """Powers of a matrix that is not normal: an early stop is no divergence, and is named."""
+    A = Matrix(torch.tensor([[0.5, -9.0], [0.0, 0.5]], dtype=DTYPE), symmetric=False)
+    rhs = torch.ones(2, dtype=DTYPE)
+    with pytest.warns(ConvergenceWarning, match="Neumann did not reach"):
+        early = Neumann(1.0, 2).solve(A, rhs)
+    assert float(early.residual) > 1
+    assert "may diverge" in early.status
+    assert Neumann(1.0, 100).solve(A, rhs).converged
+
+
 # How fast.
 
 
