@@ -38,6 +38,12 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Full": bilevel.truncation.Full,
     "Last": bilevel.truncation.Last,
     "RandomWindow": bilevel.truncation.RandomWindow,
+    "StageAware": bilevel.truncation.StageAware,
+    "ByMetric": bilevel.truncation.ByMetric,
+    "ByFraction": bilevel.truncation.ByFraction,
+    "Softmax": bilevel.truncation.Softmax,
+    "EffectiveSteps": bilevel.truncation.EffectiveSteps,
+    "WithinTrajectoryPolicy": bilevel.truncation.WithinTrajectoryPolicy,
     "Adjoint": bilevel.estimators.Adjoint,
     "Reverse": bilevel.estimators.Reverse,
     "MovingAverageClip": bilevel.clip.MovingAverageClip,
@@ -54,6 +60,10 @@ for _name, _target in CONFIGURABLES.items():
         gin.external_configurable(_target, _name)
 
 
+#: Parameters that the named files and bindings set themselves, not those they include.
+_set_by_user: set[str] = set()
+
+
 class ConfigError(Exception):
     """The configuration cannot be used; the message is one line for the user."""
 
@@ -65,12 +75,15 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
         ConfigError: A file is missing, a name is misspelt, or a value cannot work.
     """
     gin.clear_config()
+    _set_by_user.clear()
     for name in files:
         if not Path(name).is_file():
-            near = sorted(str(path) for path in Path(name).parent.glob("*.gin"))
-            there = f"; there are {', '.join(near)}" if near else ""
+            near = sorted(path.name for path in Path(name).parent.glob("*.gin"))
+            there = f"; there are {', '.join(near)} beside it" if near else ""
             raise ConfigError(f"gin file {name} does not exist{there}")
     try:
+        for source in [*(Path(name).read_text() for name in files), *bindings]:
+            _set_by_user.update(re.findall(r"^\s*([\w./]+)\s*=", source, re.MULTILINE))
         for name in files:
             _parse(Path(name))
         gin.parse_config_files_and_bindings([], list(bindings))
@@ -110,13 +123,17 @@ def _parse(path: Path) -> None:
 
 
 def unused() -> list[str]:
-    """Parameters that are set on something which nothing refers to, so they have no effect."""
+    """Parameters that are set on something which nothing refers to, so they have no effect.
+
+    Those of an included file are left out: they let one line switch back to what it describes.
+    """
     bindings = parameters(gin.config_str())
     references = " ".join(bindings.values())
     return [
         name
         for name in bindings
-        if not name.startswith("Experiment.")
+        if name in _set_by_user
+        and not name.startswith("Experiment.")
         and "." in name
         and not re.search(rf"@(\w+/)*{re.escape(name.rsplit('.', 1)[0])}\b", references)
     ]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MOST_SKIPPED = 10
 #: Wall clock between two checkpoints.
 CHECKPOINT_SECONDS = 60.0
+#: What a truncation schedule may ask to be told after every outer step.
+METRICS = ("loss", "accuracy", "held_out_accuracy", "progress")
 #: Names in a run's folder.
 CHECKPOINT = "checkpoint.safetensors"
 DISTILLED = "distilled.safetensors"
@@ -66,8 +68,9 @@ class Distillation:
         self.settings = settings
         self.job = job
         self.state = state
+        self.problem = MetaLoss(job.network, job.synthetic, job.augmentation, job.device)
         self.hypergradient = bilevel.Hypergradient(
-            MetaLoss(job.network, job.synthetic, job.augmentation, job.device),
+            self.problem,
             optimizer=settings.optimizer,
             steps=settings.inner_steps,
             truncation=state.truncation,
@@ -82,6 +85,10 @@ class Distillation:
             job.augmentation,
             job.key.fold("real"),
         )
+        # Drawn, because a dataset may be ordered by class; fixed, so that gains are no luck.
+        self.held_out = torch.randperm(
+            len(job.data.validation_labels), generator=job.key.generator("held_out")
+        )[: settings.held_out_batch].to(job.device)
 
     def run(self, stop: StopRequest, config_text: str) -> None:
         """Go on until all is done or `stop` is requested; the files are then up to date.
@@ -153,12 +160,36 @@ class Distillation:
         state.optimizer.step()
         job.synthetic.constrain_(state.outer)
         loss, accuracy = float(result.loss), float(result.metrics["accuracy"])
-        state.truncation.update({"loss": loss, "accuracy": accuracy})
+        held_out = {}
+        if "held_out_accuracy" in state.truncation.metrics:
+            held_out = {"held_out_accuracy": self._held_out_accuracy(result.params)}
         seconds = time.perf_counter() - began
         state.step += 1
         state.seconds += seconds
+        share = self.settings.progress(state)
+        news = state.truncation.update(
+            {"loss": loss, "accuracy": accuracy, **held_out, "progress": share}
+        )
         monitor.outer_step(state.step, result, bound, seconds)
+        monitor.scalars(state.step, {f"outer/{name}": value for name, value in held_out.items()})
+        monitor.schedule(
+            state.step,
+            {
+                **state.truncation.report(),
+                **{name: result.trace[name] for name in state.truncation.signals},
+            },
+            profiles=state.step % self.settings.image_every == 0,
+        )
         progress.update(state.step, state.seconds, loss, accuracy)
+        if news is not None:
+            progress.say(f"outer step {state.step}: {news}")
+
+    @torch.no_grad()
+    def _held_out_accuracy(self, params: Any) -> float:
+        """The accuracy of the network at θ_stop on the fixed batch of the validation split."""
+        data = self.job.data
+        batch = data.validation_images[self.held_out], data.validation_labels[self.held_out]
+        return float(self.problem.outer_loss(params, self.state.outer, batch)[1]["accuracy"])
 
     def _validate(self, monitor: Monitor) -> None:
         state, job = self.state, self.job

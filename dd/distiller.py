@@ -10,7 +10,7 @@ import bilevel
 from bilevel.clip import MovingAverageClip
 from dd.checkpoint import TrainingState
 from dd.checks import check_choice, check_instance, check_integer, check_number
-from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.distillation import CHECKPOINT, METRICS, Distillation, Job
 from dd.progress import StopRequest
 
 
@@ -30,6 +30,8 @@ class Distiller:
         keep_on: "cpu" to keep the iterates in the host's memory; default: on the device.
         real_batch: Real images in the outer loss.
         real_micro_batch: How many of them are in memory with a graph at a time.
+        held_out_batch: Images of the validation split, always the same, on which θ_stop is judged
+            after every outer step if the truncation schedule asks for `held_out_accuracy`.
         image_lr: Outer Adam's rate for the images.
         label_lr: Outer Adam's rate for learned labels.
         clip: Clipping of the images' hypergradient; default: none.
@@ -54,6 +56,7 @@ class Distiller:
         keep_on: str | None = None,
         real_batch: int = 5000,
         real_micro_batch: int = 1000,
+        held_out_batch: int = 500,
         image_lr: float = 1e-3,
         label_lr: float = 1e-3,
         clip: MovingAverageClip | None = None,
@@ -67,6 +70,7 @@ class Distiller:
             ("keep_every", keep_every, 1),
             ("real_batch", real_batch, 1),
             ("real_micro_batch", real_micro_batch, 1),
+            ("held_out_batch", held_out_batch, 1),
             ("validate_every", validate_every, 0),
             ("image_every", image_every, 1),
         ):
@@ -85,6 +89,8 @@ class Distiller:
                 f"inner_steps={inner_steps}: {type(truncation).__name__} needs at least "
                 f"{truncation.minimum_steps}, the width of its window"
             )
+        for metric in truncation.metrics:
+            check_choice(f"the metric of {type(truncation).__name__}", metric, METRICS)
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise ValueError(f"optimizer={optimizer!r}: write for example @adam() with ()")
         if estimator is not None:
@@ -107,6 +113,7 @@ class Distiller:
         self.keep_on = keep_on
         self.real_batch = real_batch
         self.real_micro_batch = real_micro_batch
+        self.held_out_batch = held_out_batch
         self.image_lr = image_lr
         self.label_lr = label_lr
         self.clip = clip
@@ -139,10 +146,14 @@ class Distiller:
         Distillation(self, job, state).run(stop, config_text)
         return state
 
+    def progress(self, state: TrainingState) -> float:
+        """What is done of the run, by steps or by time, whichever is further; at least 1 is all."""
+        by_time = 0.0 if self.minutes is None else state.seconds / (60 * self.minutes)
+        return max(state.step / self.outer_steps, by_time)
+
     def finished(self, state: TrainingState) -> bool:
         """Whether all that was asked for is done."""
-        out_of_time = self.minutes is not None and state.seconds >= 60 * self.minutes
-        return state.step >= self.outer_steps or out_of_time
+        return self.progress(state) >= 1
 
     def _initial_state(self, job: Job) -> TrainingState:
         """The state before the first outer step."""

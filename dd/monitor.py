@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -45,8 +46,9 @@ class Monitor:
             "hypergradient/norm": result.stats.hypergradient_norm,
             "window/start": result.window.start,
             "window/stop": result.window.stop,
+            "window/width": result.window.width,
             "inner/loss_at_start": result.trace["inner_loss"][0],
-            "inner/loss_at_stop": result.trace["inner_loss"][-1],
+            "inner/loss_at_stop": result.trace["inner_loss"][result.window.stop - 1],
             "time/seconds_per_step": seconds,
         }
         if bound is not None:
@@ -56,6 +58,35 @@ class Monitor:
             scalars["hypergradient/cotangent_growth"] = first / max(last, 1e-30)
         for name, value in scalars.items():
             self._writer.add_scalar(name, float(value), step)
+
+    def schedule(
+        self, step: int, report: Mapping[str, Tensor | float], *, profiles: bool
+    ) -> None:
+        """Show what a truncation schedule sees and does.
+
+        Args:
+            step: Outer step.
+            report: Numbers, and non-negative profiles over the inner steps of shape [T].
+            profiles: Whether to show the profiles too, as histograms: the horizontal axis is the
+                inner step, the height the value there.
+        """
+        for name, value in report.items():
+            if not isinstance(value, Tensor):
+                self._writer.add_scalar(f"schedule/{name}", value, step)
+            elif profiles:
+                heights = value.double().cpu()
+                at = torch.arange(len(heights), dtype=torch.float64)
+                self._writer.add_histogram_raw(
+                    f"schedule/{name}",
+                    min=0.0,
+                    max=float(len(heights)),
+                    num=float(heights.sum()),
+                    sum=float((at * heights).sum()),
+                    sum_squares=float((at**2 * heights).sum()),
+                    bucket_limits=(at + 1).tolist(),
+                    bucket_counts=heights.tolist(),
+                    global_step=step,
+                )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Show named numbers."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
@@ -13,14 +14,19 @@ from bilevel.trajectory import Trace, Window
 class Truncation(ABC):
     """Chooses which inner steps are differentiated.
 
-    A schedule fixes its configuration when it is made and changes only its state, so that one
-    schedule can be saved, resumed and compared. `generator` is always on the CPU.
+    For every hypergradient `horizon`, `earliest_start` and `select` are called once, in this order;
+    `update` follows when the outer step is done. A schedule fixes its configuration when it is made
+    and changes only its state, so that one schedule can be saved, resumed and compared. `generator`
+    is always on the CPU.
 
     Attributes:
         signals: Names of the per-step signals that `select` reads from the trace.
+        metrics: Names of the metrics that `update` reads. Whoever runs the outer loop supplies
+            them, and may leave out the cost of those that are not asked for.
     """
 
     signals: Sequence[str] = ()
+    metrics: Sequence[str] = ()
 
     @property
     @abstractmethod
@@ -39,8 +45,17 @@ class Truncation(ABC):
     def select(self, trace: Trace, generator: torch.Generator) -> Window:
         """The window over the recorded run."""
 
-    def update(self, metrics: Mapping[str, float]) -> None:
-        """Learn of an outer step's metrics. A schedule without state ignores them."""
+    def update(self, metrics: Mapping[str, float]) -> str | None:
+        """Learn of an outer step's metrics. A schedule without state ignores them.
+
+        Returns:
+            A sentence for the user when the schedule changes its course, else None.
+        """
+        return None
+
+    def report(self) -> dict[str, float | Tensor]:
+        """What to watch: numbers, and profiles over the inner steps of shape [T]. May be empty."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """The state to save, of plain numbers, strings and tensors. Empty without state."""
@@ -56,10 +71,3 @@ class Truncation(ABC):
             raise ConfigurationError(
                 f"{type(self).__name__} has no state, but was given one with {sorted(state)}"
             )
-
-
-def check_window(window: int) -> int:
-    """A window width as given by a user, checked."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ConfigurationError(f"window={window!r}: it must be an integer of at least 1")
-    return window

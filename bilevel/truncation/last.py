@@ -5,7 +5,8 @@ from typing import final
 import torch
 
 from bilevel.trajectory import Trace, Window
-from bilevel.truncation.base import Truncation, check_window
+from bilevel.truncation.base import Truncation
+from bilevel.truncation.checks import check_integer
 
 
 @final
@@ -19,7 +20,7 @@ class Last(Truncation):
     """
 
     def __init__(self, window: int) -> None:
-        self.window = check_window(window)
+        self.window = check_integer("window", window)
 
     @property
     def minimum_steps(self) -> int:

@@ -7,7 +7,8 @@ import torch
 
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
-from bilevel.truncation.base import Truncation, check_window
+from bilevel.truncation.base import Truncation
+from bilevel.truncation.checks import check_integer
 
 
 @final
@@ -25,10 +26,8 @@ class RandomWindow(Truncation):
     """
 
     def __init__(self, window: int, refresh: int = 1) -> None:
-        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
-            raise ConfigurationError(f"refresh={refresh!r}: it must be an integer of at least 1")
-        self.window = check_window(window)
-        self.refresh = refresh
+        self.window = check_integer("window", window)
+        self.refresh = check_integer("refresh", refresh)
         self._stop = 0
         self._uses_left = 0
 

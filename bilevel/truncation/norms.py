@@ -1,0 +1,71 @@
+"""The recorded gradient norms, and how schedules put them on a common scale.
+
+Raw norms depend on the number of images, the width of the network and the loss, so one temperature
+fits one setting only; scales are made comparable first.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import NonFiniteError
+from bilevel.trajectory import Trace
+
+
+def gradient_norms(trace: Trace) -> Tensor:
+    """g_t = ‖∇_θ ℓ(θ_t)‖₂, float64 [horizon] on the CPU.
+
+    Raises:
+        NonFiniteError: One is NaN or infinite.
+    """
+    norms = trace["gradient_norm"].to("cpu", torch.float64)
+    bad = (~torch.isfinite(norms)).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise NonFiniteError(
+            f"the norm of the inner gradient became {float(norms[step])} at inner step {step} of "
+            f"{trace.horizon}: lower the inner learning rate or look at the inner batch"
+        )
+    return norms
+
+
+def changes(norms: Tensor) -> Tensor:
+    """Δ_t = |g_t − g_{t−1}| with Δ_0 = 0; shape [T]."""
+    return torch.diff(norms, prepend=norms[:1]).abs()
+
+
+def standardize(values: Tensor) -> Tensor:
+    """(v − mean)/standard deviation; zeros where all values are equal."""
+    centred = values - values.mean()
+    deviation = values.std(correction=0)
+    # Below this, the deviation is rounding of the mean, not of the values.
+    if deviation <= 1e-12 * values.abs().max():
+        return torch.zeros_like(values)
+    return centred / deviation
+
+
+def log_standardize(values: Tensor) -> Tensor:
+    """The standardised logarithm of values ≥ 0. A zero counts as the least value above it."""
+    positive = values[values > 0]
+    if not len(positive):
+        return torch.zeros_like(values)
+    return standardize(values.clamp_min(positive.min()).log())
+
+
+def rank(values: Tensor) -> Tensor:
+    """Ranks scaled to [0, 1], equal values sharing their mean rank; shape [T]."""
+    if len(values) == 1:
+        return torch.full_like(values, 0.5)
+    ordered = values.sort().values
+    first = torch.searchsorted(ordered, values)
+    last = torch.searchsorted(ordered, values, right=True) - 1
+    return (first + last) / (2 * (len(values) - 1))
+
+
+#: How a signal is put on a common scale, by the name that users give.
+NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda values: values,
+    "standardize": standardize,
+    "log_standardize": log_standardize,
+}

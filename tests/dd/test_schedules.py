@@ -1,0 +1,298 @@
+"""Truncation schedules in a distillation: metrics, resuming, TensorBoard, one-line switching."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.func import functional_call
+
+import bilevel
+from bilevel.truncation import Stage
+from dd import config
+from dd.checkpoint import TrainingState
+from dd.data.prepared import PreparedData
+from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.experiment import Experiment
+from dd.progress import StopRequest
+
+GIN = Path(__file__).parents[2] / "gin"
+INNER_STEPS, OUTER_STEPS = 10, 9
+TINY = [
+    "ConvNet.width = 4",
+    "ConvNet.depth = 1",
+    f"Distiller.outer_steps = {OUTER_STEPS}",
+    f"Distiller.inner_steps = {INNER_STEPS}",
+    "Distiller.minutes = None",
+    "Distiller.real_batch = 40",
+    "Distiller.held_out_batch = 50",
+    "Distiller.image_every = 3",
+    "RandomWindow.window = 4",
+]
+STAGE_AWARE = [
+    "Distiller.truncation = @StageAware()",
+    "StageAware.window = 4",
+    "StageAware.width_range = 2",
+    "StageAware.refresh = 2",
+]
+BY_METRIC = [
+    *STAGE_AWARE,
+    "StageAware.transition = @ByMetric()",
+    # No gain is ever enough, so that the stages end after 4 and after 8 outer steps.
+    "ByMetric.gain = (9.0, 9.0)",
+    "ByMetric.patience = (1, 1)",
+    "ByMetric.block = 2",
+]
+BY_FRACTION = [*STAGE_AWARE, "StageAware.transition = @ByFraction()"]
+POLICY = [
+    "Distiller.truncation = @WithinTrajectoryPolicy()",
+    "WithinTrajectoryPolicy.window = 4",
+    "WithinTrajectoryPolicy.width_range = 2",
+]
+SCHEDULES = {"by metric": BY_METRIC, "by fraction": BY_FRACTION, "policy": POLICY}
+
+
+class StopAfter(StopRequest):
+    """As if Ctrl-C came after some outer steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def experiment(*bindings: str) -> Experiment:
+    return config.load([str(GIN / "digits.gin")], [*TINY, *bindings])
+
+
+@cache
+def prepared() -> PreparedData:
+    return experiment().prepare()
+
+
+def job(made: Experiment, folder: Path) -> Job:
+    return Job(
+        data=prepared(),
+        network=made.network,
+        augmentation=made.augmentation,
+        synthetic=made.synthetic,
+        evaluator=made.evaluator,
+        folder=folder,
+        key=made.key,
+        device=made.device,
+        provenance={},
+    )
+
+
+def distil(folder: Path, bindings: list[str], stop_after: int = 10**6) -> TrainingState:
+    made = experiment(*bindings)
+    return made.distiller.distil(job(made, folder), StopAfter(stop_after), "", lambda: None)
+
+
+def events(folder: Path) -> EventAccumulator:
+    guidance = {"scalars": 0, "histograms": 0, "images": 1, "tensors": 0}
+    return EventAccumulator(str(folder / "events"), size_guidance=guidance).Reload()
+
+
+def curve(shown: EventAccumulator, name: str) -> list[float]:
+    return [event.value for event in shown.Scalars(name)]
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name]))
+        for name in one
+        if one[name] is not None or other[name] is not None
+    )
+
+
+# Resuming.
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainingState]:
+    return {
+        name: distil(tmp_path_factory.mktemp("run"), bindings)
+        for name, bindings in SCHEDULES.items()
+    }
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@settings(max_examples=2)
+@given(first=st.integers(1, OUTER_STEPS - 1), second=st.integers(0, OUTER_STEPS))
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    name: str,
+    first: int,
+    second: int,
+    uninterrupted: dict[str, TrainingState],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("resumed")
+    for stop_after in (first, second):
+        assert distil(folder, SCHEDULES[name], stop_after).step <= OUTER_STEPS
+    found, expected = distil(folder, SCHEDULES[name]), uninterrupted[name]
+    assert found.step == OUTER_STEPS
+    assert torch.equal(found.outer["images"], expected.outer["images"])
+    assert same(found.truncation.state_dict(), expected.truncation.state_dict())
+
+
+def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path) -> None:
+    distil(tmp_path, BY_METRIC, 3)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    for other in (BY_FRACTION, POLICY):
+        with pytest.raises(ValueError, match="checkpoint"):
+            distil(tmp_path, other)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+# Metrics.
+
+
+def test_by_metric_goes_through_the_stages_and_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    distil(tmp_path, BY_METRIC)
+    shown = events(tmp_path)
+    assert curve(shown, "schedule/stage") == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+    said = [line for line in capfd.readouterr().err.splitlines() if "stage begins" in line]
+    assert len(said) == 2
+    assert "outer step 4: the early stage ends" in said[0]
+    assert "held_out_accuracy has gained less than 9" in said[0]
+    accuracy = curve(shown, "outer/held_out_accuracy")
+    assert curve(shown, "schedule/metric")[0] == pytest.approx(sum(accuracy[:2]) / 2)
+    assert curve(shown, "schedule/gain_wanted") == [9.0] * 7
+
+
+def test_by_fraction_goes_through_the_stages(tmp_path: Path) -> None:
+    distil(tmp_path, BY_FRACTION)
+    assert curve(events(tmp_path), "schedule/stage") == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_progress_is_by_steps_or_by_time() -> None:
+    distiller = experiment("Distiller.minutes = 2").distiller
+    state = TrainingState({}, None, None, distiller.truncation, step=3, seconds=30.0)  # type: ignore[arg-type]
+    assert distiller.progress(state) == pytest.approx(3 / OUTER_STEPS)
+    assert not distiller.finished(state)
+    state.seconds = 60.0
+    assert distiller.progress(state) == pytest.approx(0.5)
+    state.seconds = 120.0
+    assert distiller.finished(state)
+
+
+def test_the_held_out_accuracy_is_that_of_the_network_at_the_window_s_end(tmp_path: Path) -> None:
+    """On a fixed batch of the validation split: nothing of the test set, nothing trained on."""
+    made = experiment(*BY_METRIC)
+    work = job(made, tmp_path)
+    run = Distillation(made.distiller, work, made.distiller._initial_state(work))
+    assert len(set(run.held_out.tolist())) == len(run.held_out) == 50
+    again = Distillation(made.distiller, work, made.distiller._initial_state(work))
+    assert torch.equal(run.held_out, again.held_out)
+    batch = run.real.at(0)
+    result = run.hypergradient(run.state.outer, batch, work.key.generator("outer", 0))
+    distil(tmp_path, BY_METRIC, 1)
+    logits = functional_call(
+        made.network, result.params, (prepared().validation_images[run.held_out],)
+    )
+    right = logits.argmax(1) == prepared().validation_labels[run.held_out]
+    found = curve(events(tmp_path), "outer/held_out_accuracy")
+    assert found == pytest.approx([float(right.float().mean())])
+
+
+def test_a_schedule_that_does_not_ask_pays_for_no_held_out_accuracy(tmp_path: Path) -> None:
+    distil(tmp_path, [], 2)
+    assert "outer/held_out_accuracy" not in events(tmp_path).Tags()["scalars"]
+
+
+def test_a_metric_that_is_not_supplied_is_refused_by_name() -> None:
+    with pytest.raises(config.ConfigError, match=r"'held_out_acuracy'.*'held_out_accuracy'"):
+        experiment(*BY_METRIC, "ByMetric.metric = 'held_out_acuracy'")
+
+
+# TensorBoard.
+
+
+def test_tensorboard_shows_the_windows_and_where_they_come_from(tmp_path: Path) -> None:
+    state = distil(tmp_path, BY_FRACTION)
+    shown = events(tmp_path)
+    starts, stops, widths = (curve(shown, f"window/{n}") for n in ("start", "stop", "width"))
+    assert widths == [stop - start for start, stop in zip(starts, stops, strict=True)]
+    assert set(widths) <= set(range(2, 7))
+    assert all(1 <= n <= INNER_STEPS for n in curve(shown, "schedule/effective_windows"))
+    chances = shown.Histograms("schedule/start_probability")
+    assert [event.step for event in chances] == [3, 6, 9]
+    last = chances[-1].histogram_value
+    expected = state.truncation.report()["start_probability"]
+    assert isinstance(expected, torch.Tensor)
+    heights = {
+        round(limit): height for limit, height in zip(last.bucket_limit, last.bucket, strict=True)
+    }
+    # The bucket of inner step t is (t, t + 1]; empty ones at the ends are not stored.
+    assert all(heights.get(t + 1, 0.0) == pytest.approx(float(p)) for t, p in enumerate(expected))
+    norms = shown.Histograms("schedule/gradient_norm")[0].histogram_value
+    assert len(norms.bucket) <= INNER_STEPS
+    assert all(height > 0 for height in norms.bucket)
+
+
+@pytest.mark.parametrize("bindings", [BY_FRACTION, []], ids=["at", "rat"])
+def test_the_loss_at_stop_is_that_of_the_last_differentiated_step(
+    bindings: list[str], tmp_path: Path
+) -> None:
+    bindings = [*bindings, "Experiment.seed = 1"]  # whose first window ends before the run does
+    made = experiment(*bindings)
+    work = job(made, tmp_path)
+    run = Distillation(made.distiller, work, made.distiller._initial_state(work))
+    batch = run.real.at(0)
+    result = run.hypergradient(run.state.outer, batch, work.key.generator("outer", 0))
+    assert result.window.stop < INNER_STEPS
+    distil(tmp_path, bindings, 1)
+    expected = float(result.trace["inner_loss"][result.window.stop - 1])
+    assert curve(events(tmp_path), "inner/loss_at_stop") == [pytest.approx(expected)]
+
+
+# Configuration.
+
+ONE_LINE = {
+    "Distiller.truncation = @Full()": bilevel.truncation.Full,
+    "Distiller.truncation = @RandomWindow()": bilevel.truncation.RandomWindow,
+    "StageAware.transition = @ByFraction()": bilevel.truncation.StageAware,
+    "StageAware.transition = @ByMetric()": bilevel.truncation.StageAware,
+    "StageAware.distribution = @Softmax()": bilevel.truncation.StageAware,
+    "StageAware.position = 'mirrored'": bilevel.truncation.StageAware,
+    "StageAware.width = 'stage'": bilevel.truncation.StageAware,
+}
+
+
+@pytest.mark.parametrize("binding", ONE_LINE)
+@pytest.mark.parametrize("name", ["cifar10_at.gin", "cifar10_at_cpu.gin"])
+def test_one_line_switches_the_schedule(name: str, binding: str) -> None:
+    small = ["Experiment.dataset = @digits()", "ConvNet.depth = 2", "ConvNet.width = 8"]
+    made = config.load([str(GIN / name)], [*small, binding])
+    assert isinstance(made.distiller.truncation, ONE_LINE[binding])
+
+
+def test_what_an_included_file_sets_is_not_called_without_effect(tmp_path: Path) -> None:
+    main = tmp_path / "main.gin"
+    main.write_text(f"include '{GIN / 'digits.gin'}'\nDistiller.truncation = @Full()\n")
+    config.load([str(main)], [])
+    assert config.unused() == []
+    config.load([str(main)], ["RandomWindow.window=5"])
+    assert config.unused() == ["RandomWindow.window"]
+
+
+def test_the_published_settings() -> None:
+    small = ["Experiment.dataset = @digits()", "ConvNet.depth = 2", "ConvNet.width = 8"]
+    for name in ("cifar10.gin", "cifar10_at.gin"):
+        made = config.load([str(GIN / name)], small).distiller
+        assert (made.truncation.window, made.truncation.width_range) == (40, 10)
+        assert made.inner_steps == 200
+        assert made.truncation.stage == Stage.EARLY
+    made = config.load([str(GIN / "cifar10_atpp.gin")], small).distiller
+    assert (made.truncation.window, made.truncation.width_range, made.inner_steps) == (16, 8, 32)
