@@ -144,7 +144,7 @@ def test_an_indefinite_hessian(size, condition, seed):
     expected, _ = problems.implicit_quadratic(case)
     for solver in [GMRES(), NormalConjugateGradient(), Dense()]:
         result = solve(case, bilevel.optim.sgd(0.1), 1, Implicit(solver))
-        assert relative_error(result.grads, expected) < 1e-5
+        assert relative_error(result.grads, expected) < 1e-4
     with pytest.raises(SolverError, match="diverges"):
         solve(case, bilevel.optim.sgd(0.1), 1, Implicit(Neumann(0.1, 500)))
 
@@ -294,7 +294,7 @@ def test_a_solver_that_stops_early_warns_and_says_so():
     assert "ConjugateGradient stopped after 1 iterations" in result.stats.status
     assert result.stats.solver.status in result.stats.status
     assert result.stats.solver.iterations == 1
-    assert 1e-6 < result.stats.solver.residual < 10
+    assert 1e-5 < result.stats.solver.residual < 10
 
 
 def test_a_learned_start_has_no_effect_on_an_optimum_and_the_status_says_so():
@@ -493,7 +493,7 @@ def test_a_warm_start_is_carried_on_and_saved(tasks):
     assert first.stats.solver.iterations > 1
     again = solve(case, optimizer, 300, estimator)
     assert again.stats.solver.iterations == 0
-    assert relative_error(again.grads, first.grads) < 1e-5
+    assert relative_error(again.grads, first.grads) < 1e-4
 
     resumed = Implicit(warm_start=True, tasks=tasks)
     assert resumed.state_dict() == {}
