@@ -22,8 +22,8 @@ class ConjugateGradient(Solver):
 
     Args:
         max_iterations: At least 1.
-        tolerance: Relative residual ‖b − (A + ρI)x‖/‖b‖ at which to stop. What can be reached is
-            about κ times the rounding unit (6e-8 in float32).
+        tolerance: Relative residual ‖b − (A + ρI)x‖/‖b‖ at which to stop. Rounding leaves up to
+            κ times the rounding unit of it (6e-8 in float32).
 
     Raises:
         ConfigurationError: An argument outside its range.
@@ -35,7 +35,7 @@ class ConjugateGradient(Solver):
     needs_symmetric = True
     uses_start = True
 
-    def __init__(self, max_iterations: int = 100, tolerance: float = 1e-6) -> None:
+    def __init__(self, max_iterations: int = 100, tolerance: float = 1e-5) -> None:
         self.max_iterations = check_count("max_iterations", max_iterations)
         self.tolerance = check_positive("tolerance", tolerance)
 

@@ -34,7 +34,7 @@ class GMRES(Solver):
     uses_start = True
 
     def __init__(
-        self, max_iterations: int = 100, tolerance: float = 1e-6, restart: int = 50
+        self, max_iterations: int = 100, tolerance: float = 1e-5, restart: int = 50
     ) -> None:
         self.max_iterations = check_count("max_iterations", max_iterations)
         self.tolerance = check_positive("tolerance", tolerance)

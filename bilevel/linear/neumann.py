@@ -43,7 +43,7 @@ class Neumann(Solver):
     uses_start = True
 
     def __init__(
-        self, step_size: float, max_iterations: int = 100, tolerance: float = 1e-6
+        self, step_size: float, max_iterations: int = 100, tolerance: float = 1e-5
     ) -> None:
         self.step_size = check_positive("step_size", step_size)
         self.max_iterations = check_count("max_iterations", max_iterations)

@@ -31,7 +31,7 @@ class NormalConjugateGradient(Solver):
     needs_symmetric = True
     uses_start = True
 
-    def __init__(self, max_iterations: int = 100, tolerance: float = 1e-6) -> None:
+    def __init__(self, max_iterations: int = 100, tolerance: float = 1e-5) -> None:
         self.max_iterations = check_count("max_iterations", max_iterations)
         self.tolerance = check_positive("tolerance", tolerance)
 

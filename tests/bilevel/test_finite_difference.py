@@ -25,7 +25,7 @@ def solve(case, optimizer, steps, estimator, truncation=None, seed=0):
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.sampled_from(list(problems.PROBLEMS)), st.integers(0, 4), seeds)
 def test_it_is_the_adjoint_up_to_the_square_of_the_radius(make, name, start, seed):
     case = problems.make(name, seed % 1000)
