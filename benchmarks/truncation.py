@@ -139,9 +139,7 @@ def widths(ipc: int, step: int, norms: list[Tensor]) -> list[dict[str, Any]]:
             drawn: list[float] = []
             shown = []
             for g in norms:
-                schedule = StageAware(
-                    WINDOW, WIDTH_RANGE, ByFraction(), width=rule, refresh=500
-                )
+                schedule = StageAware(WINDOW, WIDTH_RANGE, ByFraction(), width=rule, refresh=500)
                 schedule.update({"progress": progress})
                 generator = torch.Generator().manual_seed(0)
                 for _ in range(500):
@@ -168,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gin_param", action="append", default=[])
     parser.add_argument("--ipc", type=int, nargs="+", default=[1, 10])
-    parser.add_argument("--outer-steps", type=int, nargs="+", default=[0, 10, 40])
+    parser.add_argument("--outer-steps", type=int, nargs="+", default=[0, 20])
     parser.add_argument("--inner-steps", type=int, default=100)
     parser.add_argument("--width", type=int, default=32, help="of the network")
     parser.add_argument("--json", type=Path)

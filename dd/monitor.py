@@ -59,9 +59,7 @@ class Monitor:
         for name, value in scalars.items():
             self._writer.add_scalar(name, float(value), step)
 
-    def schedule(
-        self, step: int, report: Mapping[str, Tensor | float], *, profiles: bool
-    ) -> None:
+    def schedule(self, step: int, report: Mapping[str, Tensor | float], *, profiles: bool) -> None:
         """Show what a truncation schedule sees and does.
 
         Args:

@@ -84,8 +84,8 @@ def test_ridge_penalty_of_jaxopts_documentation(estimator):
     problem = Penalised(
         *tensors(x, y), lambda scores, targets: ((scores - targets) ** 2).mean() / 2
     )
-    steps = bilevel.optim.sgd(0.5, momentum=0.9)
-    hypergradient = bilevel.Hypergradient(problem, steps, 400, estimator=estimator)
+    steps = bilevel.optim.sgd(0.8, momentum=0.7)
+    hypergradient = bilevel.Hypergradient(problem, steps, 100, estimator=estimator)
     found, loss = solve(
         hypergradient, torch.ones((), dtype=torch.float64), tensors(x_held_out, y_held_out)
     )
@@ -124,8 +124,8 @@ def test_weight_decays_of_hypertorchs_and_bettys_documentation():
     problem = Bounded(*tensors(x, y), binary_cross_entropy_with_logits)
     hypergradient = bilevel.Hypergradient(
         problem,
-        bilevel.optim.sgd(0.3, momentum=0.9),
-        200,
+        bilevel.optim.sgd(1.0, momentum=0.7),
+        100,
         estimator=Implicit(ConjugateGradient(tolerance=1e-10)),
     )
     start = torch.full((20,), -2.0, dtype=torch.float64)

@@ -43,8 +43,8 @@ class StageAware(Truncation):
             window [start, stop) read from the end, [T − stop, T − start).
         width: "rank", η_t = rank of Δ_t, scaled to [0, 1]: all widths are used, W on average.
             "exp", the paper's η_t ∝ exp(Δ_t/τ), through `distribution` and scaled to a maximum of
-            1: nearly all windows then have width W − d, as few Δ_t are near the largest. "stage",
-            the released code's: ranks early, W + d in the middle, W − d late.
+            1: windows are then narrower than W on average, as few Δ_t are near the largest.
+            "stage", the released code's: ranks early, W + d in the middle, W − d late.
         anchor: Whether t is the "start" of the window (as released) or its "end", its last step.
         refresh: For how many outer steps one recording serves. While it does, windows are drawn
             from its distribution before the run, which then stops at the window's end.

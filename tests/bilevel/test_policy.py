@@ -1,5 +1,6 @@
 """WithinTrajectoryPolicy: the published recursion, the draws, and state that resumes."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -57,7 +58,7 @@ class ByHand:
         self.reference = [
             (1 - self.rate) * p + self.rate * q for p, q in zip(self.reference, policy, strict=True)
         ]
-        change = [0.0] + [abs(b - a) for a, b in zip(g, g[1:], strict=False)]
+        change = [0.0] + [abs(b - a) for a, b in itertools.pairwise(g)]
         windows = {}
         for t, (p, z) in enumerate(zip(policy, z_scores(change), strict=True)):
             share = 1 / (1 + math.exp(-z / self.temperature))

@@ -16,9 +16,7 @@ from bilevel.truncation import ByFraction, ByMetric, EffectiveSteps, Softmax, St
 
 seeds = st.integers(0, 2**31)
 STAGES = {Stage.EARLY: 0.0, Stage.MIDDLE: 0.4, Stage.LATE: 0.9}
-OPTIONS = list(
-    itertools.product(["paper", "mirrored"], ["rank", "exp", "stage"], ["start", "end"])
-)
+OPTIONS = list(itertools.product(["paper", "mirrored"], ["rank", "exp", "stage"], ["start", "end"]))
 
 
 def schedule(stage=Stage.EARLY, window=6, width_range=3, **options):
@@ -147,7 +145,7 @@ def p_value(counts, expected, draws):
 
 @pytest.mark.parametrize(("position", "width", "anchor"), OPTIONS)
 def test_windows_are_drawn_as_stated(position, width, anchor):
-    """Goodness of fit for each stage, and its power: the other stages' distributions are rejected."""
+    """Goodness of fit for each stage, and its power: the other stages are rejected."""
     norms, draws = falling(24, seed=3), 3000
     options = {"position": position, "width": width, "anchor": anchor}
     expected = {stage: stated(norms, stage, 6, 3, **options) for stage in Stage}
@@ -205,9 +203,7 @@ def test_the_report_shows_the_distribution_that_is_drawn_from():
 # One recording serves `refresh` outer steps.
 
 
-@given(
-    st.sampled_from([Stage.EARLY, Stage.LATE]), st.integers(1, 5), st.integers(1, 14), seeds
-)
+@given(st.sampled_from([Stage.EARLY, Stage.LATE]), st.integers(1, 5), st.integers(1, 14), seeds)
 def test_a_kept_distribution_needs_no_step_past_the_window(stage, refresh, count, seed):
     made, generator = schedule(stage, refresh=refresh), seeded(seed)
     recorded = falling(30, 1)

@@ -1,5 +1,7 @@
 """Stage transitions: when a stage ends, that none comes back, and what is said about it."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +35,7 @@ def by_metrics(draw):
 @given(by_metrics(), metrics)
 def test_stages_never_go_back_and_none_is_skipped(transition, values):
     stages = [Stage.EARLY, *observe(transition, values)]
-    assert all(0 <= after - before <= 1 for before, after in zip(stages, stages[1:], strict=False))
+    assert all(0 <= after - before <= 1 for before, after in itertools.pairwise(stages))
 
 
 @given(references, st.integers(1, 6), st.integers(1, 6), st.integers(1, 5), st.floats(0, 1))
@@ -59,9 +61,7 @@ def test_a_slow_rise_keeps_a_stage_if_it_earns_the_gain_within_the_patience(
     values = [slope * index for index in range(400) for _ in range(block)]
     stages = observe(ByMetric(gain=(gain, gain), patience=(patience, 1), block=block), values)
     assert (stages[-1] == Stage.EARLY) == fast_enough
-    literal = ByMetric(
-        gain=(gain, gain), patience=(patience, 1), block=block, reference="previous"
-    )
+    literal = ByMetric(gain=(gain, gain), patience=(patience, 1), block=block, reference="previous")
     assert observe(literal, values).index(Stage.MIDDLE) == block * (1 + patience) - 1
 
 
