@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint format bench clean help
+.PHONY: demo test test-all lint format bench examples docs clean help
 
 demo: .venv/installed
 	$(BIN)/python -m dd.train --gin_file=gin/digits.gin
@@ -29,6 +29,15 @@ bench: .venv/installed
 	$(BIN)/pip install --quiet -e '.[benchmark]'
 	$(BIN)/python benchmarks/hypergradient.py
 
+examples: .venv/installed
+	@for example in examples/*.py; do \
+		echo; echo "$$example"; $(BIN)/python $$example || exit 1; \
+	done
+
+docs: .venv/installed
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
@@ -36,7 +45,7 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 help:
 	@echo "make demo      distil digits into one image per class and print the accuracy table"
@@ -45,4 +54,6 @@ help:
 	@echo "make lint      check format, style and types"
 	@echo "make format    format and fix what can be fixed"
 	@echo "make bench     measure hypergradients against higher"
+	@echo "make examples  run the six worked examples and print their tables"
+	@echo "make docs      build the documentation in site/, warnings as errors"
 	@echo "make clean     remove .venv and caches"

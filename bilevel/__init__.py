@@ -1,13 +1,15 @@
 """Nested optimisation on PyTorch: exact hypergradients through an inner training run."""
 
-from bilevel import clip, distributed, estimators, optim, truncation
+from bilevel import clip, distributed, estimators, linear, optim, truncation
 from bilevel.errors import (
     BilevelError,
     CompileWarning,
     ConfigurationError,
+    ConvergenceWarning,
     NonFiniteError,
     ProblemError,
     ProcessError,
+    SolverError,
     UnusedOuterVariableError,
 )
 from bilevel.hypergradient import Hypergradient
@@ -17,13 +19,14 @@ from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
 from bilevel.replicas import Replicas
-from bilevel.result import HypergradientResult, Stats
+from bilevel.result import HypergradientResult, SolverStats, Stats
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
 
 __all__ = [
     "BilevelError",
     "CompileWarning",
     "ConfigurationError",
+    "ConvergenceWarning",
     "Hypergradient",
     "HypergradientResult",
     "InnerLoop",
@@ -35,6 +38,8 @@ __all__ = [
     "ProblemError",
     "ProcessError",
     "Replicas",
+    "SolverError",
+    "SolverStats",
     "Stats",
     "Trace",
     "Trajectory",
@@ -44,6 +49,7 @@ __all__ = [
     "distributed",
     "estimators",
     "fresh_parameters",
+    "linear",
     "optim",
     "refuse_running_statistics",
     "truncation",

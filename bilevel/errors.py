@@ -27,3 +27,14 @@ class CompileWarning(UserWarning):
 
 class ProcessError(BilevelError, RuntimeError):
     """Another process of the group has failed, is gone, or does something else than this one."""
+
+
+class SolverError(BilevelError, ArithmeticError):
+    """A linear system without a usable solution: a singular matrix, or a diverging iteration."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A linear solver stopped short of its tolerance, so the hypergradient is approximate.
+
+    `warnings.filterwarnings("error", category=bilevel.ConvergenceWarning)` makes it an error.
+    """

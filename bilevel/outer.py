@@ -192,3 +192,22 @@ def add_to_grad(leaves: Sequence[Tensor], grads: Any) -> None:
             leaf.grad = grad.clone()
         else:
             leaf.grad.add_(grad)
+
+
+@torch.no_grad()
+def outer_loss_value(
+    inner: InnerLoop, params: Tensor, outer: Any, outer_batch: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(F, its metrics) at θ = `params`, without a derivative."""
+    if not isinstance(outer_batch, MicroBatches):
+        outer_batch = MicroBatches([outer_batch])
+    losses, metrics = [], []
+    for batch, weight in outer_batch:
+        loss, reported = inner.outer_loss(params, outer, batch)
+        losses.append(loss * weight)
+        metrics.append({name: value * weight for name, value in reported.items()})
+    return torch.stack(losses).sum(), _added(metrics)
+
+
+def _added(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in metrics]).sum(0) for name in metrics[0]}

@@ -12,6 +12,21 @@ from bilevel.trajectory import Trace, Window
 
 
 @dataclass(frozen=True)
+class SolverStats:
+    """How the linear system of an implicit estimator was solved.
+
+    Attributes:
+        status: "converged", or a sentence that says what went wrong.
+        iterations: Iterations of the solver; 0 for a direct one. The most over all tasks.
+        residual: ‖b − Ax‖₂ / ‖b‖₂, measured by one more product at the end. The worst of all tasks.
+    """
+
+    status: str
+    iterations: int
+    residual: float
+
+
+@dataclass(frozen=True)
 class Stats:
     """What one debugs a hypergradient with.
 
@@ -21,12 +36,22 @@ class Stats:
         hessian_vector_products: How many products with the inner Hessian were computed.
         cotangent_norms: ‖λ_t‖₂ for t = start … stop, where λ_t = dF/dθ_t; shape [width + 1]. None
             where the estimator has no such quantity.
+        solver: How an implicit estimator's linear system was solved.
+        outer_loss_gap: F(θ*) − F(θ_stop) to first order, where θ* is the point to which the inner
+            run tends: how far from converged it was, in units of the outer loss. A scalar tensor,
+            of implicit estimators only.
+        standard_error: Estimated standard deviation of the hypergradient's error, ‖·‖₂ over all
+            outer variables, from the spread of its samples. A scalar tensor, of estimators that
+            sample more than once.
     """
 
     status: str
     hypergradient_norm: Tensor
     hessian_vector_products: int
     cotangent_norms: Tensor | None = None
+    solver: SolverStats | None = None
+    outer_loss_gap: Tensor | None = None
+    standard_error: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ def is_differentiable(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+def needs_gradient(leaf: object) -> bool:
+    """Whether a leaf is a tensor whose derivative is asked for."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
+
+
 def partition(
     tree: Any, keep: Callable[[Any], bool] = is_differentiable
 ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:

@@ -103,7 +103,7 @@ class Distillation:
             job.augmentation,
             self.key.fold("real"),
         )
-        # Drawn, because a dataset may be ordered by class; fixed, so that gains are no luck.
+        # Drawn, as a dataset may be ordered by class; fixed, so that a gain is not one of the draw.
         self.held_out = torch.randperm(
             len(job.data.validation_labels), generator=job.key.generator("held_out")
         )[: settings.held_out_batch].to(job.device)

@@ -219,6 +219,27 @@ def learned_rate(generator: torch.Generator, size: int = 4) -> Case:
     )
 
 
+def implicit_quadratic(case: Case) -> tuple[Tensor, Tensor]:
+    """(dF/dφ at θ* = A⁻¹Bφ, the inner Hessian A)."""
+    A, B, phi = case.problem.A, case.problem.B, case.outer["phi"]
+    residual = torch.linalg.solve(A, B @ phi) - case.outer_batch
+    return B.T @ torch.linalg.solve(A, residual) + case.problem.penalty * phi, A
+
+
+def implicit_ridge(case: Case) -> tuple[Tensor, Tensor]:
+    """(dF/d log λ at θ* = H⁻¹Xᵀy/n, H) with H = XᵀX/n + λI, so dθ*/d log λ = −λH⁻¹θ*."""
+    X, y = case.problem.inputs, case.problem.targets
+    inputs, targets = case.outer_batch
+    penalty = case.outer["log_penalty"].exp()
+    H = X.T @ X / len(y) + penalty * torch.eye(X.shape[1], dtype=X.dtype)
+    theta = torch.linalg.solve(H, X.T @ y / len(y))
+    slope = inputs.T @ (inputs @ theta - targets) / len(targets)
+    return (-penalty * slope @ torch.linalg.solve(H, theta)).reshape(1), H
+
+
+#: Problems whose inner optimum is known, with the hypergradient there and the inner Hessian.
+CLOSED_FORMS = {"quadratic": implicit_quadratic, "ridge": implicit_ridge}
+
 PROBLEMS: dict[str, Callable[..., Case]] = {
     "quadratic": quadratic,
     "ridge": ridge,

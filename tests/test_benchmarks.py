@@ -52,3 +52,33 @@ def test_hypergradient_benchmark_writes_a_sound_result(tmp_path):
             assert row["error"] < 1e-2
         else:
             assert row["error"] is None
+
+
+@pytest.mark.slow
+def test_estimators_benchmark_writes_a_sound_result(tmp_path):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from Linux's /proc")
+    out, picture = tmp_path / "result.json", tmp_path / "plot.png"
+    options = ["--problems", "ridge", "--repeats", "1", "--threads", "1"]
+    process = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "estimators.py")),
+            *(*options, "--json", str(out), "--plot", str(picture)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = json.loads(out.read_text())["rows"]
+    cost = {(row["method"], row["setting"]): row for row in rows if row["table"] == "cost"}
+    assert cost["Implicit, conjugate gradient", 80]["error"] < 1e-9
+    assert cost["Implicit, dense", 0]["products"] == 101
+    assert cost["Adjoint", 500]["error"] < cost["Adjoint", 20]["error"]
+    assert cost["Evolution strategies", 4]["evaluations"] == 4000
+    length = [row for row in rows if row["table"] == "length" and row["method"] == "Implicit"]
+    assert [row["error"] for row in length] == sorted((r["error"] for r in length), reverse=True)
+    memory = {row["method"]: row["MB"] for row in rows if row["table"] == "memory"}
+    assert memory["Adjoint"] < memory["Reverse"]

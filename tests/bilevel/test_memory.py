@@ -1,6 +1,8 @@
 """No graph outlives a call, and the adjoint's memory does not grow with the window."""
 
+import copy
 import gc
+import itertools
 import weakref
 
 import optree
@@ -11,9 +13,34 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel
-from bilevel.estimators import Adjoint, Estimator, Forward, Reverse
+from bilevel.estimators import (
+    Adjoint,
+    Estimator,
+    EvolutionStrategies,
+    FiniteDifference,
+    FixedPoint,
+    Forward,
+    Implicit,
+    PersistentEvolutionStrategies,
+    Reverse,
+)
+from bilevel.linear import Dense
 
-ESTIMATORS = [Reverse(), Adjoint(), Adjoint("forward"), Forward()]
+ESTIMATORS = [
+    Reverse(),
+    Adjoint(),
+    Adjoint("forward"),
+    Forward(),
+    FiniteDifference(),
+    EvolutionStrategies(0.1, pairs=2),
+    PersistentEvolutionStrategies(0.1, 100, pairs=2),
+]
+#: These have no gradient for a start or a rate, and say so.
+IMPLICIT = [
+    Implicit(Dense(), damping=1.0, batches=2),
+    Implicit(damping=1.0, warm_start=True),
+    FixedPoint(Dense()),
+]
 ADAM = bilevel.optim.adam(1e-2)
 
 
@@ -37,10 +64,15 @@ def tensors_with_a_graph():
     ]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("name", ["quadratic", "data_cleaning", "learned_start", "learned_rate"])
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        *itertools.product(["quadratic", "data_cleaning"], ESTIMATORS + IMPLICIT),
+        *itertools.product(["learned_start", "learned_rate"], ESTIMATORS),
+    ],
+)
 def test_no_graph_outlives_a_call(name, estimator):
-    case = problems.make(name, 0)
+    case, estimator = problems.make(name, 0), copy.deepcopy(estimator)  # some have a state
     # Outer variables with a graph of their own, whose every tensor is known.
     outer = optree.tree_map(lambda leaf: leaf.clone().requires_grad_() * 1.0, case.outer)
     recording = Recording(estimator)
@@ -58,7 +90,8 @@ def test_no_graph_outlives_a_call(name, estimator):
     assert not survivors
     kept = [(iterate.params, iterate.state) for iterate in recording.trajectory.kept.values()]
     trace = dict(recording.trajectory.trace)
-    stats = [result.stats.hypergradient_norm, result.stats.cotangent_norms]
+    stats = [value for value in vars(result.stats).values() if isinstance(value, Tensor)]
+    stats += list(estimator.state_dict().values())
     held = [kept, trace, result.loss, result.grads, result.params, result.metrics, stats]
     tensors = [leaf for leaf in optree.tree_leaves(held) if isinstance(leaf, Tensor)]
     assert len(tensors) > 10

@@ -106,27 +106,7 @@ def test_permuting_the_synthetic_examples_permutes_the_gradient(order, start, se
         assert relative_error(other[name], one[name][list(order)]) < 1e-10
 
 
-def implicit_quadratic(case):
-    """(dF/dφ at θ* = A⁻¹Bφ, A)."""
-    A, B, phi = case.problem.A, case.problem.B, case.outer["phi"]
-    residual = torch.linalg.solve(A, B @ phi) - case.outer_batch
-    return B.T @ torch.linalg.solve(A, residual) + case.problem.penalty * phi, A
-
-
-def implicit_ridge(case):
-    """(dF/d log λ at θ* = H⁻¹Xᵀy/n, H) with H = XᵀX/n + λI, so dθ*/d log λ = −λH⁻¹θ*."""
-    X, y = case.problem.inputs, case.problem.targets
-    inputs, targets = case.outer_batch
-    penalty = case.outer["log_penalty"].exp()
-    H = X.T @ X / len(y) + penalty * torch.eye(X.shape[1], dtype=X.dtype)
-    theta = torch.linalg.solve(H, X.T @ y / len(y))
-    slope = inputs.T @ (inputs @ theta - targets) / len(targets)
-    return (-penalty * slope @ torch.linalg.solve(H, theta)).reshape(1), H
-
-
-@pytest.mark.parametrize(
-    ("name", "implicit"), [("quadratic", implicit_quadratic), ("ridge", implicit_ridge)]
-)
+@pytest.mark.parametrize(("name", "implicit"), problems.CLOSED_FORMS.items())
 @settings(max_examples=5)
 @given(seed=st.integers(0, 100))
 def test_the_unrolled_gradient_tends_to_the_implicit_one(name, implicit, seed):

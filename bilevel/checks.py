@@ -1,0 +1,22 @@
+"""Arguments as a user gives them, checked where they enter."""
+
+from bilevel.errors import ConfigurationError
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> int:
+    """`value`, or `ConfigurationError` unless it is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigurationError(f"{name}={value!r}: it must be an integer of at least {minimum}")
+    return value
+
+
+def check_positive(name: str, value: float, *, or_zero: bool = False) -> float:
+    """`value` as a float, or `ConfigurationError` unless it is a finite number above 0."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (0 < value < float("inf") or (or_zero and value == 0))
+    ):
+        allowed = "of at least 0" if or_zero else "above 0"
+        raise ConfigurationError(f"{name}={value!r}: it must be a finite number {allowed}")
+    return float(value)

@@ -1,0 +1,143 @@
+"""Implicit differentiation of the fixed point of the inner optimizer's own step."""
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.checks import check_count
+from bilevel.estimators.base import Estimator, make_result
+from bilevel.estimators.implicit import (
+    check_solver,
+    last_batches,
+    remarks,
+    solver_stats,
+)
+from bilevel.inner import InnerLoop
+from bilevel.linear import LinearOperator, Neumann, Solver
+from bilevel.outer import OuterVariables
+from bilevel.result import HypergradientResult
+from bilevel.trajectory import Iterate, Trajectory
+from bilevel.tree import needs_gradient, partition
+
+
+@final
+class FixedPoint(Estimator):
+    """The hypergradient where the whole inner step u ↦ Φ(u, φ) has come to rest, u = (θ, s):
+
+        dF/dφ = ∂F/∂φ + (∂Φ/∂φ)ᵀ w,      (I − ∂Φ/∂u)ᵀ w = (∂F/∂θ, 0)
+
+    at u = (θ_stop, s_stop), where φ reaches Φ through the batch and through the optimizer's
+    hyperparameters. Nothing is assumed of Φ but that it contracts near its fixed point: it holds
+    for momentum and for weight decay inside the optimizer, where `Implicit` does not, and for any
+    problem whose "gradient" is no gradient. K terms of the Neumann series are K unrolled steps that
+    stand still at u_stop. Time and memory do not depend on the length of the run.
+
+    Exact for: a run that has come to rest, with an exact solver. Not for: short runs (see
+    `stats.outer_loss_gap`), a learned initialisation, or optimizers whose step is no contraction
+    where the gradient vanishes (Adam, RMSProp, Adagrad: their denominators vanish with it).
+
+    Args:
+        solver: `Neumann` with a step size of 1, `GMRES` or `Dense`; the matrix is not symmetric.
+            Default: `Neumann(1.0)`.
+        batches: Φ is averaged over the batches of the last so many steps; see `Implicit`.
+
+    Raises:
+        ConfigurationError: An argument that cannot work; in a call, a solver for symmetric
+            matrices, or fewer steps than `batches`.
+        SolverError: (in a call) The series diverges, or the matrix is singular.
+
+    Warns:
+        ConvergenceWarning: (in a call) The solver stopped short of its tolerance.
+
+    Source: Christianson, Optim. Methods Softw. 3 (1994), 311–326; Grazzi et al., arXiv 2006.16218.
+    """
+
+    def __init__(self, solver: Solver | None = None, *, batches: int = 1) -> None:
+        self.solver = Neumann(1.0) if solver is None else check_solver(solver)
+        self.batches = check_count("batches", batches)
+
+    def __call__(
+        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
+    ) -> HypergradientResult:
+        variables = OuterVariables(outer)
+        stop = inner.iterate_at(trajectory, outer, trajectory.window.stop)
+        loss, metrics, slope = variables.outer_loss_at(inner, stop.params, outer_batch)
+        batches = last_batches(inner, trajectory, variables, self.batches)
+        inputs, rebuild = partition(batches, needs_gradient)
+        with torch.enable_grad():
+            hyperparameters = inner.hyperparameters(variables.tree)
+        flatten, unflatten = _as_one_vector(stop)
+
+        def step(point: Tensor, inputs: list[Tensor], hyperparameters: dict[str, Tensor]) -> Tensor:
+            here = unflatten(point)
+            every = [inner.step(here, batch, hyperparameters) for batch in rebuild(inputs)]
+            return torch.stack([flatten(after) for after in every]).mean(0)
+
+        point = flatten(stop)
+        after, pull, *_ = torch.func.vjp(
+            step,
+            point,
+            [leaf.detach() for leaf in inputs],
+            {name: value.detach() for name, value in hyperparameters.items()},
+        )
+        operator = _OneMinusTransposedJacobian(point, pull)
+        rhs = torch.cat([slope, slope.new_zeros(len(point) - len(slope))])
+        generator = trajectory.key.generator("solver", device=rhs.device)
+        solution = self.solver.solve(operator, rhs, generator=generator)
+        with torch.no_grad():
+            _, input_cotangents, hyper_cotangents = pull(solution.x)
+        variables.accumulate(inputs, input_cotangents)
+        variables.accumulate(
+            list(hyperparameters.values()), [hyper_cotangents[name] for name in hyperparameters]
+        )
+        gap = solution.x @ (after.detach() - point)
+        return make_result(
+            inner,
+            trajectory,
+            variables,
+            loss=loss,
+            metrics=metrics,
+            stop_params=stop.params,
+            hessian_vector_products=(solution.products + 1) * self.batches,
+            remarks=remarks(solution, gap, loss),
+            solver=solver_stats(solution),
+            outer_loss_gap=gap,
+        )
+
+
+@final
+class _OneMinusTransposedJacobian(LinearOperator):
+    """w ↦ w − (∂Φ/∂u)ᵀw."""
+
+    def __init__(self, point: Tensor, pull: Callable[[Tensor], tuple[Any, ...]]) -> None:
+        super().__init__(point, symmetric=False)
+        self._pull = pull
+
+    def product(self, vector: Tensor) -> Tensor:
+        return vector - self._pull(vector)[0]
+
+
+def _as_one_vector(
+    like: Iterate,
+) -> tuple[Callable[[Iterate], Tensor], Callable[[Tensor], Iterate]]:
+    """Functions from (θ, every floating-point leaf of s) to one vector of θ's dtype, and back.
+
+    Other leaves of the state, such as a step count, stay as they are in `like`.
+    """
+    leaves, rebuild = partition((like.params, like.state))
+    sizes = [leaf.numel() for leaf in leaves]
+
+    def flatten(iterate: Iterate) -> Tensor:
+        leaves, _ = partition((iterate.params, iterate.state))
+        return torch.cat([leaf.reshape(-1).to(like.params.dtype) for leaf in leaves])
+
+    def unflatten(vector: Tensor) -> Iterate:
+        pieces = [
+            piece.view(leaf.shape).to(leaf.dtype)
+            for piece, leaf in zip(vector.split(sizes), leaves, strict=True)
+        ]
+        return Iterate(*rebuild(pieces))
+
+    return flatten, unflatten

@@ -1,0 +1,183 @@
+"""Unbiased gradients of a long run from short segments of it, without differentiation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.checks import check_count, check_positive
+from bilevel.errors import ConfigurationError
+from bilevel.estimators.base import Estimator, make_result
+from bilevel.estimators.evolution_strategies import (
+    advance,
+    draw_like,
+    set_to_mean,
+)
+from bilevel.inner import InnerLoop
+from bilevel.outer import OuterVariables, outer_loss_value
+from bilevel.random import Key
+from bilevel.result import HypergradientResult
+from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.tree import partition
+
+
+@final
+class PersistentEvolutionStrategies(Estimator):
+    """Evolution strategies that carry N pairs of perturbed runs on from one call to the next.
+
+    Call j unrolls the next segment of K steps with a fresh draw εᵢⱼ, from where each particle
+    stands, and weighs the outer loss at its end with all the draws of that particle so far:
+
+        g_j = 1/N Σᵢ ξᵢⱼ [Fⱼ(φ + σεᵢⱼ) − Fⱼ(φ − σεᵢⱼ)] / 2σ,      ξᵢⱼ = εᵢ₁ + … + εᵢⱼ
+
+    Its expectation is the gradient of the smoothed outer loss at the end of segment j with respect
+    to φ in *all* steps from 0 to there: no truncation bias, though only K steps are run. (That is
+    for a φ which stands still; changed after every call, it is seen as it was when each segment was
+    run.) The variance grows with the number of segments. Otherwise as `EvolutionStrategies`.
+
+    The run is this object's own. `Hypergradient(steps=K)` makes the segments K steps long (the
+    width of the window, whatever the truncation); the run which it records for the call is not
+    used. After `run_length` steps a new run starts, with new randomness. `result.window`, `.params`
+    and `.trace` are those of an unperturbed particle in the run at hand. The state, all particles,
+    is in `state_dict`. After a result that is not finite the run is given up.
+
+    Args:
+        sigma: σ > 0, in units of the outer variables.
+        run_length: T, the number of inner steps of a whole run; the last segment may be shorter.
+        pairs: N ≥ 1; each costs two segments.
+
+    Raises:
+        ConfigurationError: An argument outside its range; in a call, other outer variables or other
+            parameters than the run was started with.
+
+    Source: Vicol, Metz and Sohl-Dickstein, arXiv 2112.13835, algorithm 2.
+    """
+
+    def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
+        self.sigma = check_positive("sigma", sigma)
+        self.run_length = check_count("run_length", run_length)
+        self.pairs = check_count("pairs", pairs)
+        self._state: dict[str, Any] = {}
+
+    def __call__(
+        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
+    ) -> HypergradientResult:
+        variables = OuterVariables(outer)
+        centre = [leaf.detach() for leaf in variables.leaves]
+        if self._state.get("step", self.run_length) < self.run_length:
+            start, key, losses, particles, totals = self._continued(inner, variables, centre)
+        else:
+            start, key = 0, trajectory.key
+            losses = trajectory.trace["inner_loss"][:0]
+            particles = [None] * (1 + 2 * self.pairs)
+            totals = [torch.zeros(self.pairs, *x.shape, dtype=x.dtype).to(x) for x in centre]
+        stop = min(start + trajectory.window.width, self.run_length)
+        following = iter(particles)
+        ends: list[Iterate] = []
+
+        def follow(leaves: list[Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            """Take the next particle to `stop`: (its inner losses, F, the metrics of F)."""
+            tree = variables.like(leaves)
+            end, losses = advance(inner, next(following), tree, key, start, stop)
+            ends.append(end)
+            return losses, *outer_loss_value(inner, end.params, tree, outer_batch)
+
+        new_losses, loss, metrics = follow(centre)
+        samples = []
+        for pair in range(self.pairs):
+            noise = draw_like(centre, key.fold("perturbation", start, pair))
+            above, below = (
+                follow([leaf + sign * e for leaf, e in zip(centre, noise, strict=True)])[1]
+                for sign in (self.sigma, -self.sigma)
+            )
+            for total, e in zip(totals, noise, strict=True):
+                total[pair] += e
+            samples.append([total[pair] * ((above - below) / (2 * self.sigma)) for total in totals])
+        error = set_to_mean(variables, samples)
+        losses = torch.cat([losses, new_losses])
+        result = make_result(
+            inner,
+            replace(
+                trajectory,
+                key=key,
+                steps=self.run_length,
+                trace=Trace({"inner_loss": losses}),
+                window=Window(start, stop),
+            ),
+            variables,
+            loss=loss,
+            metrics=metrics,
+            stop_params=ends[0].params,
+            hessian_vector_products=0,
+            standard_error=error,
+        )
+        finite = bool(torch.isfinite(result.stats.hypergradient_norm + loss))
+        self._state = _packed(stop, key, losses, ends, totals) if finite else {}
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run under way: its step and key, and its particles, stacked leaf by leaf."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        missing = {"step", "seed", "device", "losses", "particle.0", "total.0"} - set(state)
+        if state and missing:
+            raise ConfigurationError(
+                f"{type(self).__name__} cannot continue from a state without {sorted(missing)}"
+            )
+        self._state = dict(state)
+
+    def _continued(
+        self, inner: InnerLoop, variables: OuterVariables, centre: list[Tensor]
+    ) -> tuple[int, Key, Tensor, list[Iterate | None], list[Tensor]]:
+        """(t, the key, the inner losses, the particles, ξ) of the run under way."""
+        state = self._state
+        key = Key(state["seed"], torch.device(state["device"]))
+        tree = variables.like(centre)
+        with torch.no_grad():
+            like = inner.start(tree, key, inner.hyperparameters(tree))
+        leaves, rebuild = _tensors(like)
+        found = [
+            {name: tuple(state[name].shape) for name in state if name.startswith(kind)}
+            for kind in ("particle.", "total.")
+        ]
+        expected = [
+            {f"{kind}{i}": (count, *leaf.shape) for i, leaf in enumerate(group)}
+            for kind, count, group in (
+                ("particle.", 1 + 2 * self.pairs, leaves),
+                ("total.", self.pairs, centre),
+            )
+        ]
+        if found != expected:
+            raise ConfigurationError(
+                f"the run under way has {found}, but this problem, optimizer and pairs="
+                f"{self.pairs} need {expected}: use an estimator of its own for each problem"
+            )
+        stacks = [state[f"particle.{i}"].to(leaf.device) for i, leaf in enumerate(leaves)]
+        particles: list[Iterate | None] = [
+            Iterate(*rebuild(particle)) for particle in zip(*stacks, strict=True)
+        ]
+        totals = [state[f"total.{i}"].to(leaf.device).clone() for i, leaf in enumerate(centre)]
+        return state["step"], key, state["losses"].to(like.params.device), particles, totals
+
+
+def _packed(
+    step: int, key: Key, losses: Tensor, particles: list[Iterate], totals: list[Tensor]
+) -> dict[str, Any]:
+    """A run as flat numbers, strings and tensors."""
+    stacks = zip(*(_tensors(particle)[0] for particle in particles), strict=True)
+    return {
+        "step": step,
+        "seed": key.seed,
+        "device": str(key.device),
+        "losses": losses,
+        **{f"particle.{i}": torch.stack(leaves) for i, leaves in enumerate(stacks)},
+        **{f"total.{i}": total for i, total in enumerate(totals)},
+    }
+
+
+def _tensors(iterate: Iterate) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """Every tensor of (θ, s), step counts too."""
+    return partition((iterate.params, iterate.state), lambda leaf: isinstance(leaf, Tensor))
