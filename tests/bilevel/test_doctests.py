@@ -1,0 +1,35 @@
+"""The examples in the docstrings run and print what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import bilevel
+
+MODULES = ["bilevel", *(m.name for m in pkgutil.walk_packages(bilevel.__path__, "bilevel."))]
+
+
+def examples(name):
+    module = importlib.import_module(name)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    names = {"bilevel": bilevel, "torch": torch}
+    return [test for test in finder.find(module, name, globs=names) if test.examples]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if examples(name)])
+def test_examples_of(name):
+    for test in examples(name):
+        output = []
+        failed, _ = doctest.DocTestRunner().run(test, out=output.append)
+        assert not failed, "".join(output)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hypergradient", "problem", "optim", "truncation", "estimators"],
+)
+def test_the_entry_points_have_examples(name):
+    assert examples(f"bilevel.{name}")
