@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,3 +35,13 @@ def test_examples_of(name):
 )
 def test_the_entry_points_have_examples(name):
     assert examples(f"bilevel.{name}")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_program_of_a_page_runs(page):
+    text = (Path(__file__).parents[2] / page).read_text()
+    source = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    names = {}
+    exec(compile(source, page, "exec"), names)
+    assert names["result"].stats.status == "ok"
+    assert names["outer"]["log_penalty"].grad is not None
