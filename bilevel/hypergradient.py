@@ -50,18 +50,38 @@ class Hypergradient:
         ConfigurationError: An argument that cannot work, such as a window longer than the run.
         ProblemError: The problem holds a module with running statistics.
 
-    Example::
+    Example:
+        A learning rate that is learned; `Problem` has an example of the other methods.
 
-        hypergradient = bilevel.Hypergradient(
-            problem,
-            optimizer=bilevel.optim.adam(1e-3),
-            steps=200,
-            truncation=bilevel.truncation.RandomWindow(window=40),
-        )
-        for real_batch in loader:
-            outer_optimizer.zero_grad()
-            result = hypergradient.backward(outer, real_batch)
-            outer_optimizer.step()
+        >>> class Descend(bilevel.Problem):
+        ...     def init(self, outer, *, generator):
+        ...         return torch.ones(3)
+        ...
+        ...     def hyperparameters(self, outer):
+        ...         return {"lr": outer["log_rate"].exp()}
+        ...
+        ...     def inner_batch(self, outer, step, *, generator):
+        ...         return torch.tensor([0.1, 0.5, 1.0])
+        ...
+        ...     def inner_loss(self, params, batch):
+        ...         return 0.5 * (batch * params**2).sum()
+        ...
+        ...     def outer_loss(self, params, outer, batch):
+        ...         return (params**2).sum()
+        >>> outer = {"log_rate": torch.tensor(-3.0, requires_grad=True)}
+        >>> outer_optimizer = torch.optim.Adam(outer.values(), lr=0.3)
+        >>> hypergradient = bilevel.Hypergradient(
+        ...     Descend(),
+        ...     optimizer=bilevel.optim.sgd,
+        ...     steps=20,
+        ...     truncation=bilevel.truncation.RandomWindow(window=10),
+        ... )
+        >>> for _ in range(10):
+        ...     outer_optimizer.zero_grad()
+        ...     result = hypergradient.backward(outer)
+        ...     outer_optimizer.step()
+        >>> result.stats.status, bool(outer["log_rate"] > -2)
+        ('ok', True)
     """
 
     def __init__(

@@ -69,6 +69,14 @@ def sgd(
 
     Raises:
         ConfigurationError: A number outside its range.
+
+    Example:
+        >>> optimizer = bilevel.optim.sgd(lr=0.1, momentum=0.9)
+        >>> params = torch.ones(2)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(torch.tensor([1.0, 2.0]), state, params=params)
+        >>> params + updates
+        tensor([0.9000, 0.8000])
     """
     _check(lr=lr, weight_decay=weight_decay)
     _check_decay(momentum=momentum)

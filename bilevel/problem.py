@@ -20,6 +20,29 @@ class Problem(ABC):
     The outer variables reach the inner loss only through the batch: whatever `inner_loss` needs of
     them, `inner_batch` puts there. Each method must be a pure function of its arguments: every
     random draw comes from the `generator` it is given, so that a step can be run again.
+
+    Example:
+        Gradient descent from 0 towards a point φ that is learned:
+
+        >>> class Towards(bilevel.Problem):
+        ...     def init(self, outer, *, generator):
+        ...         return torch.zeros(())
+        ...
+        ...     def inner_batch(self, outer, step, *, generator):
+        ...         return outer
+        ...
+        ...     def inner_loss(self, params, batch):
+        ...         return 0.5 * (params - batch) ** 2
+        ...
+        ...     def outer_loss(self, params, outer, batch):
+        ...         return 0.5 * (params - batch) ** 2
+
+        Three steps at a rate of 0.5 give θ = 7φ/8, which is judged against 1:
+
+        >>> hypergradient = bilevel.Hypergradient(Towards(), bilevel.optim.sgd(0.5), steps=3)
+        >>> result = hypergradient(torch.tensor(2.0), torch.tensor(1.0))
+        >>> result.params, result.loss, result.grads
+        (tensor(1.7500), tensor(0.2812), tensor(0.6562))
     """
 
     @abstractmethod

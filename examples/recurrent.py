@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer outer steps")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"))
     options = parser.parse_args()
-    rounds = 20 if options.quick else 100
+    rounds = 30 if options.quick else 100
 
     torch.manual_seed(0)
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
@@ -126,7 +126,7 @@ def main() -> None:
     ):
         torch.manual_seed(1)
         sequences = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([sequences], lr=0.1)
+        optimizer = torch.optim.Adam([sequences], lr=0.03)
         hypergradient = bilevel.Hypergradient(Sequences(), OPTIMIZER, STEPS, truncation, estimator)
         began, windows = time.process_time(), []
         for number in range(count):

@@ -1,4 +1,19 @@
-"""Truncation schedules: which inner steps are differentiated."""
+"""Truncation schedules: which inner steps are differentiated.
+
+Example:
+    >>> trace = bilevel.Trace({"inner_loss": torch.zeros(40)})
+    >>> bilevel.truncation.Full().select(trace, torch.Generator())
+    Window(start=0, stop=40)
+    >>> bilevel.truncation.Last(window=10).select(trace, torch.Generator())
+    Window(start=30, stop=40)
+
+    A schedule with stages learns of every outer step:
+
+    >>> stages = bilevel.truncation.ByFraction(middle=0.3, late=0.7)
+    >>> schedule = bilevel.truncation.StageAware(10, width_range=3, transition=stages)
+    >>> schedule.update({"progress": 0.5})
+    'the early stage ends and the middle stage begins at 50.0 % of the outer run'
+"""
 
 from bilevel.truncation.base import Truncation
 from bilevel.truncation.by_fraction import ByFraction
