@@ -4,11 +4,11 @@ In this order, each part in the report as soon as it is there:
 
 1.  Exactness: hypergradients by `Adjoint` in float32 on the device, eager and compiled, and in
     float64, against autograd through the whole window in float64 on the CPU.
-2.  One hypergradient against `higher`, over widths and windows: seconds and peak memory.
-3.  Growth of time and memory with the window.
-4.  Precision: seconds of an outer step, and the hypergradient's cosine to float64, by option.
-5.  Inner replicas: seconds of R runs one after the other and side by side.
-6.  With --data, a distillation of CIFAR-10 at 10 images per class for --minutes, and its accuracy.
+2.  One hypergradient against `higher`, over widths and windows: seconds and peak memory, and so
+    their growth with the window.
+3.  Precision: seconds of an outer step, and the hypergradient's cosine to float64, by option.
+4.  Inner replicas: seconds of R runs one after the other and side by side.
+5.  With --data, a distillation of CIFAR-10 at 10 images per class for --minutes, and its accuracy.
 
     python benchmarks/gpu.py --report benchmarks/results/gpu.md
     python benchmarks/gpu.py --data DIR --minutes 10 --report benchmarks/results/gpu.md
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, markdown
+from common import command, machine, markdown
 from hypergradient import Distillation, adam, higher_window, plain_steps
 from torch import Tensor
 from torch.nn import functional as F
@@ -165,10 +165,13 @@ def against_higher(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 
 
 def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """The CIFAR-10 setting at 10 images per class, on random images."""
-    images_per_class, width, real, steps, window = (
-        (1, 8, 50, 4, 2) if quick else (10, 128, 5000, 60, 40)
-    )
+    """CIFAR-10's setting on random images: 10 images per class, on a CPU 1 and half the width."""
+    sizes = {
+        "quick": (1, 8, 50, 4, 2),
+        "cpu": (1, 64, 500, 60, 20),
+        "cuda": (10, 128, 5000, 60, 40),
+    }
+    images_per_class, width, real, steps, window = sizes["quick" if quick else device.type]
     images = torch.randn(real, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(real) % 10
     synthetic = SyntheticDataset(images_per_class=images_per_class)
@@ -291,6 +294,15 @@ def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[st
     ]
 
 
+#: Name, title and function of every part that needs no data.
+PARTS = {
+    "exactness": ("Exactness against float64", exactness),
+    "higher": ("One hypergradient against higher", against_higher),
+    "precision": ("Precision", precision),
+    "replicas": ("Inner replicas", replicas),
+}
+
+
 def _percent(accuracy: dict[str, Any] | None) -> str:
     if accuracy is None:
         return "–"
@@ -302,6 +314,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--data", help="folder with CIFAR-10, for the distillation")
     parser.add_argument("--minutes", type=float, default=10, help="of the distillation")
     parser.add_argument("--quick", action="store_true", help="all of it in small")
@@ -315,22 +328,23 @@ def main() -> None:
         about["device"] = torch.cuda.get_device_name(device)
     args.report.parent.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[dict[str, Any]]] = {}
-    plan = {
-        "Exactness against float64": lambda: exactness(device, args.quick),
-        "One hypergradient against higher": lambda: against_higher(device, args.quick),
-        "Precision": lambda: precision(device, args.quick),
-        "Inner replicas": lambda: replicas(device, args.quick),
-    }
-    if args.data:
-        plan["CIFAR-10, 10 images per class"] = lambda: distillation(args, device)
-    for title, part in plan.items():
-        parts[title] = part()
-        lines = ["# Measured on one device", "", " | ".join(f"{k}: {v}" for k, v in about.items())]
+    plan = {PARTS[name][0]: PARTS[name][1] for name in PARTS if name in args.parts}
+    for title in [*plan, *(["CIFAR-10, 10 images per class"] if args.data else [])]:
+        parts[title] = (
+            plan[title](device, args.quick) if title in plan else distillation(args, device)
+        )
+        lines = [
+            "# Measured on one device",
+            "",
+            f"    {command()}",
+            "",
+            " | ".join(f"{k}: {v}" for k, v in about.items()),
+        ]
         for name, rows in parts.items():
             lines += ["", f"## {name}", "", markdown(rows)]
         args.report.write_text("\n".join(lines) + "\n")
         args.report.with_suffix(".json").write_text(
-            json.dumps({"machine": about, "parts": parts}, indent=2) + "\n"
+            json.dumps({"command": command(), "machine": about, "parts": parts}, indent=2) + "\n"
         )
         print(f"\n{title}\n\n{markdown(parts[title])}", flush=True)
 
