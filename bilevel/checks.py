@@ -1,9 +1,13 @@
 """Arguments as a user gives them, checked where they enter."""
 
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
 from bilevel.errors import ConfigurationError
 
 
-def check_count(name: str, value: int, minimum: int = 1) -> int:
+def check_integer(name: str, value: int, minimum: int = 1) -> int:
     """`value`, or `ConfigurationError` unless it is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigurationError(f"{name}={value!r}: it must be an integer of at least {minimum}")
@@ -20,3 +24,18 @@ def check_positive(name: str, value: float, *, or_zero: bool = False) -> float:
         allowed = "of at least 0" if or_zero else "above 0"
         raise ConfigurationError(f"{name}={value!r}: it must be a finite number {allowed}")
     return float(value)
+
+
+def check_number(name: str, value: Any, *, above: float) -> float:
+    """A finite number as given by a user, checked."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < inf:
+        raise ConfigurationError(f"{name}={value!r}: it must be a finite number above {above:g}")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of a few names as given by a user, checked."""
+    if value not in allowed:
+        names = ", ".join(map(repr, allowed))
+        raise ConfigurationError(f"{name}={value!r}: it must be one of {names}")
+    return str(value)

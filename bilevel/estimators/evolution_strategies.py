@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_positive
+from bilevel.checks import check_integer, check_positive
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.inner import InnerLoop
 from bilevel.outer import OuterVariables, outer_loss_value
@@ -44,7 +44,7 @@ class EvolutionStrategies(Estimator):
 
     def __init__(self, sigma: float, pairs: int = 1) -> None:
         self.sigma = check_positive("sigma", sigma)
-        self.pairs = check_count("pairs", pairs)
+        self.pairs = check_integer("pairs", pairs)
 
     def __call__(
         self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count
+from bilevel.checks import check_integer
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.estimators.implicit import (
     check_solver,
@@ -56,7 +56,7 @@ class FixedPoint(Estimator):
 
     def __init__(self, solver: Solver | None = None, *, batches: int = 1) -> None:
         self.solver = Neumann(1.0) if solver is None else check_solver(solver)
-        self.batches = check_count("batches", batches)
+        self.batches = check_integer("batches", batches)
 
     def __call__(
         self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any

@@ -7,7 +7,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_positive
+from bilevel.checks import check_integer, check_positive
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.inner import InnerLoop
@@ -83,9 +83,9 @@ class Implicit(Estimator):
                 f"warm_start=True: {type(self.solver).__name__} does not iterate from a start"
             )
         self.damping = check_positive("damping", damping, or_zero=True)
-        self.batches = check_count("batches", batches)
+        self.batches = check_integer("batches", batches)
         self.warm_start = warm_start
-        self.tasks = None if tasks is None else check_count("tasks", tasks)
+        self.tasks = None if tasks is None else check_integer("tasks", tasks)
         self._solution: Tensor | None = None
 
     def __call__(

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_positive
+from bilevel.checks import check_integer, check_positive
 from bilevel.errors import ConfigurationError
 from bilevel.linear.operator import LinearOperator
 from bilevel.linear.solver import Solver, System
@@ -84,9 +84,9 @@ class RandomizedEigendecomposition(Solver):
     def __init__(
         self, rank: int, oversampling: int = 8, power_iterations: int = 1, tolerance: float = 1.0
     ) -> None:
-        self.rank = check_count("rank", rank)
-        self.oversampling = check_count("oversampling", oversampling, 0)
-        self.power_iterations = check_count("power_iterations", power_iterations, 0)
+        self.rank = check_integer("rank", rank)
+        self.oversampling = check_integer("oversampling", oversampling, 0)
+        self.power_iterations = check_integer("power_iterations", power_iterations, 0)
         self.tolerance = check_positive("tolerance", tolerance)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_positive
+from bilevel.checks import check_integer, check_positive
 from bilevel.linear.solver import Solver, System, divide, norm
 
 
@@ -36,9 +36,9 @@ class GMRES(Solver):
     def __init__(
         self, max_iterations: int = 100, tolerance: float = 1e-5, restart: int = 50
     ) -> None:
-        self.max_iterations = check_count("max_iterations", max_iterations)
+        self.max_iterations = check_integer("max_iterations", max_iterations)
         self.tolerance = check_positive("tolerance", tolerance)
-        self.restart = check_count("restart", restart)
+        self.restart = check_integer("restart", restart)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         x = system.start

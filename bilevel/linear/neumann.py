@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_positive
+from bilevel.checks import check_integer, check_positive
 from bilevel.errors import SolverError
 from bilevel.linear.solver import Solver, System, norm
 
@@ -46,7 +46,7 @@ class Neumann(Solver):
         self, step_size: float, max_iterations: int = 100, tolerance: float = 1e-5
     ) -> None:
         self.step_size = check_positive("step_size", step_size)
-        self.max_iterations = check_count("max_iterations", max_iterations)
+        self.max_iterations = check_integer("max_iterations", max_iterations)
         self.tolerance = check_positive("tolerance", tolerance)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:

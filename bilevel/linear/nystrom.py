@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_positive
+from bilevel.checks import check_integer, check_positive
 from bilevel.linear.eigendecomposition import check_low_rank, invert_low_rank
 from bilevel.linear.solver import Solver, System
 
@@ -39,7 +39,7 @@ class Nystrom(Solver):
     uses_start = False
 
     def __init__(self, rank: int, tolerance: float = 1.0) -> None:
-        self.rank = check_count("rank", rank)
+        self.rank = check_integer("rank", rank)
         self.tolerance = check_positive("tolerance", tolerance)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 from bilevel.errors import ConfigurationError
-from bilevel.truncation.checks import read_metric
-from bilevel.truncation.transition import Stage, Transition
+from bilevel.truncation.transition import Stage, Transition, read_metric
 
 
 @final

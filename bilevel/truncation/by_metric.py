@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any, final
 
+from bilevel.checks import check_choice, check_integer, check_number
 from bilevel.errors import ConfigurationError
-from bilevel.truncation.checks import check_choice, check_integer, check_number, read_metric
-from bilevel.truncation.transition import Stage, Transition
+from bilevel.truncation.transition import Stage, Transition, read_metric
 
 
 @dataclass

@@ -5,8 +5,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_choice, check_number
 from bilevel.errors import ConfigurationError
-from bilevel.truncation.checks import check_choice, check_number
 from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.norms import NORMALIZATIONS
 from bilevel.truncation.softmax import softmax

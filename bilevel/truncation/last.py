@@ -4,9 +4,9 @@ from typing import final
 
 import torch
 
+from bilevel.checks import check_integer
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.checks import check_integer
 
 
 @final

@@ -6,10 +6,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.checks import check_integer, check_number
 from bilevel.truncation.norms import changes, gradient_norms, standardize
 from bilevel.truncation.selection import Selection
 

@@ -5,10 +5,10 @@ from typing import Any, final
 
 import torch
 
+from bilevel.checks import check_integer
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.checks import check_integer
 
 
 @final

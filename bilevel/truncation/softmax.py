@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.truncation.checks import check_choice, check_number
+from bilevel.checks import check_choice, check_number
 from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.norms import NORMALIZATIONS
 

@@ -7,10 +7,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_choice, check_integer
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.checks import check_choice, check_integer
 from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.norms import changes, gradient_norms, rank
 from bilevel.truncation.selection import Selection

@@ -3,7 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from math import isfinite
 from typing import Any
+
+from bilevel.errors import ConfigurationError
 
 
 class Stage(IntEnum):
@@ -56,3 +59,15 @@ class Transition(ABC):
         Raises:
             ConfigurationError: Another kind of transition saved it.
         """
+
+
+def read_metric(metrics: Mapping[str, float], name: str) -> float:
+    """A metric that a schedule asks for, checked."""
+    if name not in metrics:
+        raise ConfigurationError(
+            f"update was not given the metric {name!r}; it was given {sorted(metrics)}"
+        )
+    value = float(metrics[name])
+    if not isfinite(value):
+        raise ConfigurationError(f"the metric {name!r} is {value}; it must be finite")
+    return value
