@@ -6,6 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_integer
 from bilevel.compiler import constants_of
 from bilevel.contract import check_inner_loss
 from bilevel.errors import ConfigurationError, NonFiniteError
@@ -97,13 +98,9 @@ class Hypergradient:
         inner_replicas: int = 1,
         compile: bool = False,
     ) -> None:
-        for name, value in (
-            ("steps", steps),
-            ("keep_every", 1 if keep_every is None else keep_every),
-            ("inner_replicas", inner_replicas),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"{name}={value!r}: it must be an integer of at least 1")
+        self.steps = check_integer("steps", steps)
+        self.keep_every = None if keep_every is None else check_integer("keep_every", keep_every)
+        self.inner_replicas = check_integer("inner_replicas", inner_replicas)
         self.truncation = Full() if truncation is None else truncation
         self.estimator = Adjoint() if estimator is None else estimator
         if not isinstance(problem, Problem):
@@ -121,9 +118,6 @@ class Hypergradient:
             refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
         self.inner = InnerLoop(problem, optimizer, compile=compile)
         self._checked = False
-        self.steps = steps
-        self.keep_every = keep_every
-        self.inner_replicas = inner_replicas
         self.keep_on = None if keep_on is None else torch.device(keep_on)
 
     def __call__(

@@ -6,6 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_integer
 from bilevel.errors import ConfigurationError
 from bilevel.problem import Problem
 from bilevel.random import Key
@@ -40,10 +41,8 @@ class Replicas(Problem):
     def __init__(self, problem: Problem, count: int) -> None:
         if not isinstance(problem, Problem):
             raise ConfigurationError(f"problem is a {type(problem).__name__}, not a Problem")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ConfigurationError(f"count={count!r}: it must be an integer of at least 1")
         self.problem = problem
-        self.count = count
+        self.count = check_integer("count", count)
 
     def init(self, outer: Any, *, generator: torch.Generator) -> Any:
         return self._stacked(
