@@ -1,5 +1,6 @@
 """Dataset distillation as nested optimisation problems."""
 
 from dd.problems.meta_loss import MetaLoss
+from dd.problems.trajectory_matching import TrajectoryMatching
 
-__all__ = ["MetaLoss"]
+__all__ = ["MetaLoss", "TrajectoryMatching"]
