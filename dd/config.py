@@ -15,6 +15,8 @@ from dd import augmentation, data, networks
 from dd.distiller import Distiller
 from dd.evaluation import Evaluator
 from dd.experiment import Experiment
+from dd.expert_training import Experts
+from dd.objectives import MatchExperts, RealImages
 from dd.synthetic import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
@@ -22,6 +24,9 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Experiment": Experiment,
     "Distiller": Distiller,
     "Evaluator": Evaluator,
+    "Experts": Experts,
+    "MatchExperts": MatchExperts,
+    "RealImages": RealImages,
     "SyntheticDataset": SyntheticDataset,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,
@@ -35,8 +40,13 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "FlipOrRotate": augmentation.FlipOrRotate,
     "DSA": augmentation.DSA,
     "ConvNet": networks.ConvNet,
+    "ResNet18": networks.ResNet18,
+    "VGG11": networks.VGG11,
+    "AlexNet": networks.AlexNet,
+    "ViT": networks.ViT,
     "Full": bilevel.truncation.Full,
     "Last": bilevel.truncation.Last,
+    "MinimumDistance": bilevel.truncation.MinimumDistance,
     "RandomWindow": bilevel.truncation.RandomWindow,
     "Adjoint": bilevel.estimators.Adjoint,
     "Reverse": bilevel.estimators.Reverse,

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bilevel
 from dd.augmentation import Augmentation
 from dd.checkpoint import TrainingState
-from dd.data.prepared import PreparedData, RealBatches
+from dd.data.prepared import PreparedData
 from dd.distilled_set import DistilledSet
 from dd.evaluation import Evaluator
 from dd.files import write_bytes
 from dd.monitor import Monitor
 from dd.pictures import png
-from dd.problems import MetaLoss
 from dd.progress import Progress, StopRequest
 from dd.synthetic import SyntheticDataset
 
@@ -34,6 +33,7 @@ CHECKPOINT_SECONDS = 60.0
 CHECKPOINT = "checkpoint.safetensors"
 DISTILLED = "distilled.safetensors"
 PICTURE = "distilled.png"
+AVERAGE = Path("snapshots") / "average.safetensors"
 
 
 @final
@@ -50,6 +50,7 @@ class Job:
     key: bilevel.Key
     device: torch.device
     provenance: dict[str, Any]
+    description: dict[str, Any]
 
 
 @final
@@ -66,21 +67,15 @@ class Distillation:
         self.settings = settings
         self.job = job
         self.state = state
+        self.goal = settings.objective.prepare(settings, job)
         self.hypergradient = bilevel.Hypergradient(
-            MetaLoss(job.network, job.synthetic, job.augmentation, job.device),
+            self.goal.problem,
             optimizer=settings.optimizer,
             steps=settings.inner_steps,
             truncation=state.truncation,
             estimator=settings.estimator,
             keep_every=settings.keep_every,
             keep_on=settings.keep_on,
-        )
-        self.real = RealBatches(
-            job.data.train_images,
-            job.data.train_labels,
-            settings.real_batch,
-            job.augmentation,
-            job.key.fold("real"),
         )
 
     def run(self, stop: StopRequest, config_text: str) -> None:
@@ -141,49 +136,54 @@ class Distillation:
         state, job = self.state, self.job
         began = time.perf_counter()
         state.optimizer.zero_grad()
-        images, labels = self.real.at(state.step)
-        pieces = [part.split(self.settings.real_micro_batch) for part in (images, labels)]
-        batches = bilevel.MicroBatches(
-            list(zip(*pieces, strict=True)), [len(part) / len(labels) for part in pieces[1]]
-        )
+        given, outer_batch = self.goal.inputs(state.step)
         result = self.hypergradient.backward(
-            state.outer, batches, job.key.generator("outer", state.step)
+            {**state.outer, **given}, outer_batch, job.key.generator("outer", state.step)
         )
         bound = None if state.clip is None else state.clip([state.outer["images"]])[1]
         state.optimizer.step()
         job.synthetic.constrain_(state.outer)
-        loss, accuracy = float(result.loss), float(result.metrics["accuracy"])
-        state.truncation.update({"loss": loss, "accuracy": accuracy})
+        if state.average is not None and self.settings.average_decay is not None:
+            state.average.lerp_(state.outer["images"].detach(), 1 - self.settings.average_decay)
+        loss = float(result.loss)
+        metrics = {name: float(value) for name, value in result.metrics.items()}
+        state.truncation.update({"loss": loss, **metrics})
         seconds = time.perf_counter() - began
         state.step += 1
         state.seconds += seconds
         monitor.outer_step(state.step, result, bound, seconds)
-        progress.update(state.step, state.seconds, loss, accuracy)
+        monitor.scalars(state.step, self.goal.report(result))
+        progress.update(state.step, state.seconds, loss, metrics)
 
     def _validate(self, monitor: Monitor) -> None:
         state, job = self.state, self.job
-        accuracy = job.evaluator.validation(
-            state.outer["images"],
-            job.synthetic.labels(state.outer),
-            job.network,
-            job.data,
-            job.key.fold("validation", state.step),
-        )
-        if state.best_accuracy is None or accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_step = accuracy, state.step
-            self._keep()
-        monitor.scalars(
-            state.step,
-            {"validation/accuracy": accuracy, "validation/best_accuracy": state.best_accuracy},
-        )
+        candidates = {"validation/accuracy": state.outer["images"]}
+        if state.average is not None:
+            candidates["validation/accuracy_of_average"] = state.average
+        found = {}
+        for name, images in candidates.items():
+            found[name] = job.evaluator.validation(
+                images,
+                job.synthetic.labels(state.outer),
+                job.network,
+                job.data,
+                job.key.fold("validation" if name == "validation/accuracy" else name, state.step),
+            )
+            if state.best_accuracy is None or found[name] > state.best_accuracy:
+                state.best_accuracy, state.best_step = found[name], state.step
+                self._keep(images)
+        assert state.best_accuracy is not None, "there is at least one candidate"
+        monitor.scalars(state.step, {**found, "validation/best_accuracy": state.best_accuracy})
 
     def _save(self) -> None:
         self.state.save(self.job.folder / CHECKPOINT)
         if self.state.best_accuracy is None:
             self._keep()
+        if self.state.average is not None:
+            self._distilled_set(self.state.average).save(self.job.folder / AVERAGE)
 
-    def _keep(self) -> None:
-        kept = self._distilled_set()
+    def _keep(self, images: Tensor | None = None) -> None:
+        kept = self._distilled_set(images)
         kept.save(self.job.folder / DISTILLED)
         picture = png(kept.pixels(), self.job.synthetic.images_per_class)
         write_bytes(self.job.folder / PICTURE, picture)
@@ -192,12 +192,18 @@ class Distillation:
         pixels = self._distilled_set().pixels()
         monitor.images(self.state.step, pixels, self.job.synthetic.images_per_class)
 
-    def _distilled_set(self) -> DistilledSet:
+    def _distilled_set(self, images: Tensor | None = None) -> DistilledSet:
+        """The set as it is now, or with other images for its own."""
         state, job = self.state, self.job
         return DistilledSet(
-            images=state.outer["images"].detach(),
+            images=(state.outer["images"] if images is None else images).detach(),
             labels=job.synthetic.labels(state.outer).detach(),
             transform=job.data.transform,
             class_names=job.data.class_names,
-            provenance={**job.provenance, "outer_step": state.step, "seconds": state.seconds},
+            provenance={
+                **job.provenance,
+                **self.settings.objective.provenance(state.outer),
+                "outer_step": state.step,
+                "seconds": state.seconds,
+            },
         )

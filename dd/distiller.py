@@ -4,13 +4,12 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-import torch
-
 import bilevel
 from bilevel.clip import MovingAverageClip
 from dd.checkpoint import TrainingState
 from dd.checks import check_choice, check_instance, check_integer, check_number
 from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.objectives import Objective, RealImages
 from dd.progress import StopRequest
 
 
@@ -24,14 +23,19 @@ class Distiller:
             and evaluation are not counted.
         inner_steps: T, the length of a full inner run.
         truncation: Which inner steps are differentiated.
-        optimizer: The inner optimizer, a gradient transformation.
+        optimizer: The inner optimizer, a gradient transformation; or, if the objective learns its
+            rate, a function that makes one.
+        objective: What is minimised; default: `RealImages`.
         estimator: How they are differentiated; default: `Adjoint`.
         keep_every: Keep every k-th inner iterate and recompute the others: less memory, more time.
         keep_on: "cpu" to keep the iterates in the host's memory; default: on the device.
         real_batch: Real images in the outer loss.
         real_micro_batch: How many of them are in memory with a graph at a time.
-        image_lr: Outer Adam's rate for the images.
-        label_lr: Outer Adam's rate for learned labels.
+        image_lr: The outer optimizer's rate for the images.
+        label_lr: The outer optimizer's rate for learned labels.
+        average_decay: Also keep an exponential moving average of the images, a ← d·a + (1 − d)·x.
+            It is validated beside them, on networks of its own, and kept where it is better; the
+            latest one is `snapshots/average.safetensors`. Default: none.
         clip: Clipping of the images' hypergradient; default: none.
         validate_every: Outer steps between looks at the validation accuracy; the best set seen is
             the one that is kept. 0: no looks, the last set is kept.
@@ -48,6 +52,7 @@ class Distiller:
         inner_steps: int,
         truncation: bilevel.truncation.Truncation,
         optimizer: Any,
+        objective: Objective | None = None,
         minutes: float | None = None,
         estimator: bilevel.estimators.Estimator | None = None,
         keep_every: int = 1,
@@ -56,6 +61,7 @@ class Distiller:
         real_micro_batch: int = 1000,
         image_lr: float = 1e-3,
         label_lr: float = 1e-3,
+        average_decay: float | None = None,
         clip: MovingAverageClip | None = None,
         validate_every: int = 0,
         image_every: int = 100,
@@ -85,8 +91,18 @@ class Distiller:
                 f"inner_steps={inner_steps}: {type(truncation).__name__} needs at least "
                 f"{truncation.minimum_steps}, the width of its window"
             )
-        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        if objective is not None:
+            check_instance("objective", objective, Objective, "@MatchExperts() with ()")
+        self.objective = RealImages() if objective is None else objective
+        is_made = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+        if self.objective.learns_rate and (is_made or not callable(optimizer)):
+            raise ValueError(f"optimizer={optimizer!r}: its rate is learned, so write @sgd, no ()")
+        if not self.objective.learns_rate and not is_made:
             raise ValueError(f"optimizer={optimizer!r}: write for example @adam() with ()")
+        if average_decay is not None:
+            check_number("average_decay", average_decay, above=0)
+            if average_decay >= 1:
+                raise ValueError(f"average_decay={average_decay}: it must be below 1")
         if estimator is not None:
             check_instance(
                 "estimator", estimator, bilevel.estimators.Estimator, "@Adjoint() with ()"
@@ -109,6 +125,7 @@ class Distiller:
         self.real_micro_batch = real_micro_batch
         self.image_lr = image_lr
         self.label_lr = label_lr
+        self.average_decay = average_decay
         self.clip = clip
         self.validate_every = validate_every
         self.image_every = image_every
@@ -152,10 +169,13 @@ class Distiller:
             job.data.num_classes,
             job.key.generator("synthetic"),
         )
+        outer |= self.objective.variables(job.device)
         rates = {"images": self.image_lr, "labels": self.label_lr}
-        optimizer = torch.optim.Adam(
-            [{"params": [value], "lr": rates[name]} for name, value in outer.items()]
-        )
+        average = None if self.average_decay is None else outer["images"].detach().clone()
         return TrainingState(
-            outer, optimizer, copy.deepcopy(self.clip), copy.deepcopy(self.truncation)
+            outer,
+            self.objective.optimizer(outer, rates),
+            copy.deepcopy(self.clip),
+            copy.deepcopy(self.truncation),
+            average,
         )

@@ -19,6 +19,7 @@ from dd.distillation import DISTILLED, Job
 from dd.distilled_set import DistilledSet
 from dd.distiller import Distiller
 from dd.evaluation import Accuracy, Evaluator
+from dd.expert_buffer import describe
 from dd.files import write_json, write_text
 from dd.progress import StopRequest
 from dd.synthetic import SyntheticDataset
@@ -102,6 +103,17 @@ class Experiment:
                 f"{self.validation_fraction} and this transform: {error}"
             ) from error
 
+    def describe(self, data: PreparedData) -> dict[str, Any]:
+        """What expert networks must agree with this experiment in."""
+        return describe(
+            self.network,
+            data.transform,
+            self.dataset.name,
+            self.dataset.image_shape,
+            self.seed,
+            self.validation_fraction,
+        )
+
     def train(
         self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
     ) -> dict[str, Any]:
@@ -123,6 +135,7 @@ class Experiment:
             key=self.key,
             device=self.device,
             provenance=provenance,
+            description=self.describe(data),
         )
         try:
             state = self.distiller.distil(job, stop, config_text, begin)
