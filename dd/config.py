@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import bilevel
 import gin
 from dd import augmentation, data, networks
@@ -17,6 +19,7 @@ from dd.evaluation import Evaluator
 from dd.experiment import Experiment
 from dd.expert_training import Experts
 from dd.objectives import MatchExperts, RealImages
+from dd.protocols import DCProtocol
 from dd.synthetic import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
@@ -24,6 +27,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Experiment": Experiment,
     "Distiller": Distiller,
     "Evaluator": Evaluator,
+    "DCProtocol": DCProtocol,
     "Experts": Experts,
     "MatchExperts": MatchExperts,
     "RealImages": RealImages,
@@ -62,6 +66,26 @@ _EXPERIMENT = gin.external_configurable(Experiment, "Experiment")
 for _name, _target in CONFIGURABLES.items():
     if _name != "Experiment":
         gin.external_configurable(_target, _name)
+
+
+def network(name: str, experiment: Experiment) -> nn.Module:
+    """A network by its class's name, as configured, for the images of an experiment.
+
+    Raises:
+        ConfigError: There is none of that name, or it cannot take these images.
+    """
+    classes = {
+        name: target
+        for name, target in CONFIGURABLES.items()
+        if isinstance(target, type) and issubclass(target, nn.Module)
+    }
+    if name not in classes:
+        raise ConfigError(f"there is no architecture {name!r}{_nearest(name, list(classes))}")
+    try:
+        made: nn.Module = gin.get_configurable(name)(**experiment.image_format)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(one_line(error)) from error
+    return made
 
 
 class ConfigError(Exception):

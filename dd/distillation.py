@@ -168,6 +168,7 @@ class Distillation:
                 job.network,
                 job.data,
                 job.key.fold("validation" if name == "validation/accuracy" else name, state.step),
+                self.settings.objective.provenance(state.outer).get("learning_rate"),
             )
             if state.best_accuracy is None or found[name] > state.best_accuracy:
                 state.best_accuracy, state.best_step = found[name], state.step

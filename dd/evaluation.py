@@ -1,5 +1,6 @@
 """How good a training set is: fresh networks trained on it, judged on held-out images."""
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bilevel import Key, fresh_parameters
-from dd.augmentation import Augmentation, FlipOrRotate
+from dd.augmentation import Augmentation, NoAugmentation
 from dd.checks import check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData
+from dd.protocols import BPTTProtocol, Protocol
 from dd.synthetic import random_subset
 
 #: A function from the key of one network to the (images, labels) it is trained on.
@@ -57,7 +59,7 @@ class Accuracy:
 
 @final
 class Evaluator:
-    """The `bptt` protocol: Adam at a constant rate, flip or rotate, the best number of steps.
+    """Trains networks by a protocol, and judges them.
 
     Networks are trained from fresh initialisations on the whole small set (mini-batches beyond
     `batch_size`). Their accuracy on the *validation* part is measured after each number in
@@ -67,19 +69,19 @@ class Evaluator:
     Args:
         networks: How many networks each training set is given.
         steps: Numbers of training steps to choose from.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate in the default protocol.
         batch_size: Images in a training step.
         full_data_networks: Networks trained on all training images; 0 leaves that out.
         full_data_steps: Numbers of training steps for these.
         validation_networks: Networks for each look during distillation.
         validation_steps: Training steps of these.
-        augmentation: Of the training images.
+        augmentation: Of the training images; default: the protocol's.
+        protocol: What optimizes the networks, and for how long; default: `bptt`, Adam at a constant
+            rate with flip or rotate.
 
     Raises:
         ValueError: An argument outside its range.
     """
-
-    protocol = "bptt"
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class Evaluator:
         validation_networks: int = 2,
         validation_steps: int = 300,
         augmentation: Augmentation | None = None,
+        protocol: Protocol | None = None,
     ) -> None:
         for name, value, minimum in (
             ("networks", networks, 1),
@@ -109,22 +112,46 @@ class Evaluator:
         check_number("lr", lr, above=0)
         if augmentation is not None:
             check_instance("augmentation", augmentation, Augmentation, "@FlipOrRotate() with ()")
+        if protocol is not None:
+            check_instance("protocol", protocol, Protocol, "@DCProtocol() with ()")
+        self.protocol = BPTTProtocol(lr) if protocol is None else protocol
         self.networks = networks
         self.steps = sorted(set(steps))
-        self.lr = lr
         self.batch_size = batch_size
         self.full_data_networks = full_data_networks
         self.full_data_steps = sorted(set(full_data_steps))
         self.validation_networks = validation_networks
         self.validation_steps = validation_steps
-        self.augmentation = FlipOrRotate() if augmentation is None else augmentation
+        self.augmentation = self.protocol.augmentation if augmentation is None else augmentation
+
+    def without_augmentation(self) -> "Evaluator":
+        """The same evaluator, but for its augmentation."""
+        other = copy.copy(self)
+        other.augmentation = NoAugmentation()
+        return other
 
     def distilled(
-        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+        self,
+        images: Tensor,
+        labels: Tensor,
+        network: nn.Module,
+        data: PreparedData,
+        key: Key,
+        rate: float | None = None,
     ) -> Accuracy:
-        """Test accuracy of networks trained on one given set, hard or soft labels."""
+        """Test accuracy of networks trained on one given set, hard or soft labels.
+
+        `rate` is the learning rate that was learned with the set, which `dc` trains at.
+        """
         return self._measure(
-            "distilled", lambda _: (images, labels), network, data, key, self.networks, self.steps
+            "distilled",
+            lambda _: (images, labels),
+            network,
+            data,
+            key,
+            self.networks,
+            self.protocol.steps(self.steps, len(images), self.batch_size),
+            rate,
         )
 
     def random_real(
@@ -137,7 +164,9 @@ class Evaluator:
             chosen = random_subset(data.train_labels, images_per_class, data.num_classes, generator)
             return data.train_images[chosen], data.train_labels[chosen]
 
-        return self._measure("random real", draw, network, data, key, self.networks, self.steps)
+        size = images_per_class * data.num_classes
+        steps = self.protocol.steps(self.steps, size, self.batch_size)
+        return self._measure("random real", draw, network, data, key, self.networks, steps)
 
     def full_data(self, network: nn.Module, data: PreparedData, key: Key) -> Accuracy | None:
         """Test accuracy with all training images; None if that was turned off."""
@@ -155,13 +184,19 @@ class Evaluator:
         )
 
     def validation(
-        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+        self,
+        images: Tensor,
+        labels: Tensor,
+        network: nn.Module,
+        data: PreparedData,
+        key: Key,
+        rate: float | None = None,
     ) -> float:
         """Mean accuracy on the validation part after `validation_steps`; never the test set."""
         accuracies = []
         for index in range(self.validation_networks):
             trained = self._train(
-                images, labels, network, key.fold("network", index), [self.validation_steps]
+                images, labels, network, key.fold("network", index), [self.validation_steps], rate
             )
             accuracies.append(
                 _accuracy(network, trained[0], data.validation_images, data.validation_labels)
@@ -177,12 +212,13 @@ class Evaluator:
         key: Key,
         networks: int,
         steps: Sequence[int],
+        rate: float | None = None,
     ) -> Accuracy:
         trained = []
         validation = torch.zeros(len(steps))
         for index in tqdm(range(networks), desc=f"evaluating {name}", unit="network"):
             network_key = key.fold(name, index)
-            stages = self._train(*training_set(network_key), network, network_key, steps)
+            stages = self._train(*training_set(network_key), network, network_key, steps, rate)
             for stage, params in enumerate(stages):
                 validation[stage] += _accuracy(
                     network, params, data.validation_images, data.validation_labels
@@ -196,13 +232,19 @@ class Evaluator:
         return Accuracy(values, steps[chosen])
 
     def _train(
-        self, images: Tensor, labels: Tensor, network: nn.Module, key: Key, steps: Sequence[int]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        network: nn.Module,
+        key: Key,
+        steps: Sequence[int],
+        rate: float | None = None,
     ) -> list[dict[str, Tensor]]:
         """The parameters after each number in `steps` of training on (images, labels)."""
         images, labels = images.detach(), labels.detach()
         params = fresh_parameters(network, key.generator("init"), device=images.device)
         leaves = [value.requires_grad_() for value in params.values()]
-        optimizer = torch.optim.Adam(leaves, lr=self.lr)
+        optimizer, schedule = self.protocol.optimizer(leaves, max(steps), rate)
         generator = key.generator("batches")
         stages = []
         for step in range(1, max(steps) + 1):
@@ -217,6 +259,8 @@ class Evaluator:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if schedule is not None:
+                schedule.step()
             if step in steps:
                 stages.append({k: value.detach().clone() for k, value in params.items()})
         return stages
