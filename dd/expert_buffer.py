@@ -43,12 +43,12 @@ def describe(
     seen = transform(probe.to(transform.device)).flatten().cpu()
     return {
         "dataset": dataset,
+        "seed": seed,
+        "validation_fraction": validation_fraction,
         "network": " ".join(str(network).split()),
         "parameters": {name: list(value.shape) for name, value in network.named_parameters()},
         "transform": transform.kind,
         "transform_of_a_fixed_image": seen[:: max(1, len(seen) // 64)].tolist(),
-        "seed": seed,
-        "validation_fraction": validation_fraction,
     }
 
 
