@@ -16,7 +16,8 @@ from bilevel.random import Key
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window, affordable_spacing
 from bilevel.tree import detach, to_device
 
-#: Per-step signals that a truncation schedule may ask for, as functions of the inner gradient.
+#: Per-step signals of every problem that a truncation schedule may ask for, as functions of the
+#: inner gradient; `Problem.signals` supplies further ones.
 SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
     "gradient_norm": torch.linalg.vector_norm,
 }
@@ -158,11 +159,18 @@ class InnerLoop:
         batch: Any,
         hyperparameters: Mapping[str, Tensor],
         signals: tuple[str, ...] = (),
+        outer: Any = None,
     ) -> tuple[Tensor, Any, dict[str, Tensor]]:
-        """(θ_{t+1}, s_{t+1}, per-step scalars) from (θ_t, s_t), without a graph."""
+        """(θ_{t+1}, s_{t+1}, per-step scalars) from (θ_t, s_t), without a graph.
+
+        `outer` is needed for signals that the problem supplies, and only for these.
+        """
         gradient, loss = self.gradient_without_graph(params, batch)
         after = self.update(Iterate(params, state), gradient, hyperparameters)
-        recorded = {name: SIGNALS[name](gradient) for name in signals}
+        recorded = {name: SIGNALS[name](gradient) for name in signals if name in SIGNALS}
+        if len(recorded) < len(signals):
+            supplied = self.problem.signals(self.unravel(after.params), outer)
+            recorded |= {name: supplied[name] for name in signals if name not in SIGNALS}
         return after.params, after.state, {"inner_loss": loss, **recorded}
 
     @torch.no_grad()
@@ -185,24 +193,25 @@ class InnerLoop:
             key: The randomness of this run.
             steps: The length T of a full run, of which `horizon` steps are run.
             horizon: How many steps to run, 1 … `steps`.
-            signals: Names of per-step scalars to record beside `inner_loss`.
+            signals: Names of per-step scalars to record beside `inner_loss`: of `SIGNALS`, or of
+                those that the problem supplies.
             keep_from: The first iterate that a window may start from.
             keep_every: Keep every k-th iterate from there on; the others are recomputed. Default:
                 `affordable_spacing`.
             keep_on: Device that holds the kept iterates; default: where they are.
 
         Raises:
-            ConfigurationError: An unknown signal.
+            ConfigurationError: A signal that nothing supplies.
             ProblemError: `init` returned no parameters, or the inner loss is no scalar.
         """
-        unknown = set(signals) - set(SIGNALS)
-        if unknown:
-            raise ConfigurationError(f"unknown signals {sorted(unknown)}; known: {sorted(SIGNALS)}")
         outer = detach(outer)
         hyperparameters = self.hyperparameters(outer)
         iterate = self.start(outer, key, hyperparameters)
         if keep_every is None:
             keep_every = affordable_spacing(iterate, horizon - keep_from)
+        of_problem = set(signals) - set(SIGNALS)
+        if of_problem:
+            self._check_signals(of_problem, self.unravel(iterate.params), outer)
         kept: dict[int, Iterate] = {}
         recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
         for step in range(horizon):
@@ -210,7 +219,13 @@ class InnerLoop:
                 kept[step] = iterate if keep_on is None else _moved(iterate, keep_on)
             batch = self.batch(outer, step, key)
             params, optimizer_state, scalars = self.run(
-                self.advance, iterate.params, iterate.state, batch, hyperparameters, tuple(signals)
+                self.advance,
+                iterate.params,
+                iterate.state,
+                batch,
+                hyperparameters,
+                tuple(signals),
+                outer if of_problem else None,
             )
             iterate = Iterate(params, optimizer_state)
             for name, value in scalars.items():
@@ -256,6 +271,17 @@ class InnerLoop:
                 )
                 segment.append(Iterate(params, state))
         return segment
+
+    def _check_signals(self, names: set[str], params: Any, outer: Any) -> None:
+        """Raise unless the problem supplies a scalar for every name."""
+        supplied = self.problem.signals(params, outer)
+        unknown = names - set(supplied)
+        if unknown:
+            raise ConfigurationError(
+                f"unknown signals {sorted(unknown)}; known: {sorted({*SIGNALS, *supplied})}"
+            )
+        for name in sorted(names):
+            check_scalar(supplied[name], f"signals()[{name!r}]")
 
     def _transformation(self, hyperparameters: Mapping[str, Tensor]) -> Any:
         if self._is_transformation:

@@ -76,3 +76,12 @@ class Problem(ABC):
         them: `optimizer=bilevel.optim.sgd` with `hyperparameters` returning `{"lr": ...}`.
         """
         return {}
+
+    def signals(self, params: Any, outer: Any) -> Mapping[str, Tensor]:
+        """Scalars of an iterate that a truncation schedule may ask for by name; none by default.
+
+        Called with θ_{t+1} after step t, if the schedule asks for any of them. What they compare
+        the iterate with, such as a target that changes from one outer step to the next, belongs
+        in `outer`.
+        """
+        return {}

@@ -11,6 +11,11 @@ import bilevel
 from dd.files import DamagedFileError, read_tensors, write_tensors
 
 FORMAT = "dd-checkpoint-1"
+#: What the optimizers keep for every outer variable.
+_SLOTS = {
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
 
 
 @final
@@ -26,6 +31,7 @@ class TrainingState:
         optimizer: Their optimizer.
         clip: The hypergradient's clipping, None without.
         truncation: The schedule.
+        average: The moving average of the images, None without.
         step: Outer steps done.
         seconds: Wall clock spent in outer steps, over all processes that worked on this run.
         best_accuracy: Best validation accuracy so far, a fraction; None before the first.
@@ -37,6 +43,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     clip: bilevel.clip.Clip | None
     truncation: bilevel.truncation.Truncation
+    average: Tensor | None = None
     step: int = 0
     seconds: float = 0.0
     best_accuracy: float | None = None
@@ -46,6 +53,8 @@ class TrainingState:
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
         tensors = {f"outer.{name}": value for name, value in self.outer.items()}
+        if self.average is not None:
+            tensors["average"] = self.average
         for index, slots in self.optimizer.state_dict()["state"].items():
             for name, value in slots.items():
                 tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
@@ -102,8 +111,10 @@ class TrainingState:
             incomplete = [
                 index
                 for index, state in slots.items()
-                if set(state) != {"step", "exp_avg", "exp_avg_sq"} or index >= len(outer)
+                if set(state) != _SLOTS[type(self.optimizer)] or index >= len(outer)
             ]
+            if (self.average is None) != ("average" not in tensors):
+                raise ValueError("the average of the images is missing, or not wanted")
             if incomplete or len(slots) not in (0, len(outer)):
                 raise ValueError("the optimizer's state is incomplete")
             if self.clip is not None:
@@ -117,5 +128,7 @@ class TrainingState:
         with torch.no_grad():
             for name, value in outer.items():
                 self.outer[name].copy_(value)
+            if self.average is not None:
+                self.average.copy_(tensors["average"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})

@@ -65,9 +65,20 @@ def print_results(results: Mapping[str, Any]) -> None:
     )
     print(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
     for name, accuracy in results["accuracy"].items():
-        label = name.replace("_", " ")
-        if accuracy is None:
-            print(f"{label:<20}{'not measured':>18}")
-            continue
-        value = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
-        print(f"{label:<20}{value:>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")
+        _print_row(name.replace("_", " "), accuracy)
+    for architecture, across in results["architectures"].items():
+        print(f"\non {architecture}")
+        for name, accuracy in across.items():
+            _print_row(name.replace("_", " "), accuracy)
+    if results["scores"]:
+        print("\nDD-Ranking, in [0, 1]")
+        for name, score in results["scores"].items():
+            print(f"{name.replace('_', '-'):<20}{score:>18.3f}")
+
+
+def _print_row(label: str, accuracy: Mapping[str, Any] | None) -> None:
+    if accuracy is None:
+        print(f"{label:<20}{'not measured':>18}")
+        return
+    value = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
+    print(f"{label:<20}{value:>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")

@@ -9,13 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import bilevel
 import gin
 from dd import augmentation, data, networks, problems
 from dd.distiller import Distiller
 from dd.evaluation import Evaluator
 from dd.experiment import Experiment
+from dd.expert_training import Experts
+from dd.objectives import MatchExperts, RealImages
 from dd.precision import Precision
+from dd.protocols import DCProtocol
 from dd.synthetic import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
@@ -24,6 +29,10 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Distiller": Distiller,
     "Precision": Precision,
     "Evaluator": Evaluator,
+    "DCProtocol": DCProtocol,
+    "Experts": Experts,
+    "MatchExperts": MatchExperts,
+    "RealImages": RealImages,
     "SyntheticDataset": SyntheticDataset,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,
@@ -39,8 +48,13 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "FlipOrRotate": augmentation.FlipOrRotate,
     "DSA": augmentation.DSA,
     "ConvNet": networks.ConvNet,
+    "ResNet18": networks.ResNet18,
+    "VGG11": networks.VGG11,
+    "AlexNet": networks.AlexNet,
+    "ViT": networks.ViT,
     "Full": bilevel.truncation.Full,
     "Last": bilevel.truncation.Last,
+    "MinimumDistance": bilevel.truncation.MinimumDistance,
     "RandomWindow": bilevel.truncation.RandomWindow,
     "StageAware": bilevel.truncation.StageAware,
     "ByMetric": bilevel.truncation.ByMetric,
@@ -68,6 +82,26 @@ for _name, _target in CONFIGURABLES.items():
 
 #: Parameters that the named files and bindings set themselves, not those they include.
 _set_by_user: set[str] = set()
+
+
+def network(name: str, experiment: Experiment) -> nn.Module:
+    """A network by its class's name, as configured, for the images of an experiment.
+
+    Raises:
+        ConfigError: There is none of that name, or it cannot take these images.
+    """
+    classes = {
+        name: target
+        for name, target in CONFIGURABLES.items()
+        if isinstance(target, type) and issubclass(target, nn.Module)
+    }
+    if name not in classes:
+        raise ConfigError(f"there is no architecture {name!r}{_nearest(name, list(classes))}")
+    try:
+        made: nn.Module = gin.get_configurable(name)(**experiment.image_format)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(one_line(error)) from error
+    return made
 
 
 class ConfigError(Exception):

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bilevel
 from bilevel.distributed import AveragedHypergradient, gather, rank, world_size
 from bilevel.tree import to_device
 from dd.augmentation import Augmentation
 from dd.checkpoint import TrainingState
-from dd.data.prepared import PreparedData, RealBatches
+from dd.data.prepared import PreparedData
 from dd.distilled_set import DistilledSet
 from dd.evaluation import Evaluator
 from dd.files import write_bytes
 from dd.monitor import Monitor
+from dd.objectives import HELD_OUT
 from dd.pictures import png
-from dd.problems import MetaLoss
 from dd.progress import Progress, StopRequest
 from dd.synthetic import SyntheticDataset
 
@@ -32,12 +32,11 @@ if TYPE_CHECKING:
 MOST_SKIPPED = 10
 #: Wall clock between two checkpoints.
 CHECKPOINT_SECONDS = 60.0
-#: What a truncation schedule may ask to be told after every outer step.
-METRICS = ("loss", "accuracy", "held_out_accuracy", "progress")
 #: Names in a run's folder.
 CHECKPOINT = "checkpoint.safetensors"
 DISTILLED = "distilled.safetensors"
 PICTURE = "distilled.png"
+AVERAGE = Path("snapshots") / "average.safetensors"
 
 
 @final
@@ -54,6 +53,7 @@ class Job:
     key: bilevel.Key
     device: torch.device
     provenance: dict[str, Any]
+    description: dict[str, Any]
 
 
 @final
@@ -75,16 +75,10 @@ class Distillation:
         settings.precision.set_global_flags()
         self.job = job
         self.state = state
-        self.problem = MetaLoss(
-            job.network,
-            job.synthetic,
-            job.augmentation,
-            job.device,
-            settings.alignment,
-            settings.precision,
-        )
+        self.key = job.key.fold("process", rank()) if rank() else job.key
+        self.goal = settings.objective.prepare(settings, job, self.key)
         self.hypergradient = bilevel.Hypergradient(
-            self.problem,
+            self.goal.problem,
             optimizer=settings.optimizer,
             steps=settings.inner_steps,
             truncation=state.truncation,
@@ -95,18 +89,6 @@ class Distillation:
             compile=settings.compiles,
         )
         self.averaged = AveragedHypergradient(self.hypergradient)
-        self.key = job.key.fold("process", rank()) if rank() else job.key
-        self.real = RealBatches(
-            job.data.train_images,
-            job.data.train_labels,
-            settings.real_batch,
-            job.augmentation,
-            self.key.fold("real"),
-        )
-        # Drawn, as a dataset may be ordered by class; fixed, so that a gain is not one of the draw.
-        self.held_out = torch.randperm(
-            len(job.data.validation_labels), generator=job.key.generator("held_out")
-        )[: settings.held_out_batch].to(job.device)
 
     def run(self, stop: StopRequest, config_text: str) -> None:
         """Go on until all is done or `stop` is requested; the files are then up to date.
@@ -185,30 +167,27 @@ class Distillation:
         state, job = self.state, self.job
         began = time.perf_counter()
         state.optimizer.zero_grad()
-        images, labels = self.real.at(state.step)
-        pieces = [part.split(self.settings.real_micro_batch) for part in (images, labels)]
-        batches = bilevel.MicroBatches(
-            list(zip(*pieces, strict=True)), [len(part) / len(labels) for part in pieces[1]]
-        )
+        given, outer_batch = self.goal.inputs(state.step)
         result = self.averaged.backward(
-            state.outer, batches, self.key.generator("outer", state.step)
+            {**state.outer, **given}, outer_batch, self.key.generator("outer", state.step)
         )
         bound = None if state.clip is None else state.clip([state.outer["images"]])[1]
         state.optimizer.step()
         job.synthetic.constrain_(state.outer)
-        loss, accuracy = float(result.loss), float(result.metrics["accuracy"])
-        held_out = {}
-        if "held_out_accuracy" in state.truncation.metrics:
-            held_out = {"held_out_accuracy": self._held_out_accuracy(result.params)}
+        if state.average is not None and self.settings.average_decay is not None:
+            state.average.lerp_(state.outer["images"].detach(), 1 - self.settings.average_decay)
+        metrics = {name: float(value) for name, value in result.metrics.items()}
+        if HELD_OUT in state.truncation.metrics:
+            metrics[HELD_OUT] = self.goal.held_out_accuracy(result.params, state.outer)
         seconds = time.perf_counter() - began
         state.step += 1
         state.seconds += seconds
         share = self.settings.progress(state)
-        news = state.truncation.update(
-            {"loss": loss, "accuracy": accuracy, **held_out, "progress": share}
-        )
+        news = state.truncation.update({"loss": float(result.loss), **metrics, "progress": share})
         monitor.outer_step(state.step, result, bound, seconds)
-        monitor.scalars(state.step, {f"outer/{name}": value for name, value in held_out.items()})
+        monitor.scalars(state.step, self.goal.report(result))
+        if HELD_OUT in metrics:
+            monitor.scalars(state.step, {f"outer/{HELD_OUT}": metrics[HELD_OUT]})
         monitor.schedule(
             state.step,
             {
@@ -217,16 +196,9 @@ class Distillation:
             },
             profiles=state.step % self.settings.image_every == 0,
         )
-        progress.update(state.step, state.seconds, loss, accuracy)
+        progress.update(state.step, state.seconds, float(result.loss), metrics)
         if news is not None:
             progress.say(f"outer step {state.step}: {news}")
-
-    @torch.no_grad()
-    def _held_out_accuracy(self, params: Any) -> float:
-        """The accuracy of the network at θ_stop on the fixed batch of the validation split."""
-        data = self.job.data
-        batch = data.validation_images[self.held_out], data.validation_labels[self.held_out]
-        return float(self.problem.outer_loss(params, self.state.outer, batch)[1]["accuracy"])
 
     def _follow_the_first(self) -> None:
         """Take over the first process's clock and the state of its schedule."""
@@ -238,20 +210,24 @@ class Distillation:
 
     def _validate(self, monitor: Monitor) -> None:
         state, job = self.state, self.job
-        accuracy = job.evaluator.validation(
-            job.synthetic.images(state.outer),
-            job.synthetic.labels(state.outer),
-            job.network,
-            job.data,
-            job.key.fold("validation", state.step),
-        )
-        if state.best_accuracy is None or accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_step = accuracy, state.step
-            self._keep()
-        monitor.scalars(
-            state.step,
-            {"validation/accuracy": accuracy, "validation/best_accuracy": state.best_accuracy},
-        )
+        candidates = {"validation/accuracy": state.outer["images"]}
+        if state.average is not None:
+            candidates["validation/accuracy_of_average"] = state.average
+        found = {}
+        for name, images in candidates.items():
+            found[name] = job.evaluator.validation(
+                self._composed(images),
+                job.synthetic.labels(state.outer),
+                job.network,
+                job.data,
+                job.key.fold("validation" if name == "validation/accuracy" else name, state.step),
+                self.settings.objective.provenance(state.outer).get("learning_rate"),
+            )
+            if state.best_accuracy is None or found[name] > state.best_accuracy:
+                state.best_accuracy, state.best_step = found[name], state.step
+                self._keep(images)
+        assert state.best_accuracy is not None, "there is at least one candidate"
+        monitor.scalars(state.step, {**found, "validation/best_accuracy": state.best_accuracy})
 
     def _save(self) -> None:
         if rank():
@@ -259,11 +235,13 @@ class Distillation:
         self.state.save(self.job.folder / CHECKPOINT)
         if self.state.best_accuracy is None:
             self._keep()
+        if self.state.average is not None:
+            self._distilled_set(self.state.average).save(self.job.folder / AVERAGE)
 
-    def _keep(self) -> None:
+    def _keep(self, images: Tensor | None = None) -> None:
         if rank():
             return
-        kept = self._distilled_set()
+        kept = self._distilled_set(images)
         kept.save(self.job.folder / DISTILLED)
         picture = png(kept.pixels(), self.job.synthetic.images_per_class)
         write_bytes(self.job.folder / PICTURE, picture)
@@ -274,12 +252,22 @@ class Distillation:
         pixels = self._distilled_set().pixels()
         monitor.images(self.state.step, pixels, self.job.synthetic.images_per_class)
 
-    def _distilled_set(self) -> DistilledSet:
+    def _composed(self, images: Tensor) -> Tensor:
+        """Whole images of learned ones, which may be in patches."""
+        return self.job.synthetic.images({**self.state.outer, "images": images}).detach()
+
+    def _distilled_set(self, images: Tensor | None = None) -> DistilledSet:
+        """The set as it is now, or with other images for its own."""
         state, job = self.state, self.job
         return DistilledSet(
-            images=job.synthetic.images(state.outer).detach(),
+            images=self._composed(state.outer["images"] if images is None else images),
             labels=job.synthetic.labels(state.outer).detach(),
             transform=job.data.transform,
             class_names=job.data.class_names,
-            provenance={**job.provenance, "outer_step": state.step, "seconds": state.seconds},
+            provenance={
+                **job.provenance,
+                **self.settings.objective.provenance(state.outer),
+                "outer_step": state.step,
+                "seconds": state.seconds,
+            },
         )

@@ -12,7 +12,8 @@ from bilevel import distributed
 from bilevel.clip import Clip
 from dd.checkpoint import TrainingState
 from dd.checks import check_choice, check_instance, check_integer, check_number
-from dd.distillation import CHECKPOINT, METRICS, Distillation, Job
+from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.objectives import Objective, RealImages
 from dd.precision import Precision
 from dd.problems import PrototypeAlignment
 from dd.progress import StopRequest
@@ -28,7 +29,9 @@ class Distiller:
             and evaluation are not counted.
         inner_steps: T, the length of a full inner run.
         truncation: Which inner steps are differentiated.
-        optimizer: The inner optimizer, a gradient transformation.
+        optimizer: The inner optimizer, a gradient transformation; or, if the objective learns its
+            rate, a function that makes one.
+        objective: What is minimised; default: `RealImages`.
         estimator: How they are differentiated; default: `Adjoint`.
         keep_every: Keep every k-th inner iterate and recompute the others: less memory, more time.
             Default: as many as fit in 96 MiB, or 1/64 of the GPU's memory.
@@ -43,9 +46,12 @@ class Distiller:
         real_micro_batch: How many of them are in memory with a graph at a time.
         held_out_batch: Images of the validation split, always the same, on which θ_stop is judged
             after every outer step if the truncation schedule asks for `held_out_accuracy`.
-        image_lr: Outer Adam's rate for the images.
-        label_lr: Outer Adam's rate for learned labels.
+        image_lr: The outer optimizer's rate for the images.
+        label_lr: The outer optimizer's rate for learned labels.
         alignment: A term of the outer loss beside the cross-entropy; default: none.
+        average_decay: Also keep an exponential moving average of the images, a ← d·a + (1 − d)·x.
+            It is validated beside them, on networks of its own, and kept where it is better; the
+            latest one is `snapshots/average.safetensors`. Default: none.
         clip: Clipping of the images' hypergradient; default: none.
         validate_every: Outer steps between looks at the validation accuracy; the best set seen is
             the one that is kept. 0: no looks, the last set is kept.
@@ -62,6 +68,7 @@ class Distiller:
         inner_steps: int,
         truncation: bilevel.truncation.Truncation,
         optimizer: Any,
+        objective: Objective | None = None,
         minutes: float | None = None,
         estimator: bilevel.estimators.Estimator | None = None,
         keep_every: int | None = None,
@@ -75,6 +82,7 @@ class Distiller:
         image_lr: float = 1e-3,
         label_lr: float = 1e-3,
         alignment: PrototypeAlignment | None = None,
+        average_decay: float | None = None,
         clip: Clip | None = None,
         validate_every: int = 0,
         image_every: int = 100,
@@ -109,10 +117,22 @@ class Distiller:
                 f"inner_steps={inner_steps}: {type(truncation).__name__} needs at least "
                 f"{truncation.minimum_steps}, the width of its window"
             )
+        if objective is not None:
+            check_instance("objective", objective, Objective, "@MatchExperts() with ()")
+        self.objective = RealImages() if objective is None else objective
         for metric in truncation.metrics:
-            check_choice(f"the metric of {type(truncation).__name__}", metric, METRICS)
-        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            check_choice(
+                f"the metric of {type(truncation).__name__}", metric, self.objective.metrics
+            )
+        is_made = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+        if self.objective.learns_rate and (is_made or not callable(optimizer)):
+            raise ValueError(f"optimizer={optimizer!r}: its rate is learned, so write @sgd, no ()")
+        if not self.objective.learns_rate and not is_made:
             raise ValueError(f"optimizer={optimizer!r}: write for example @adam() with ()")
+        if average_decay is not None:
+            check_number("average_decay", average_decay, above=0)
+            if average_decay >= 1:
+                raise ValueError(f"average_decay={average_decay}: it must be below 1")
         if estimator is not None:
             check_instance(
                 "estimator", estimator, bilevel.estimators.Estimator, "@Adjoint() with ()"
@@ -144,6 +164,7 @@ class Distiller:
         self.image_lr = image_lr
         self.label_lr = label_lr
         self.alignment = alignment
+        self.average_decay = average_decay
         self.clip = clip
         self.validate_every = validate_every
         self.image_every = image_every
@@ -209,14 +230,14 @@ class Distiller:
             job.data.num_classes,
             job.key.generator("synthetic"),
         )
+        outer |= self.objective.variables(job.device)
         rates = {"images": self.image_lr, "labels": self.label_lr}
-        optimizer = torch.optim.Adam(
-            [{"params": [value], "lr": rates[name]} for name, value in outer.items()]
-        )
+        average = None if self.average_decay is None else outer["images"].detach().clone()
         return TrainingState(
             outer,
-            optimizer,
+            self.objective.optimizer(outer, rates),
             copy.deepcopy(self.clip),
             copy.deepcopy(self.truncation),
+            average,
             processes=distributed.world_size(),
         )

@@ -6,15 +6,18 @@ from pathlib import Path
 
 from dd import config
 from dd.cli import add_gin_arguments, fail, print_results, run
+from dd.comparison import comparison_plot, comparison_table, load_results
 from dd.distillation import DISTILLED
 from dd.experiment import CONFIG, RESULTS, TRAINING_SETS
-from dd.files import DamagedFileError
+from dd.files import DamagedFileError, write_bytes
+from dd.foreign_set import PIXELS, TRANSFORMED
 from dd.memory import keep_freed_memory
 from dd.processes import one_first
 
 #: Parameters that change neither the split of the data nor the set.
 CHANGEABLE = (
     "Evaluator.",
+    "DCProtocol.",
     "FlipOrRotate",
     "DSA",
     "Experiment.device",
@@ -36,6 +39,10 @@ examples:
   python -m dd.evaluate runs/cpu
   python -m dd.evaluate runs/cpu --set=runs/cpu/snapshots/5_minutes.safetensors --only=distilled
   python -m dd.evaluate runs/cpu --gin_param='Evaluator.networks = 20'
+  python -m dd.evaluate runs/cpu --gin_param='Evaluator.protocol = @DCProtocol()'
+  python -m dd.evaluate runs/cpu --architectures=ResNet18,VGG11,AlexNet,ViT
+  python -m dd.evaluate runs/cpu --set=theirs.pt --values=transformed
+  python -m dd.evaluate runs/mtt --compare=runs/att --plot=mtt_att.png
 
 Every choice is made on the validation split of the training data; the test set is used once.
 """
@@ -52,7 +59,40 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="what python -m dd.train wrote")
     parser.add_argument(
-        "--set", metavar="FILE", help="evaluate this set of the run (default: its final one)"
+        "--set",
+        metavar="FILE",
+        help="evaluate this set of the run (default: its final one); or a set that others made: "
+        "tensors in a .pt file, or a folder of images",
+    )
+    parser.add_argument(
+        "--values",
+        choices=(PIXELS, TRANSFORMED),
+        default=PIXELS,
+        help="what the tensors in a .pt file are: pixels in [0, 1], to which the run's transform "
+        "is applied (default), or already transformed",
+    )
+    parser.add_argument(
+        "--architectures",
+        metavar="NAME,…",
+        default="",
+        help="also judge the set by these networks, such as ResNet18,VGG11,AlexNet,ViT",
+    )
+    parser.add_argument(
+        "--hard_labels", action="store_true", help="replace soft labels by their largest entry"
+    )
+    parser.add_argument("--scores", action="store_true", help="also give DD-Ranking's two scores")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="RUN_DIR",
+        help="do not evaluate: one table of what was measured in RUN_DIR and these runs",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        default="comparison.png",
+        help="the picture that --compare draws (default: comparison.png)",
     )
     parser.add_argument(
         "--json",
@@ -70,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     keep_freed_memory()
     folder = Path(options.run_dir)
+    if options.compare:
+        return _compare([folder, *map(Path, options.compare)], Path(options.plot))
     configuration = folder / CONFIG
     if not configuration.is_file():
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
@@ -87,14 +129,30 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the set was distilled with another configuration ({'; '.join(changed)}), so "
                 "test images could have been trained on: change only Evaluator's parameters"
             )
+        names = [name for name in options.architectures.split(",") if name]
         results = experiment.evaluate(
             chosen,
             Path(options.json) if options.json else folder / name,
             options.only or TRAINING_SETS,
+            values=options.values,
+            architectures={name: config.network(name, experiment) for name in names},
+            hard_labels=options.hard_labels,
+            scores=options.scores,
         )
     except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
         return fail(str(error))
     print_results(results)
+    return 0
+
+
+def _compare(folders: list[Path], plot: Path) -> int:
+    try:
+        runs = load_results(folders)
+    except (DamagedFileError, OSError) as error:
+        return fail(str(error))
+    print(comparison_table(runs))
+    write_bytes(plot, comparison_plot(runs))
+    print(f"\npicture: {plot}")
     return 0
 
 

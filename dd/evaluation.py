@@ -1,5 +1,6 @@
 """How good a training set is: fresh networks trained on it, judged on held-out images."""
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from tqdm import tqdm
 
 from bilevel import Key, fresh_parameters
 from bilevel.distributed import rank
-from dd.augmentation import Augmentation, FlipOrRotate
+from dd.augmentation import Augmentation, NoAugmentation
 from dd.checks import check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData
 from dd.data.stored_images import Images
 from dd.processes import collected, own_share
+from dd.protocols import BPTTProtocol, Protocol
 from dd.synthetic import random_subset
 
 #: A function from the key of one network to the (images, labels) it is trained on.
@@ -60,7 +62,7 @@ class Accuracy:
 
 @final
 class Evaluator:
-    """The `bptt` protocol: Adam at a constant rate, flip or rotate, the best number of steps.
+    """Trains networks by a protocol, and judges them.
 
     Networks are trained from fresh initialisations on the whole small set (mini-batches beyond
     `batch_size`). Their accuracy on the *validation* part is measured after each number in
@@ -70,19 +72,19 @@ class Evaluator:
     Args:
         networks: How many networks each training set is given.
         steps: Numbers of training steps to choose from.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate in the default protocol.
         batch_size: Images in a training step.
         full_data_networks: Networks trained on all training images; 0 leaves that out.
         full_data_steps: Numbers of training steps for these.
         validation_networks: Networks for each look during distillation.
         validation_steps: Training steps of these.
-        augmentation: Of the training images.
+        augmentation: Of the training images; default: the protocol's.
+        protocol: What optimizes the networks, and for how long; default: `bptt`, Adam at a constant
+            rate with flip or rotate.
 
     Raises:
         ValueError: An argument outside its range.
     """
-
-    protocol = "bptt"
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class Evaluator:
         validation_networks: int = 2,
         validation_steps: int = 300,
         augmentation: Augmentation | None = None,
+        protocol: Protocol | None = None,
     ) -> None:
         for name, value, minimum in (
             ("networks", networks, 1),
@@ -112,23 +115,47 @@ class Evaluator:
         check_number("lr", lr, above=0)
         if augmentation is not None:
             check_instance("augmentation", augmentation, Augmentation, "@FlipOrRotate() with ()")
+        if protocol is not None:
+            check_instance("protocol", protocol, Protocol, "@DCProtocol() with ()")
+        self.protocol = BPTTProtocol(lr) if protocol is None else protocol
         self.networks = networks
         self.steps = sorted(set(steps))
-        self.lr = lr
         self.batch_size = batch_size
         self.full_data_networks = full_data_networks
         self.full_data_steps = sorted(set(full_data_steps))
         self.validation_networks = validation_networks
         self.validation_steps = validation_steps
-        self.augmentation = FlipOrRotate() if augmentation is None else augmentation
+        self.augmentation = self.protocol.augmentation if augmentation is None else augmentation
+
+    def without_augmentation(self) -> "Evaluator":
+        """The same evaluator, but for its augmentation."""
+        other = copy.copy(self)
+        other.augmentation = NoAugmentation()
+        return other
 
     def distilled(
-        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+        self,
+        images: Tensor,
+        labels: Tensor,
+        network: nn.Module,
+        data: PreparedData,
+        key: Key,
+        rate: float | None = None,
     ) -> Accuracy:
-        """Test accuracy of networks trained on one given set, hard or soft labels."""
+        """Test accuracy of networks trained on one given set, hard or soft labels.
+
+        `rate` is the learning rate that was learned with the set, which `dc` trains at.
+        """
         given = images.detach(), labels.detach()
         return self._measure(
-            "distilled", lambda _: given, network, data, key, self.networks, self.steps
+            "distilled",
+            lambda _: given,
+            network,
+            data,
+            key,
+            self.networks,
+            self.protocol.steps(self.steps, len(images), self.batch_size),
+            rate,
         )
 
     def random_real(
@@ -141,7 +168,9 @@ class Evaluator:
             chosen = random_subset(data.train_labels, images_per_class, data.num_classes, generator)
             return data.train_images[chosen], data.train_labels[chosen]
 
-        return self._measure("random real", draw, network, data, key, self.networks, self.steps)
+        size = images_per_class * data.num_classes
+        steps = self.protocol.steps(self.steps, size, self.batch_size)
+        return self._measure("random real", draw, network, data, key, self.networks, steps)
 
     def full_data(self, network: nn.Module, data: PreparedData, key: Key) -> Accuracy | None:
         """Test accuracy with all training images; None if that was turned off."""
@@ -159,14 +188,20 @@ class Evaluator:
         )
 
     def validation(
-        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+        self,
+        images: Tensor,
+        labels: Tensor,
+        network: nn.Module,
+        data: PreparedData,
+        key: Key,
+        rate: float | None = None,
     ) -> float:
         """Mean accuracy on the validation part after `validation_steps`; never the test set."""
         images, labels = images.detach(), labels.detach()
         accuracies = {}
         for index in own_share(self.validation_networks):
             trained = self._train(
-                images, labels, network, key.fold("network", index), [self.validation_steps]
+                images, labels, network, key.fold("network", index), [self.validation_steps], rate
             )
             accuracies[index] = _accuracy(
                 network, trained[0], data.validation_images, data.validation_labels
@@ -183,6 +218,7 @@ class Evaluator:
         key: Key,
         networks: int,
         steps: Sequence[int],
+        rate: float | None = None,
     ) -> Accuracy:
         trained, validated = {}, {}
         share = tqdm(
@@ -190,7 +226,7 @@ class Evaluator:
         )
         for index in share:
             network_key = key.fold(name, index)
-            stages = self._train(*training_set(network_key), network, network_key, steps)
+            stages = self._train(*training_set(network_key), network, network_key, steps, rate)
             trained[index] = stages
             validated[index] = torch.tensor(
                 [
@@ -206,12 +242,18 @@ class Evaluator:
         return Accuracy(tuple(collected(values)), steps[chosen])
 
     def _train(
-        self, images: Images, labels: Tensor, network: nn.Module, key: Key, steps: Sequence[int]
+        self,
+        images: Images,
+        labels: Tensor,
+        network: nn.Module,
+        key: Key,
+        steps: Sequence[int],
+        rate: float | None = None,
     ) -> list[dict[str, Tensor]]:
         """The parameters after each number in `steps` of training on (images, labels)."""
         params = fresh_parameters(network, key.generator("init"), device=images.device)
         leaves = [value.requires_grad_() for value in params.values()]
-        optimizer = torch.optim.Adam(leaves, lr=self.lr)
+        optimizer, schedule = self.protocol.optimizer(leaves, max(steps), rate)
         generator = key.generator("batches")
         stages = []
         for step in range(1, max(steps) + 1):
@@ -225,6 +267,8 @@ class Evaluator:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if schedule is not None:
+                schedule.step()
             if step in steps:
                 stages.append({k: value.detach().clone() for k, value in params.items()})
         return stages

@@ -3,7 +3,8 @@
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -20,9 +21,12 @@ from dd.distillation import DISTILLED, Job
 from dd.distilled_set import DistilledSet
 from dd.distiller import Distiller
 from dd.evaluation import Accuracy, Evaluator
+from dd.expert_buffer import describe
 from dd.files import write_json, write_text
+from dd.foreign_set import TRANSFORMED, load_foreign_set
 from dd.processes import own_cuda_device
 from dd.progress import StopRequest
+from dd.ranking import augmentation_robust_score, label_robust_score
 from dd.synthetic import SyntheticDataset
 
 RESULTS = "results.json"
@@ -93,9 +97,13 @@ class Experiment:
         channels, height, width = dataset.image_shape
         if height != width:
             raise ValueError(f"dataset: its images are {height}×{width}; they must be square")
-        self.network = network(
-            num_classes=dataset.num_classes, channels=channels, image_size=height
-        )
+        #: What a network is made for.
+        self.image_format = {
+            "num_classes": dataset.num_classes,
+            "channels": channels,
+            "image_size": height,
+        }
+        self.network = network(**self.image_format)
         if distiller.alignment is not None:
             distiller.alignment.check(self.network, dataset.image_shape, synthetic.patches_per_side)
         # On the CPU, so that a seed means the same on every device.
@@ -113,6 +121,17 @@ class Experiment:
                 f"the dataset cannot be prepared with validation_fraction="
                 f"{self.validation_fraction} and this transform: {error}"
             ) from error
+
+    def describe(self, data: PreparedData) -> dict[str, Any]:
+        """What expert networks must agree with this experiment in."""
+        return describe(
+            self.network,
+            data.transform,
+            self.dataset.name,
+            self.dataset.image_shape,
+            self.seed,
+            self.validation_fraction,
+        )
 
     def train(
         self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
@@ -141,6 +160,7 @@ class Experiment:
             key=self.key,
             device=self.device,
             provenance=provenance,
+            description=self.describe(data),
         )
         try:
             state = self.distiller.distil(job, stop, config_text, begin)
@@ -158,24 +178,55 @@ class Experiment:
         return results
 
     def evaluate(
-        self, set_path: Path, results_path: Path, training_sets: Sequence[str] = TRAINING_SETS
+        self,
+        set_path: Path,
+        results_path: Path,
+        training_sets: Sequence[str] = TRAINING_SETS,
+        *,
+        values: str = TRANSFORMED,
+        architectures: Mapping[str, nn.Module] | None = None,
+        hard_labels: bool = False,
+        scores: bool = False,
     ) -> dict[str, Any]:
         """Evaluate a distilled set with its own transform; returns and writes the results.
 
-        Of `TRAINING_SETS` only those in `training_sets` are measured.
+        Args:
+            set_path: A set of ours, or whatever `load_foreign_set` reads, for which the transform
+                is fitted anew.
+            results_path: Where the results go.
+            training_sets: Of `TRAINING_SETS` only these are measured.
+            values: What a foreign set's images are: "pixels" or "transformed".
+            architectures: Further networks to judge the same set by.
+            hard_labels: Replace soft labels by their largest entry.
+            scores: Also measure what DD-Ranking's scores need, and give them.
+
+        Raises:
+            ValueError: The set is not for this dataset, or the scores lack the full data.
         """
-        distilled = DistilledSet.load(set_path)
+        if scores and not self.evaluator.full_data_networks:
+            raise ValueError("the scores need Evaluator.full_data_networks of at least 1; it is 0")
+        data = None
+        if set_path.suffix == ".safetensors":
+            distilled = DistilledSet.load(set_path)
+        else:
+            data = self.prepare()
+            distilled = load_foreign_set(set_path, self.dataset, data.transform.to("cpu"), values)
         if distilled.class_names != self.dataset.class_names:
             raise ValueError(
                 f"{set_path} has {len(distilled.class_names)} classes "
                 f"{list(distilled.class_names)[:3]} …; the dataset {self.dataset.name} has others"
             )
+        if hard_labels and distilled.labels.is_floating_point():
+            distilled = replace(distilled, labels=distilled.labels.argmax(dim=1))
         results = self._empty_results()
+        results["images_per_class"] = len(distilled.images) // self.dataset.num_classes
         results["wall_clock_seconds"]["distilling"] = distilled.provenance.get("seconds")
         results["outer_steps"] = distilled.provenance.get("outer_step")
         results["distilled_set"] = {"file": set_path.name, **distilled.provenance}
-        data = self.prepare(distilled.transform)
-        return self._evaluate(distilled, data, results, results_path, training_sets)
+        data = self.prepare(distilled.transform) if data is None else data
+        return self._evaluate(
+            distilled, data, results, results_path, training_sets, architectures or {}, scores
+        )
 
     def _evaluate(
         self,
@@ -184,27 +235,67 @@ class Experiment:
         results: dict[str, Any],
         results_path: Path,
         training_sets: Sequence[str] = TRAINING_SETS,
+        architectures: Mapping[str, nn.Module] | None = None,
+        scores: bool = False,
     ) -> dict[str, Any]:
         began = time.perf_counter()
         key = self.key.fold("evaluation")
         images, labels = distilled.images.to(self.device), distilled.labels.to(self.device)
-        measurements: dict[str, Callable[[], Accuracy | None]] = {
-            "random_real": lambda: self.evaluator.random_real(
-                len(images) // data.num_classes, self.network, data, key
-            ),
-            "distilled": lambda: self.evaluator.distilled(images, labels, self.network, data, key),
-            "full_data": lambda: self.evaluator.full_data(self.network, data, key),
-        }
-        for name in TRAINING_SETS:
-            if name not in training_sets:
-                continue
-            accuracy = measurements[name]()
-            results["accuracy"][name] = None if accuracy is None else accuracy.as_dict()
+        rate = distilled.provenance.get("learning_rate")
+
+        def measure(
+            name: str, network: nn.Module, evaluator: Evaluator, labels: torch.Tensor
+        ) -> Accuracy | None:
+            if name == "random_real":
+                per_class = len(images) // data.num_classes
+                return evaluator.random_real(per_class, network, data, key)
+            if name == "distilled":
+                return evaluator.distilled(images, labels, network, data, key, rate)
+            return evaluator.full_data(network, data, key)
+
+        def write(status: str) -> None:
+            results["status"] = status
             results["wall_clock_seconds"]["evaluating"] = time.perf_counter() - began
-            _write(results_path, {**results, "status": "evaluating"})
-        results["status"] = "complete"
-        _write(results_path, results)
+            _write(results_path, results)
+
+        for name in TRAINING_SETS:
+            if name in training_sets:
+                accuracy = measure(name, self.network, self.evaluator, labels)
+                results["accuracy"][name] = None if accuracy is None else accuracy.as_dict()
+                write("evaluating")
+        for architecture, network in (architectures or {}).items():
+            results["architectures"][architecture] = across = {}
+            for name in TRAINING_SETS[:2]:
+                if name in training_sets:
+                    accuracy = measure(name, network, self.evaluator, labels)
+                    across[name] = None if accuracy is None else accuracy.as_dict()
+                    write("evaluating")
+        if scores:
+            results["scores"] = self._scores(measure, labels)
+        write("complete")
         return results
+
+    def _scores(
+        self, measure: Callable[..., Accuracy | None], labels: torch.Tensor
+    ) -> dict[str, float]:
+        """DD-Ranking's scores of a set, from accuracies measured here, with the same networks."""
+        hard = labels.argmax(dim=1) if labels.is_floating_point() else labels
+        plain = self.evaluator.without_augmentation()
+
+        def mean(name: str, evaluator: Evaluator, labels: torch.Tensor = labels) -> float:
+            accuracy = measure(name, self.network, evaluator, labels)
+            assert accuracy is not None, "full_data_networks was checked"
+            return accuracy.mean
+
+        distilled, random_real = (mean(n, self.evaluator) for n in ("distilled", "random_real"))
+        real = mean("full_data", self.evaluator)
+        of_hard = mean("distilled", self.evaluator, hard) if hard is not labels else distilled
+        return {
+            "label_robust": label_robust_score(real, of_hard, distilled, random_real),
+            "augmentation_robust": augmentation_robust_score(
+                distilled, random_real, mean("distilled", plain), mean("random_real", plain)
+            ),
+        }
 
     def _empty_results(self) -> dict[str, Any]:
         return {
@@ -212,7 +303,10 @@ class Experiment:
             "dataset": self.dataset.name,
             "images_per_class": self.synthetic.images_per_class,
             "accuracy": dict.fromkeys(TRAINING_SETS),
-            "protocol": self.evaluator.protocol,
+            "network": type(self.network).__name__,
+            "architectures": {},
+            "scores": None,
+            "protocol": self.evaluator.protocol.name,
             "selection": "validation split of the training data; test set used once",
             "seed": self.seed,
             "outer_steps": None,

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_bytes(path, save(plain, {"dd": json.dumps(dict(metadata))}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote, on the CPU.
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A memory-mapped safetensors file that `write_tensors` wrote, and its metadata.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -76,8 +77,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = json.loads((file.metadata() or {})["dd"])
             if not isinstance(metadata, dict):
                 raise KeyError("its metadata is no table")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            yield file, metadata
     except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
         raise DamagedFileError(
             f"{path} is damaged or was not written by this program: {error}"
         ) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote, on the CPU; errors as of `open_tensors`."""
+    with open_tensors(path) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118

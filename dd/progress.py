@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -48,13 +48,17 @@ class Progress:
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed} < {remaining}{postfix}]",
         )
 
-    def update(self, step: int, seconds: float, loss: float, accuracy: float) -> None:
+    def update(self, step: int, seconds: float, loss: float, metrics: Mapping[str, float]) -> None:
         """Show the state after `step` outer steps and `seconds` of work."""
         done, spent = step - self._first[0], seconds - self._first[1]
         rate = done / spent if spent else 0.0
         speed = f"{rate:.2f} steps/s" if rate >= 1 or not rate else f"{1 / rate:.2f} s/step"
+        shown = ", ".join(
+            f"accuracy {100 * value:.1f} %" if name == "accuracy" else f"{name} {value:.3g}"
+            for name, value in metrics.items()
+        )
         self._bar.set_postfix_str(
-            f"step {step}, loss {loss:.3f}, accuracy {100 * accuracy:.1f} %, {speed}",
+            f"step {step}, loss {loss:.3f}, {shown}, {speed}",
             refresh=False,
         )
         target = min(int(seconds), int(self._bar.total)) if self._by_time else step

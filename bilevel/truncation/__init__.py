@@ -22,6 +22,7 @@ from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.effective_steps import EffectiveSteps
 from bilevel.truncation.full import Full
 from bilevel.truncation.last import Last
+from bilevel.truncation.minimum_distance import MinimumDistance
 from bilevel.truncation.policy import WithinTrajectoryPolicy
 from bilevel.truncation.random import RandomWindow
 from bilevel.truncation.softmax import Softmax
@@ -34,6 +35,7 @@ __all__ = [
     "EffectiveSteps",
     "Full",
     "Last",
+    "MinimumDistance",
     "RandomWindow",
     "Softmax",
     "Stage",

@@ -1,5 +1,9 @@
 """The networks that are distilled on and evaluated with."""
 
+from dd.networks.alexnet import AlexNet
 from dd.networks.convnet import ConvNet
+from dd.networks.resnet import ResNet18
+from dd.networks.vgg import VGG11
+from dd.networks.vit import ViT
 
-__all__ = ["ConvNet"]
+__all__ = ["VGG11", "AlexNet", "ConvNet", "ResNet18", "ViT"]

@@ -13,7 +13,7 @@ DIGITS = str(GIN / "digits.gin")
 SMALL = ["Experiment.dataset = @digits()", "ConvNet.depth = 1", "ConvNet.width = 8"]
 
 each_shipped_file = pytest.mark.parametrize(
-    "path", sorted(GIN.glob("*.gin")), ids=lambda path: path.name
+    "path", sorted(GIN.rglob("*.gin")), ids=lambda path: str(path.relative_to(GIN))
 )
 
 
@@ -41,7 +41,8 @@ def test_shipped_files_build(path: Path) -> None:
 @each_shipped_file
 def test_shipped_files_set_nothing_without_effect(path: Path) -> None:
     config.load([str(path)], SMALL)
-    assert config.unused() == []
+    # The dataset is another one here, so what a file says of its own has no effect.
+    assert [name for name in config.unused() if not name.startswith("image_folder.")] == []
 
 
 @each_shipped_file

@@ -1,5 +1,7 @@
 """Networks: sizes, values, and the derivatives that distillation takes of them."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
-from dd.networks import ConvNet
+from bilevel import fresh_parameters, refuse_running_statistics
+from dd.networks import VGG11, AlexNet, ConvNet, ResNet18, ViT
 
 Parameters = dict[str, Tensor]
 
@@ -137,3 +140,67 @@ def test_vmap_over_parameters(network: ConvNet, images: Tensor) -> None:
         one = grad(lambda p: loss(network, p, images))({k: v[index] for k, v in several.items()})
         batched = {name: value[index] for name, value in gradients.items()}
         torch.testing.assert_close(batched, one, atol=1e-12, rtol=1e-10)
+
+
+# The networks that sets are judged across.
+
+OTHERS = {
+    "AlexNet": lambda **sizes: AlexNet(width=4, **sizes),
+    "VGG11": lambda **sizes: VGG11(width=2, **sizes),
+    "ResNet18": lambda **sizes: ResNet18(width=2, **sizes),
+    "ViT": lambda **sizes: ViT(width=8, depth=2, heads=2, **sizes),
+}
+each_other = pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+
+
+def test_the_parameter_counts_of_the_definitions() -> None:
+    """ResNet18 for CIFAR has 11,173,962, as its authors' form with batch normalisation has."""
+    assert parameter_count(ResNet18(10)) == 11_173_962
+    widths = (64, 128, 256, 256, 512, 512, 512, 512)
+    convolutions = sum(9 * a * b + 3 * b for a, b in zip((3, *widths), widths, strict=False))
+    assert parameter_count(VGG11(10)) == convolutions + 512 * 10 + 10
+    shapes = ((3, 128, 5), (128, 192, 5), (192, 256, 3), (256, 192, 3), (192, 192, 3))
+    convolutions = sum((a * k * k + 1) * b for a, b, k in shapes)
+    assert parameter_count(AlexNet(10)) == convolutions + 192 * 16 * 10 + 10
+
+
+@each_other
+@pytest.mark.parametrize(("channels", "size"), [(1, 32), (3, 64)])
+def test_logits_of_each_image_alone(make: Any, channels: int, size: int) -> None:
+    network = make(num_classes=5, channels=channels, image_size=size).double()
+    images = torch.randn(3, channels, size, size, dtype=torch.float64)
+    logits = network(images)
+    assert logits.shape == (3, 5)
+    alone = torch.cat([network(image[None]) for image in images])
+    torch.testing.assert_close(logits, alone, atol=1e-10, rtol=0.0)
+    refuse_running_statistics(network)
+
+
+@each_other
+def test_a_second_derivative_along_a_direction_is_that_of_differences(make: Any) -> None:
+    network = make(num_classes=3, channels=1, image_size=32).double()
+    parameters = fresh_parameters(network, torch.Generator().manual_seed(0))
+    images = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    direction = {name: torch.cos(value * 7 + 1) for name, value in parameters.items()}
+
+    def slope(parameters: Parameters) -> Tensor:
+        def loss(values: Parameters) -> Tensor:
+            return F.cross_entropy(functional_call(network, values, (images,)), torch.arange(2))
+
+        return vjp(grad(loss), parameters)[1](direction)[0]["classifier.weight"]
+
+    def gradient(distance: float) -> Tensor:
+        values = {n: v.detach() + distance * direction[n] for n, v in parameters.items()}
+        values = {name: value.requires_grad_() for name, value in values.items()}
+        loss = F.cross_entropy(functional_call(network, values, (images,)), torch.arange(2))
+        return torch.autograd.grad(loss, values["classifier.weight"])[0]
+
+    differences = (gradient(1e-6) - gradient(-1e-6)) / 2e-6
+    exact = slope(parameters)
+    assert float((exact - differences).norm()) < 1e-4 * float(exact.norm())
+
+
+@each_other
+def test_an_image_too_small_is_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="must"):
+        make(num_classes=3, image_size=3)

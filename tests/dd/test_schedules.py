@@ -89,6 +89,7 @@ def job(made: Experiment, folder: Path) -> Job:
         key=made.key,
         device=made.device,
         provenance={},
+        description=made.describe(prepared()),
     )
 
 
@@ -192,16 +193,15 @@ def test_the_held_out_accuracy_is_that_of_the_network_at_the_window_s_end(tmp_pa
     made = experiment(*BY_METRIC)
     work = job(made, tmp_path)
     run = Distillation(made.distiller, work, made.distiller._initial_state(work))
-    assert len(set(run.held_out.tolist())) == len(run.held_out) == 50
+    held_out = run.goal.held_out
+    assert len(set(held_out.tolist())) == len(held_out) == 50
     again = Distillation(made.distiller, work, made.distiller._initial_state(work))
-    assert torch.equal(run.held_out, again.held_out)
-    batch = run.real.at(0)
+    assert torch.equal(held_out, again.goal.held_out)
+    batch = run.goal.real.at(0)
     result = run.hypergradient(run.state.outer, batch, work.key.generator("outer", 0))
     distil(tmp_path, BY_METRIC, 1)
-    logits = functional_call(
-        made.network, result.params, (prepared().validation_images[run.held_out],)
-    )
-    right = logits.argmax(1) == prepared().validation_labels[run.held_out]
+    logits = functional_call(made.network, result.params, (prepared().validation_images[held_out],))
+    right = logits.argmax(1) == prepared().validation_labels[held_out]
     found = curve(events(tmp_path), "outer/held_out_accuracy")
     assert found == pytest.approx([float(right.float().mean())])
 
@@ -249,7 +249,7 @@ def test_the_loss_at_stop_is_that_of_the_last_differentiated_step(
     made = experiment(*bindings)
     work = job(made, tmp_path)
     run = Distillation(made.distiller, work, made.distiller._initial_state(work))
-    batch = run.real.at(0)
+    batch = run.goal.real.at(0)
     result = run.hypergradient(run.state.outer, batch, work.key.generator("outer", 0))
     assert result.window.stop < INNER_STEPS
     distil(tmp_path, bindings, 1)

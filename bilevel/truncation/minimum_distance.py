@@ -1,0 +1,63 @@
+"""Backpropagation up to the step that came nearest to a target."""
+
+from typing import Literal, final
+
+import torch
+
+from bilevel.errors import ConfigurationError
+from bilevel.trajectory import Trace, Window
+from bilevel.truncation.base import Truncation
+
+#: The signal that a problem has to record for each choice of distance.
+SIGNALS = {"l1": "l1_distance", "squared_l2": "squared_l2_distance"}
+
+
+@final
+class MinimumDistance(Truncation):
+    """ATT: window [0, N), where θ_N is the iterate nearest to a target.
+
+        N = argmin_{minimum ≤ t ≤ T} distance(θ_t, target)
+
+    Of equally near iterates the later one is taken, since it uses more of the outer variables. A
+    distance that is NaN counts as infinite. The problem has to supply the distance as a signal,
+    named `l1_distance` or `squared_l2_distance`, whose entry t − 1 is that of θ_t.
+
+    Args:
+        distance: "l1", Σᵢ|θᵢ − θ*ᵢ|, as the released code has it; or "squared_l2", as the paper.
+        minimum: The least window, ≥ 1: against collapsing to a few steps.
+
+    How the window depends on the outer variables is not differentiated. With an outer loss that is
+    a function of the same distance nothing is lost: where the minimum is unique, the result is the
+    gradient of the loss at the minimum over t.
+
+    Source: Liu et al., "Dataset Distillation by Automatic Training Trajectories", ECCV 2024, arXiv
+    2407.14245.
+
+    Raises:
+        ConfigurationError: An argument outside its range.
+    """
+
+    def __init__(self, distance: Literal["l1", "squared_l2"] = "l1", minimum: int = 1) -> None:
+        if distance not in SIGNALS:
+            raise ConfigurationError(f"distance={distance!r}: it must be 'l1' or 'squared_l2'")
+        if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 1:
+            raise ConfigurationError(f"minimum={minimum!r}: it must be an integer of at least 1")
+        self.distance = distance
+        self.minimum = minimum
+        self.signals = (SIGNALS[distance],)
+
+    @property
+    def minimum_steps(self) -> int:
+        return self.minimum
+
+    def horizon(self, steps: int, generator: torch.Generator) -> int:
+        return steps
+
+    def earliest_start(self, horizon: int) -> int:
+        return 0
+
+    def select(self, trace: Trace, generator: torch.Generator) -> Window:
+        distances = trace[self.signals[0]][self.minimum - 1 :]
+        distances = torch.where(distances.isnan(), torch.inf, distances)
+        nearest = (distances == distances.min()).nonzero().max()
+        return Window(0, self.minimum + int(nearest))

@@ -1,0 +1,84 @@
+"""Train expert networks for MTT and ATT: `python -m dd.experts --gin_file=…`."""
+
+import argparse
+import sys
+
+from bilevel import BilevelError
+from dd import config
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, run
+from dd.expert_buffer import ExpertWriter
+from dd.files import DamagedFileError
+from dd.memory import keep_freed_memory
+from dd.objectives import MatchExperts
+from dd.progress import stop_on_signal
+
+EPILOG = """\
+examples:
+  python -m dd.experts --gin_file=gin/cifar10_att_cpu.gin
+  python -m dd.experts --gin_file=gin/cifar10_att_cpu.gin --gin_param='Experts.count = 4'
+  python -m dd.experts --gin_file=gin/att/cifar10_1.gin \\
+      --gin_param="Experts.storage = 'bfloat16'"
+
+The same file then goes to python -m dd.train. Ctrl-C stops after the current snapshot; the same
+command goes on with the expert that was stopped.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dd.experts",
+        description="Train networks on the real images and keep their trajectories, which "
+        "trajectory matching (MTT, ATT) distils from.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_gin_arguments(parser, required=True)
+    options = parser.parse_args(arguments)
+    keep_freed_memory()
+    try:
+        experiment = config.load(options.gin_file, options.gin_param)
+        objective = experiment.distiller.objective
+        if not isinstance(objective, MatchExperts):
+            return fail(
+                "this configuration matches no experts: set "
+                "Distiller.objective = @MatchExperts(), as gin/cifar10_att_cpu.gin does"
+            )
+        print(f"preparing {experiment.dataset!r}", flush=True)
+        data = experiment.prepare()
+        print(f"writing to {objective.experts.folder}", flush=True)
+        with stop_on_signal() as stop:
+            writer = objective.experts.train(
+                data,
+                experiment.network,
+                experiment.key.fold("experts"),
+                experiment.describe(data),
+                stop,
+            )
+    except (config.ConfigError, BilevelError, DamagedFileError, OSError, ValueError) as error:
+        return fail(config.one_line(error))
+    if stop.requested:
+        print(f"stopped with {len(writer.done)} experts; to go on, repeat the command")
+        return INTERRUPTED
+    _print(writer)
+    return 0
+
+
+def _print(writer: ExpertWriter) -> None:
+    shards = writer.index["shards"]
+    size = sum((writer.folder / shard["file"]).stat().st_size for shard in shards)
+
+    def mean(name: str) -> float:
+        return float(sum(shard[name] for shard in shards) / len(shards))
+
+    print(f"\n{len(shards)} experts, {size / 1e6:.1f} MB in {writer.folder}")
+    print(f"validation accuracy  {100 * mean('validation_accuracy'):.1f} %")
+    print(
+        f"stored as {writer.index['training']['storage']}: "
+        f"{100 * mean('stored_validation_accuracy'):.1f} %, rounding error "
+        f"{mean('storage_error'):.1e} of the distance between snapshots"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

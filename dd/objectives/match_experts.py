@@ -1,0 +1,134 @@
+"""Trajectory matching: the objective of MTT and ATT."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, final
+
+import torch
+
+import bilevel
+from dd.checks import check_instance, check_integer, check_number
+from dd.expert_training import Experts
+from dd.objectives.base import Goal, Objective, Outer
+from dd.problems.trajectory_matching import TrajectoryMatching, learned_rate
+
+if TYPE_CHECKING:
+    from dd.distillation import Job
+    from dd.distiller import Distiller
+
+#: Over how many of the latest outer steps the fraction of mismatches is taken.
+MISMATCH_STEPS = 100
+
+
+@final
+class MatchExperts(Objective):
+    """End where an expert network went: MTT with the schedule `Full`, ATT with `MinimumDistance`.
+
+    Images, labels and the inner learning rate are learned by SGD with momentum.
+
+    Args:
+        experts: Whose trajectories; trained by `python -m dd.experts`.
+        max_start: A stretch starts at one of the first `max_start` snapshots.
+        target_after: N_T, how many snapshots later it ends.
+        rate: α₀, where the learned inner rate starts.
+        rate_lr: Its outer learning rate.
+        momentum: Of the outer SGD.
+        mismatch: γ. With `MinimumDistance`, an outer step counts as one that a fixed length would
+            have mismatched if distance(θ_{N_S}) > (1 + γ) · min_t distance(θ_t).
+
+    Sources: Cazenavette et al., arXiv 2203.11932; Liu et al., arXiv 2407.14245.
+
+    Raises:
+        ValueError: An argument outside its range, or a stretch that ends after the last snapshot.
+    """
+
+    learns_rate = True
+
+    def __init__(
+        self,
+        experts: Experts,
+        max_start: int,
+        target_after: int = 2,
+        rate: float = 1e-2,
+        rate_lr: float = 1e-5,
+        momentum: float = 0.5,
+        mismatch: float = 0.05,
+    ) -> None:
+        check_instance("experts", experts, Experts, "@Experts() with ()")
+        check_integer("max_start", max_start, 1)
+        check_integer("target_after", target_after, 1)
+        check_number("rate", rate, above=0)
+        check_number("rate_lr", rate_lr, above=0)
+        check_number("momentum", momentum, above=0)
+        check_number("mismatch", mismatch, minimum=0)
+        if momentum >= 1:
+            raise ValueError(f"momentum={momentum}: it must be below 1")
+        if max_start - 1 + target_after > experts.snapshots:
+            raise ValueError(
+                f"max_start={max_start}, target_after={target_after}: a stretch would end at "
+                f"snapshot {max_start - 1 + target_after}, but there are {experts.snapshots}"
+            )
+        self.experts = experts
+        self.max_start = max_start
+        self.target_after = target_after
+        self.rate = rate
+        self.rate_lr = rate_lr
+        self.momentum = momentum
+        self.mismatch = mismatch
+
+    def variables(self, device: torch.device) -> Outer:
+        return {"rate": torch.zeros((), device=device, requires_grad=True)}
+
+    def optimizer(self, outer: Outer, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        rates = {**rates, "rate": self.rate_lr}
+        return torch.optim.SGD(
+            [{"params": [value], "lr": rates[name]} for name, value in outer.items()],
+            momentum=self.momentum,
+        )
+
+    def prepare(self, settings: Distiller, job: Job, key: bilevel.Key) -> Goal:
+        return _EndWhereExpertsWent(self, job, key)
+
+    def provenance(self, outer: Outer) -> dict[str, float]:
+        return {"learning_rate": float(learned_rate(outer["rate"].detach(), self.rate))}
+
+
+@final
+class _EndWhereExpertsWent(Goal):
+    def __init__(self, settings: MatchExperts, job: Job, key: bilevel.Key) -> None:
+        self.settings = settings
+        self.problem = TrajectoryMatching(
+            job.network, job.synthetic, job.augmentation, settings.rate
+        )
+        self.buffer = settings.experts.open(job.description)
+        self.key = key.fold("stretch")
+        self.device = job.device
+        self._mismatched: deque[bool] = deque(maxlen=MISMATCH_STEPS)
+
+    def inputs(self, step: int) -> tuple[Outer, None]:
+        start, target = self.buffer.stretch(
+            self.key.generator(step), self.settings.max_start, self.settings.target_after
+        )
+        given = {"start": start.to(self.device), "target": target.to(self.device)}
+        return {name: value.requires_grad_() for name, value in given.items()}, None
+
+    def report(self, result: bilevel.HypergradientResult) -> dict[str, float]:
+        norms = {
+            f"hypergradient/norm_of_{name}": float(torch.linalg.vector_norm(grad))
+            for name, grad in result.grads.items()
+            if name not in ("start", "target")
+        }
+        distances = [name for name in result.trace if name.endswith("_distance")]
+        if not distances:
+            return norms
+        along = result.trace[distances[0]]
+        excess = float(along[-1] / along[result.window.stop - 1]) - 1
+        self._mismatched.append(not excess <= self.settings.mismatch)
+        return {
+            **norms,
+            "matching/nearest_step": result.window.stop,
+            "matching/excess_at_fixed_length": excess,
+            "matching/fraction_mismatched": sum(self._mismatched) / len(self._mismatched),
+        }

@@ -1,0 +1,72 @@
+"""The loss on real images: the objective of the BPTT family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+
+import bilevel
+from dd.data.prepared import RealBatches
+from dd.objectives.base import HELD_OUT, Goal, Objective, Outer
+from dd.problems import MetaLoss
+
+if TYPE_CHECKING:
+    from dd.distillation import Job
+    from dd.distiller import Distiller
+
+
+@final
+class RealImages(Objective):
+    """Minimise the loss on real images of the network that the synthetic set trains, by Adam."""
+
+    metrics = ("loss", "accuracy", HELD_OUT, "progress")
+
+    def optimizer(self, outer: Outer, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(
+            [{"params": [value], "lr": rates[name]} for name, value in outer.items()]
+        )
+
+    def prepare(self, settings: Distiller, job: Job, key: bilevel.Key) -> Goal:
+        return _LossOnRealImages(settings, job, key)
+
+
+@final
+class _LossOnRealImages(Goal):
+    def __init__(self, settings: Distiller, job: Job, key: bilevel.Key) -> None:
+        self.problem = self._meta_loss = MetaLoss(
+            job.network,
+            job.synthetic,
+            job.augmentation,
+            job.device,
+            settings.alignment,
+            settings.precision,
+        )
+        self.micro_batch = settings.real_micro_batch
+        self.data = job.data
+        self.real = RealBatches(
+            job.data.train_images,
+            job.data.train_labels,
+            settings.real_batch,
+            job.augmentation,
+            key.fold("real"),
+        )
+        # Drawn, as a dataset may be ordered by class; fixed, so that a gain is not one of the draw.
+        self.held_out = torch.randperm(
+            len(job.data.validation_labels), generator=job.key.generator("held_out")
+        )[: settings.held_out_batch].to(job.device)
+
+    def inputs(self, step: int) -> tuple[Outer, bilevel.MicroBatches]:
+        images, labels = self.real.at(step)
+        pieces = [part.split(self.micro_batch) for part in (images, labels)]
+        weights = [len(part) / len(labels) for part in pieces[1]]
+        return {}, bilevel.MicroBatches(list(zip(*pieces, strict=True)), weights)
+
+    @torch.no_grad()
+    def held_out_accuracy(self, params: Any, outer: Outer) -> float:
+        batch = (
+            self.data.validation_images[self.held_out],
+            self.data.validation_labels[self.held_out],
+        )
+        return float(self._meta_loss.outer_loss(params, outer, batch)[1]["accuracy"])

@@ -1,0 +1,190 @@
+"""`dd.evaluate`: other architectures, scores, comparisons, and sets that others made."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dd import evaluate, train
+from dd.data import Standardize
+from dd.distilled_set import DistilledSet
+from dd.files import DamagedFileError
+from dd.foreign_set import load_foreign_set
+
+DIGITS = Path(__file__).parents[2] / "gin" / "digits.gin"
+TINY = {
+    "Distiller.outer_steps": 1,
+    "Distiller.inner_steps": 2,
+    "Distiller.real_batch": 20,
+    "RandomWindow.window": 2,
+    "SyntheticDataset.learn_labels": True,
+    "ConvNet.width": 4,
+    "ConvNet.depth": 1,
+    "Evaluator.networks": 2,
+    "Evaluator.steps": [2],
+    "Evaluator.full_data_networks": 1,
+    "Evaluator.full_data_steps": [2],
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    words = [f"--gin_param={name} = {value!r}" for name, value in TINY.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "keep_freed_memory", lambda: True)
+        assert train.main([f"--gin_file={DIGITS}", f"--run_dir={folder}", *words]) == 0
+    return folder
+
+
+@pytest.fixture
+def judged(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    monkeypatch.setattr(evaluate, "keep_freed_memory", lambda: True)
+
+    def call(*words: str) -> dict[str, Any]:
+        path = tmp_path / "found.json"
+        assert evaluate.main([str(run_dir), f"--json={path}", *words]) == 0
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    return call
+
+
+def test_a_set_is_judged_by_other_architectures_as_they_are_configured(
+    judged: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = judged(
+        "--only=distilled",
+        "--architectures=ViT,ConvNet",
+        "--gin_param=ViT.width = 8",
+        "--gin_param=ViT.depth = 1",
+    )
+    assert set(found["architectures"]) == {"ViT", "ConvNet"}
+    accuracy = found["architectures"]["ViT"]["distilled"]
+    assert len(accuracy["values"]) == 2
+    # The run's own network, once more.
+    assert found["architectures"]["ConvNet"]["distilled"] == found["accuracy"]["distilled"]
+    assert "on ViT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--architectures=ResNet"], "'ResNet'; did you mean 'ResNet18'?"),
+        (["--architectures=VGG11"], "image_size is 8; it must be at least 32"),
+        (["--scores", "--gin_param=Evaluator.full_data_networks = 0"], "full_data_networks"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    words: list[str], message: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(run_dir), *words]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert message in err[0]
+
+
+def test_scores_and_hard_labels(judged: Callable[..., dict[str, Any]]) -> None:
+    found = judged("--only=distilled", "--scores")
+    assert set(found["scores"]) == {"label_robust", "augmentation_robust"}
+    assert all(0 <= score <= 1 for score in found["scores"].values())
+    assert judged("--only=distilled", "--hard_labels")["scores"] is None
+
+
+def test_runs_are_compared_in_one_table_and_one_picture(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "plot.png"
+    words = [str(run_dir), f"--compare={run_dir}", f"--plot={plot}"]
+    assert evaluate.main(words) == 0
+    printed = capsys.readouterr().out
+    mean = json.loads((run_dir / "results.json").read_text())["accuracy"]["distilled"]["mean"]
+    assert f"{100 * mean:.1f} ±" in printed
+    assert "bptt" in printed
+    with Image.open(plot) as picture:
+        assert picture.size[0] > 200
+    assert evaluate.main([str(run_dir), f"--compare={tmp_path}"]) == 2
+    assert "results.json does not exist" in capsys.readouterr().err
+
+
+# What others made.
+
+
+class Digits:
+    """The little that is needed of a dataset."""
+
+    name = "mine"
+    num_classes = 2
+    class_names = ("no", "yes")
+    image_shape = (1, 2, 2)
+
+
+DATASET: Any = Digits()
+TRANSFORM = Standardize([0.5], [0.25])
+
+
+@pytest.mark.parametrize("form", ["dict", "pair", "images"])
+@pytest.mark.parametrize("values", ["pixels", "transformed"])
+def test_tensors_of_others_are_read(form: str, values: str, tmp_path: Path) -> None:
+    images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 0, 1, 1])
+    held = {"dict": {"images": images, "labels": labels}, "pair": (images, labels)}
+    torch.save(held.get(form, images), tmp_path / "set.pt")
+    found = load_foreign_set(tmp_path / "set.pt", DATASET, TRANSFORM, values)
+    expected = TRANSFORM(images) if values == "pixels" else images
+    torch.testing.assert_close(found.images, expected)
+    assert torch.equal(found.labels, labels)
+    assert found.class_names == ("no", "yes")
+
+
+def test_a_folder_of_images_is_read(tmp_path: Path) -> None:
+    for name, value in (("yes", 255), ("no", 0)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("L", (2, 2), value).save(tmp_path / "set" / name / "1.png")
+    found = load_foreign_set(tmp_path / "set", DATASET, TRANSFORM, "pixels")
+    for image, label in zip(found.images, found.labels, strict=True):
+        torch.testing.assert_close(image, torch.full((1, 2, 2), 2.0 if label else -2.0))
+
+
+class Malicious:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("was_run"),))
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"images": Malicious()}, "set.pt")
+    with pytest.raises(DamagedFileError, match=r"set\.pt holds more than tensors"):
+        load_foreign_set(Path("set.pt"), DATASET, TRANSFORM, "pixels")
+    assert not Path("was_run").exists()
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (torch.rand(4, 3, 2, 2), r"images of shape \(4, 3, 2, 2\); mine has \(1, 2, 2\)"),
+        (torch.rand(3, 1, 2, 2), "3 images without labels"),
+        ((torch.rand(2, 1, 2, 2), torch.tensor([0, 2])), "labels outside 0 … 1"),
+        ((torch.rand(2, 1, 2, 2), torch.rand(2, 3)), r"labels of shape \(2, 3\)"),
+        ({"image": torch.rand(2, 1, 2, 2)}, "must hold a dict with tensors images"),
+    ],
+)
+def test_what_does_not_fit_is_named(held: Any, message: str, tmp_path: Path) -> None:
+    torch.save(held, tmp_path / "set.pt")
+    with pytest.raises(ValueError, match=message):
+        load_foreign_set(tmp_path / "set.pt", DATASET, TRANSFORM, "pixels")
+
+
+def test_another_set_of_a_run_and_anothers_are_told_apart(
+    run_dir: Path, judged: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    ours = DistilledSet.load(run_dir / "distilled.safetensors")
+    torch.save({"images": ours.images, "labels": ours.labels}, tmp_path / "theirs.pt")
+    words = [f"--set={tmp_path / 'theirs.pt'}", "--values=transformed", "--only=distilled"]
+    theirs = judged(*words)
+    assert theirs["accuracy"]["distilled"] == judged("--only=distilled")["accuracy"]["distilled"]
+    assert theirs["distilled_set"]["foreign"] == "theirs.pt"
