@@ -23,7 +23,7 @@ def error(*bindings: str, files: list[str] | None = None) -> str:
         config.load([DIGITS] if files is None else files, bindings)
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    assert len(message) < 300
+    assert len(message) < 400
     return message
 
 
