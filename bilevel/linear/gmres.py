@@ -103,8 +103,11 @@ class GMRES(Solver):
             basis[..., j + 1] = divide(vector, rest[..., None], active[..., None])
         steps = len(rotations)
         diagonal = triangle[..., :steps, :steps].diagonal(dim1=-2, dim2=-1)
-        empty = diagonal == 0
-        diagonal.add_(empty)
+        # A zero is a system that had converged; nearly zero, a singular matrix, and dividing by it
+        # would give a solution of rounding noise.
+        small = 100 * torch.finfo(diagonal.dtype).eps * diagonal.abs().amax(dim=-1, keepdim=True)
+        empty = diagonal.abs() <= small
+        diagonal.masked_fill_(empty, 1)
         goal = torch.where(empty, 0, target[..., :steps])[..., None]
         weights = torch.linalg.solve_triangular(triangle[..., :steps, :steps], goal, upper=True)
         return (basis[..., :steps] @ weights)[..., 0], used

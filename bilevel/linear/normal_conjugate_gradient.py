@@ -40,16 +40,19 @@ class NormalConjugateGradient(Solver):
         residual = system.rhs - system.product(x) if bool(x.any()) else system.rhs
         slope = system.product(residual)
         direction, squared = slope, dot(slope, slope)
-        iterations = torch.zeros_like(squared)
+        iterations, largest = torch.zeros_like(squared), torch.zeros_like(squared)
+        rounding = 100 * torch.finfo(squared.dtype).eps
         for _ in range(self.max_iterations):
-            active = (norm(residual) > self.tolerance) & (squared > 0)
+            size = norm(residual)
+            # Where ‖Ar‖ is rounding, the residual is the least there is; going on would only add
+            # noise along the null space.
+            active = (size > self.tolerance) & (squared.sqrt() > rounding * largest * size)
             if not bool(active.any()):
                 break
             product = system.product(direction)
             moved = dot(product, product)
             active &= moved > 0
-            if not bool(active.any()):
-                break
+            largest = torch.maximum(largest, divide(moved.sqrt(), norm(direction), active))
             length = divide(squared, moved, active)
             x = x + length * direction
             residual = residual - length * product

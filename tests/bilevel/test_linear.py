@@ -166,6 +166,22 @@ def test_no_solver_calls_a_wrong_answer_converged(size, iterations, condition, s
         assert found.converged == (found.status == "converged")
 
 
+@pytest.mark.filterwarnings("ignore::bilevel.ConvergenceWarning")
+@given(st.integers(2, 7), st.integers(1, 3), seeds)
+def test_a_singular_system_without_a_solution_gets_the_least_residual(size, null, seed):
+    """And a solution of ordinary size, from at most one iteration for each distinct eigenvalue."""
+    values = torch.tensor([2.0, 1.0, 3.0, -1.0, 2.0, 1.0, 3.0], dtype=DTYPE)[:size]
+    values[-min(null, size - 1) :] = 0
+    A, rhs = symmetric(values, seed), randn(size, generator=seeded(seed + 1))
+    least = torch.linalg.pinv(A, hermitian=True) @ rhs
+    for solver in [GMRES(40, 1e-10), NormalConjugateGradient(40, 1e-10)]:
+        found = solver.solve(Matrix(A), rhs)
+        assert abs(float(found.residual) - measured(A, least, rhs)) < 1e-8
+        assert float(found.x.norm()) < 10 * float(rhs.norm())
+        assert not found.converged
+    assert int(GMRES(40, 1e-10).solve(Matrix(A), rhs).iterations) <= len(values.unique())
+
+
 def test_negative_curvature_is_named():
     """The first direction of the one breaks down at once; the other is stopped early."""
     for values, iterations in (([1.0, -1.0], 100), ([1.0, -5.0, 3.0], 2)):
