@@ -58,7 +58,7 @@ def test_hypergradient_benchmark_writes_a_sound_result(tmp_path):
 def test_data_benchmark_writes_a_sound_result(tmp_path):
     out = tmp_path / "result.json"
     script = ROOT / "benchmarks" / "data.py"
-    options = ["--fitted-on", "100", "--mapped", "2000", "--json", str(out)]
+    options = ["--fitted-on", "100", "--batch", "50", "--mapped", "2000", "--json", str(out)]
     process = subprocess.run(
         [sys.executable, str(script), *options],
         cwd=ROOT,
