@@ -48,7 +48,7 @@ def random_bytes(*shape: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
 
 
-def transforms(fitted_on: int, folder: Path) -> list[dict[str, Any]]:
+def transforms(fitted_on: int, size: int, folder: Path) -> list[dict[str, Any]]:
     """Seconds of fitting, and of transforming a batch beside what is done with it."""
     images = random_bytes(fitted_on, 3, 32, 32)
     fits = [
@@ -56,7 +56,7 @@ def transforms(fitted_on: int, folder: Path) -> list[dict[str, Any]]:
         for _ in range(2)
     ]
     whitening, standardize = kip_whitening(images, cache_folder=folder), Standardize.fit(images)
-    network, batch = ConvNet(10), torch.randn(1000, 3, 32, 32)
+    network, batch = ConvNet(10), torch.randn(size, 3, 32, 32)
 
     def outer_loss() -> None:
         network(batch).square().mean().backward()
@@ -68,8 +68,8 @@ def transforms(fitted_on: int, folder: Path) -> list[dict[str, Any]]:
     calls = {
         "outer loss": outer_loss,
         "evaluation": evaluation,
-        "standardize": lambda: standardize(images[:1000]),
-        "kip whitening": lambda: whitening(images[:1000]),
+        "standardize": lambda: standardize(images[:size]),
+        "kip whitening": lambda: whitening(images[:size]),
     }
     seconds = {name: least(call, 3, time.thread_time) for name, call in calls.items()}
     rows = [
@@ -113,6 +113,7 @@ def reading(count: int, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What data costs.")
     parser.add_argument("--fitted-on", type=int, default=45_000, help="images of the fit")
+    parser.add_argument("--batch", type=int, default=1000, help="images transformed at a time")
     parser.add_argument("--mapped", type=int, default=100_000, help="images in the mapped file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
@@ -120,7 +121,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        rows = transforms(args.fitted_on, Path(folder)) + reading(args.mapped, Path(folder))
+        rows = transforms(args.fitted_on, args.batch, Path(folder))
+        rows += reading(args.mapped, Path(folder))
     print(" | ".join(f"{name}: {value}" for name, value in machine().items()))
     print(table(rows, {"what": "", "seconds": ".4f", "/ outer loss": ".3f", "/ evaluation": ".3f"}))
     if args.json is not None:

@@ -82,3 +82,23 @@ def test_estimators_benchmark_writes_a_sound_result(tmp_path):
     assert [row["error"] for row in length] == sorted((r["error"] for r in length), reverse=True)
     memory = {row["method"]: row["MB"] for row in rows if row["table"] == "memory"}
     assert memory["Adjoint"] < memory["Reverse"]
+
+
+@pytest.mark.slow
+def test_data_benchmark_writes_a_sound_result(tmp_path):
+    out = tmp_path / "result.json"
+    script = ROOT / "benchmarks" / "data.py"
+    options = ["--fitted-on", "100", "--batch", "50", "--mapped", "2000", "--json", str(out)]
+    process = subprocess.run(
+        [sys.executable, str(script), *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert all(row["seconds"] > 0 for row in rows)
+    seconds = {row["what"]: row["seconds"] for row in rows}
+    # Not ratios to watch: only an order that no machine turns round.
+    assert seconds["standardize"] < seconds["kip whitening"] < seconds["outer loss"]

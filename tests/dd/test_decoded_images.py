@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +55,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found.pop("lock", None)
+    return found
 
 
 def test_images_come_in_order_and_are_decoded_once(
@@ -207,6 +212,45 @@ def test_an_interrupted_decoding_leaves_nothing(
             read(root, cache)
     assert files(cache) == {}
     assert len(read(root, cache)) == 5
+
+
+def test_what_a_killed_process_left_is_overwritten(root: Path, cache: Path) -> None:
+    read(root, cache)
+    good = files(cache)
+    (array,) = cache.rglob("images.npy")
+    array.with_suffix(".partial").write_bytes(bytes(10**5))
+    array.with_name("manifest.json").unlink()
+    read(root, cache)
+    assert files(cache) == good
+
+
+def test_of_two_at_the_same_time_one_decodes_and_the_other_waits(
+    root: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    decoded: list[str] = []
+
+    def slow(path: str, image_size: int) -> Tensor:
+        begun.set()
+        assert go_on.wait(timeout=60)
+        decoded.append(path)
+        return decode_image(path, image_size)
+
+    monkeypatch.setattr(_decoded_images, "decode_image", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(read, root, cache)
+        assert begun.wait(timeout=60)
+        second = threads.submit(read, root, cache)
+        deadline = time.monotonic() + 60
+        while "waiting for another process" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        go_on.set()
+        assert torch.equal(first.result(timeout=60), second.result(timeout=60))
+    assert len(decoded) == 5
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(

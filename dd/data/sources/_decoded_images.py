@@ -6,15 +6,15 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
@@ -61,25 +61,44 @@ def decoded_images(
     folder = cache_folder(chosen_folder) / "images" / f"{name}-{image_size}-{listing[:16]}"
     array, manifest = folder / "images.npy", folder / "manifest.json"
     expected = {"format": FORMAT, "files": listing, "shape": list(shape)}
-    if manifest.exists():
-        try:
-            return _open(array, read_json(manifest), expected)
-        except (OSError, DamagedFileError) as error:
-            _log.warning("warning: decoding the images again, because %s", error)
+    with contextlib.suppress(OSError, DamagedFileError):
+        return _open(array, manifest, expected)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        manifest.unlink(missing_ok=True)
-        _decode(paths, array, shape, name)
-        write_json(manifest, {**expected, "bytes": array.stat().st_size})
+        with _only_process(folder / "lock", name):
+            if manifest.exists():
+                try:
+                    return _open(array, manifest, expected)
+                except (OSError, DamagedFileError) as error:
+                    _log.warning("warning: decoding the images again, because %s", error)
+                manifest.unlink()
+            _decode(paths, array, shape, name)
+            write_json(manifest, {**expected, "bytes": array.stat().st_size})
+            return _open(array, manifest, expected)
     except OSError as error:
         raise OSError(
             f"the decoded images of {name} cannot be kept in {folder}: {error}; choose another "
             f"place by cache_folder, or by the environment variable {VARIABLE}"
         ) from error
-    return _open(array, read_json(manifest), expected)
 
 
-def _open(array: Path, found: Any, expected: dict[str, Any]) -> Tensor:
+@contextlib.contextmanager
+def _only_process(path: Path, name: str) -> Iterator[None]:
+    """Wait until no other process is in here."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        _log.warning("waiting for another process, which is decoding %s", name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _open(array: Path, manifest: Path, expected: dict[str, Any]) -> Tensor:
+    found = read_json(manifest)
     if not isinstance(found, dict) or {name: found.get(name) for name in expected} != expected:
         raise DamagedFileError(f"the manifest beside {array} describes other images")
     if array.stat().st_size != found.get("bytes"):
@@ -102,8 +121,8 @@ def _decode(paths: Sequence[str], array: Path, shape: tuple[int, ...], name: str
     if size > free:
         # Writing to a mapped file on a full disk kills the process without a word.
         raise OSError(f"it takes {size / 1e9:.1f} GB and there are {free / 1e9:.1f} GB")
-    handle, temporary = tempfile.mkstemp(dir=array.parent, prefix=f".{array.name}.")
-    os.close(handle)
+    # Under one name, so that what a killed process leaves behind is overwritten by the next.
+    temporary = array.with_suffix(".partial")
     try:
         images = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         # disable=None: no bar where the output is not a terminal.
@@ -117,9 +136,7 @@ def _decode(paths: Sequence[str], array: Path, shape: tuple[int, ...], name: str
                     bar.update()
         images.flush()
         del images
-        os.chmod(temporary, 0o644)
         os.replace(temporary, array)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
