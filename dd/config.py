@@ -101,8 +101,8 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     gin.clear_config()
     for name in files:
         if not Path(name).is_file():
-            near = sorted(str(path) for path in Path(name).parent.glob("*.gin"))
-            there = f"; there are {', '.join(near)}" if near else ""
+            near = sorted(path.name for path in Path(name).parent.glob("*.gin"))
+            there = f"; beside it there are {', '.join(near)}" if near else ""
             raise ConfigError(f"gin file {name} does not exist{there}")
     try:
         for name in files:
