@@ -112,7 +112,7 @@ def test_a_resumed_run_with_damaged_caches_equals_an_uninterrupted_one(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
