@@ -28,6 +28,7 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/pip install --quiet -e '.[benchmark]'
 	$(BIN)/python benchmarks/hypergradient.py
+	$(BIN)/python benchmarks/memory.py
 
 examples: .venv/installed
 	@for example in examples/*.py; do \
@@ -53,7 +54,7 @@ help:
 	@echo "make test-all  run every test, with more hypothesis examples"
 	@echo "make lint      check format, style and types"
 	@echo "make format    format and fix what can be fixed"
-	@echo "make bench     measure hypergradients against higher"
+	@echo "make bench     measure hypergradients against higher, and memory against its model"
 	@echo "make examples  run the six worked examples and print their tables"
 	@echo "make docs      build the documentation in site/, warnings as errors"
 	@echo "make clean     remove .venv and caches"
