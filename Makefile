@@ -11,10 +11,10 @@ demo: .venv/installed
 	$(BIN)/python -m dd.train --gin_file=gin/digits.gin
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test-all: .venv/installed
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
