@@ -7,6 +7,7 @@ from bilevel.estimators.finite_difference import FiniteDifference
 from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.low_rank import LowRank
 from bilevel.estimators.persistent_evolution_strategies import PersistentEvolutionStrategies
 from bilevel.estimators.reverse import Reverse
 
@@ -18,6 +19,7 @@ __all__ = [
     "FixedPoint",
     "Forward",
     "Implicit",
+    "LowRank",
     "PersistentEvolutionStrategies",
     "Reverse",
 ]
