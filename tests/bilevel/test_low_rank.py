@@ -169,12 +169,12 @@ def test_the_error_falls_with_the_rank_for_a_decaying_spectrum(basis, name):
     exact = reference(case, optimizer, window)
     errors = [
         relative_error(solve(case, optimizer, window, unguarded(basis(rank, 0.0))).grads, exact)
-        for rank in (1, 3, 6, 12, 16)
+        for rank in (1, 3, 6, 16)
     ]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
-    assert errors[0] > 0.05
-    assert errors[-2] < 0.02
-    assert errors[-1] < 1e-8
+    assert errors[0] > 0.5
+    assert errors[2] < 0.02
+    assert errors[3] < 1e-8
 
 
 @settings(max_examples=10)
@@ -267,7 +267,7 @@ def test_a_cotangent_in_an_invariant_subspace_needs_no_more_than_that(name, insi
 
 @pytest.mark.parametrize(
     "optimizer",
-    [bilevel.optim.sgd(0.05), bilevel.optim.sgd(0.05, momentum=0.9), bilevel.optim.adam(0.2)],
+    [bilevel.optim.sgd(0.05), bilevel.optim.sgd(0.05, momentum=0.9), bilevel.optim.adam(0.4)],
     ids=["sgd", "momentum", "adam"],
 )
 @pytest.mark.parametrize("basis", [Krylov, Eigenvectors])
