@@ -87,11 +87,11 @@ def test_estimators_benchmark_writes_a_sound_result(tmp_path):
 @pytest.mark.slow
 def test_low_rank_benchmark_writes_a_sound_result(tmp_path):
     out = tmp_path / "result.json"
-    options = "--ipc 1 --seeds 1 --width 8 --real-images 32 --stops 8 20 --window 8".split()
+    options = "--ipc 1 --seeds 1 --width 8 --real-images 32 --stops 8 20 --window 8"
     process = subprocess.run(
         [
             *(sys.executable, str(ROOT / "benchmarks" / "low_rank.py")),
-            *(*options, "--json", str(out)),
+            *(*options.split(), "--json", str(out)),
         ],
         cwd=ROOT,
         capture_output=True,
