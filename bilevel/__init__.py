@@ -1,6 +1,6 @@
 """Nested optimisation on PyTorch: exact hypergradients through an inner training run."""
 
-from bilevel import clip, distributed, estimators, linear, optim, truncation
+from bilevel import basis, clip, distributed, estimators, linear, optim, truncation
 from bilevel.errors import (
     BilevelError,
     CompileWarning,
@@ -19,7 +19,7 @@ from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
 from bilevel.replicas import Replicas
-from bilevel.result import HypergradientResult, SolverStats, Stats
+from bilevel.result import HypergradientResult, LowRankStats, SolverStats, Stats
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "InnerLoop",
     "Iterate",
     "Key",
+    "LowRankStats",
     "MicroBatches",
     "NonFiniteError",
     "Problem",
@@ -45,6 +46,7 @@ __all__ = [
     "Trajectory",
     "UnusedOuterVariableError",
     "Window",
+    "basis",
     "clip",
     "distributed",
     "estimators",

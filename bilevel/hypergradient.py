@@ -164,6 +164,7 @@ class Hypergradient:
                 keep_from=self.truncation.earliest_start(horizon),
                 keep_every=self.keep_every,
                 keep_on=self.keep_on,
+                keep_gradients=self.estimator.uses_inner_gradients,
             )
             if window is None:
                 window = self.truncation.select(trajectory.trace, schedule_generator)

@@ -1,6 +1,7 @@
 """The inner loop: one step, and the rollout that records a trajectory without a graph."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import optree
@@ -160,8 +161,8 @@ class InnerLoop:
         hyperparameters: Mapping[str, Tensor],
         signals: tuple[str, ...] = (),
         outer: Any = None,
-    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
-        """(θ_{t+1}, s_{t+1}, per-step scalars) from (θ_t, s_t), without a graph.
+    ) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
+        """(θ_{t+1}, s_{t+1}, g_t, per-step scalars) from (θ_t, s_t), without a graph.
 
         `outer` is needed for signals that the problem supplies, and only for these.
         """
@@ -171,7 +172,7 @@ class InnerLoop:
         if len(recorded) < len(signals):
             supplied = self.problem.signals(self.unravel(after.params), outer)
             recorded |= {name: supplied[name] for name in signals if name not in SIGNALS}
-        return after.params, after.state, {"inner_loss": loss, **recorded}
+        return after.params, after.state, gradient, {"inner_loss": loss, **recorded}
 
     @torch.no_grad()
     def rollout(
@@ -185,6 +186,7 @@ class InnerLoop:
         keep_from: int = 0,
         keep_every: int | None = None,
         keep_on: torch.device | None = None,
+        keep_gradients: bool = False,
     ) -> Trajectory:
         """Run `horizon` inner steps and record them, without a graph.
 
@@ -199,6 +201,7 @@ class InnerLoop:
             keep_every: Keep every k-th iterate from there on; the others are recomputed. Default:
                 `affordable_spacing`.
             keep_on: Device that holds the kept iterates; default: where they are.
+            keep_gradients: Whether kept iterates have their inner gradient with them.
 
         Raises:
             ConfigurationError: A signal that nothing supplies.
@@ -208,17 +211,16 @@ class InnerLoop:
         hyperparameters = self.hyperparameters(outer)
         iterate = self.start(outer, key, hyperparameters)
         if keep_every is None:
-            keep_every = affordable_spacing(iterate, horizon - keep_from)
+            one = replace(iterate, gradient=iterate.params) if keep_gradients else iterate
+            keep_every = affordable_spacing(one, horizon - keep_from)
         of_problem = set(signals) - set(SIGNALS)
         if of_problem:
             self._check_signals(of_problem, self.unravel(iterate.params), outer)
         kept: dict[int, Iterate] = {}
         recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
         for step in range(horizon):
-            if step >= keep_from and (step - keep_from) % keep_every == 0:
-                kept[step] = iterate if keep_on is None else _moved(iterate, keep_on)
             batch = self.batch(outer, step, key)
-            params, optimizer_state, scalars = self.run(
+            params, optimizer_state, gradient, scalars = self.run(
                 self.advance,
                 iterate.params,
                 iterate.state,
@@ -227,6 +229,9 @@ class InnerLoop:
                 tuple(signals),
                 outer if of_problem else None,
             )
+            if step >= keep_from and (step - keep_from) % keep_every == 0:
+                iterate = replace(iterate, gradient=gradient) if keep_gradients else iterate
+                kept[step] = iterate if keep_on is None else _moved(iterate, keep_on)
             iterate = Iterate(params, optimizer_state)
             for name, value in scalars.items():
                 recorded[name].append(value)
@@ -245,7 +250,8 @@ class InnerLoop:
         """(t, (θ_t, s_t)) for t = stop−1 down to start.
 
         With every k-th iterate kept, one segment of k is recomputed at a time, from the same
-        batches and the same randomness, so the iterates are those of the rollout.
+        batches and the same randomness, so the iterates are those of the rollout. Where gradients
+        were kept, all but the last iterate of a recomputed segment have theirs.
         """
         step = trajectory.window.stop - 1
         while step >= trajectory.window.start:
@@ -266,9 +272,11 @@ class InnerLoop:
             hyperparameters = self.hyperparameters(outer)
             for step in range(first, last):
                 batch = self.batch(outer, step, trajectory.key)
-                params, state, _ = self.run(
+                params, state, gradient, _ = self.run(
                     self.advance, segment[-1].params, segment[-1].state, batch, hyperparameters, ()
                 )
+                if iterate.gradient is not None:
+                    segment[-1] = replace(segment[-1], gradient=gradient)
                 segment.append(Iterate(params, state))
         return segment
 
@@ -300,4 +308,5 @@ class InnerLoop:
 
 
 def _moved(iterate: Iterate, device: torch.device) -> Iterate:
-    return Iterate(iterate.params.to(device), to_device(iterate.state, device))
+    gradient = None if iterate.gradient is None else iterate.gradient.to(device)
+    return Iterate(iterate.params.to(device), to_device(iterate.state, device), gradient)

@@ -27,6 +27,33 @@ class SolverStats:
 
 
 @dataclass(frozen=True)
+class LowRankStats:
+    """How `LowRank` came to its result.
+
+    Attributes:
+        spectrum: Eigenvalues of the low-rank Hessian, by falling magnitude, shape [rank]; those of
+            `Krylov` are in units of one over the response of θ to the gradient. Empty where the
+            exact recursion was used instead.
+        evaluations: Passes backward through the graph of an inner gradient: Hessian-vector
+            products, mixed products, and what measuring the staleness took. `Adjoint` takes as
+            many as the window has steps.
+        staleness: max ‖H'u − Hu‖₂ / ‖Hu‖₂ over the Hessians H' at both ends of the window, with H
+            at its middle. None where it was not measured.
+        exact: Whether the exact recursion was used instead; the status says why.
+    """
+
+    spectrum: Tensor
+    evaluations: int
+    staleness: float | None
+    exact: bool
+
+    @property
+    def rank(self) -> int:
+        """The rank of the Hessian that was used."""
+        return len(self.spectrum)
+
+
+@dataclass(frozen=True)
 class Stats:
     """What one debugs a hypergradient with.
 
@@ -43,6 +70,7 @@ class Stats:
         standard_error: Estimated standard deviation of the hypergradient's error, ‖·‖₂ over all
             outer variables, from the spread of its samples. A scalar tensor, of estimators that
             sample more than once.
+        low_rank: How `LowRank` came to its result.
     """
 
     status: str
@@ -52,6 +80,7 @@ class Stats:
     solver: SolverStats | None = None
     outer_loss_gap: Tensor | None = None
     standard_error: Tensor | None = None
+    low_rank: LowRankStats | None = None
 
 
 @dataclass(frozen=True)

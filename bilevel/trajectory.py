@@ -38,10 +38,17 @@ class Window:
 
 @dataclass(frozen=True)
 class Iterate:
-    """One point of the inner run: the flat parameters θ_t ∈ R^p and the optimizer's state s_t."""
+    """One point of the inner run.
+
+    Attributes:
+        params: θ_t ∈ R^p, flat.
+        state: s_t, the optimizer's state.
+        gradient: ∇_θ ℓ(θ_t, b_t) ∈ R^p, where the rollout was asked to keep it.
+    """
 
     params: Tensor
     state: Any
+    gradient: Tensor | None = None
 
 
 def affordable_spacing(iterate: Iterate, count: int) -> int:
@@ -50,7 +57,7 @@ def affordable_spacing(iterate: Iterate, count: int) -> int:
     Cheap is 96 MiB on a CPU and 1/64 of an accelerator's memory, for the ⌈count / k⌉ kept ones and
     the k of a recomputed segment. Where nothing is, k = ⌈√count⌉, which takes the least memory.
     """
-    leaves = [iterate.params, *optree.tree_leaves(iterate.state)]
+    leaves = [iterate.params, iterate.gradient, *optree.tree_leaves(iterate.state)]
     size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
     device = iterate.params.device
     budget = 96 * 2**20

@@ -137,6 +137,12 @@ class Distiller:
             check_instance(
                 "estimator", estimator, bilevel.estimators.Estimator, "@Adjoint() with ()"
             )
+        basis = getattr(estimator, "basis", None)
+        if isinstance(basis, bilevel.basis.Eigenvectors) and basis.refresh_every > 1:
+            raise ValueError(
+                f"Eigenvectors.refresh_every={basis.refresh_every}: it must be 1, since every "
+                "outer step trains a fresh network, to which older eigenvectors do not belong"
+            )
         if alignment is not None:
             check_instance(
                 "alignment", alignment, PrototypeAlignment, "@PrototypeAlignment() with ()"

@@ -11,6 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 from bilevel import HypergradientResult
 from dd.pictures import image_grid, stretched
 
+#: Of the spectrum of a low-rank Hessian, so many eigenvalues are shown, the largest.
+SHOWN_EIGENVALUES = 4
+
 
 @final
 class Monitor:
@@ -63,6 +66,14 @@ class Monitor:
         if result.stats.cotangent_norms is not None:
             first, last = result.stats.cotangent_norms[[0, -1]].tolist()
             scalars["hypergradient/cotangent_growth"] = first / max(last, 1e-30)
+        low_rank = result.stats.low_rank
+        if low_rank is not None:
+            scalars["low_rank/rank"] = low_rank.rank
+            scalars["low_rank/evaluations"] = low_rank.evaluations
+            if low_rank.staleness is not None:
+                scalars["low_rank/staleness"] = low_rank.staleness
+            for index, value in enumerate(low_rank.spectrum[:SHOWN_EIGENVALUES].tolist()):
+                scalars[f"low_rank/eigenvalue_{index}"] = value
         for name, value in scalars.items():
             self._writer.add_scalar(name, float(value), step)
 

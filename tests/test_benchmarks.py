@@ -102,3 +102,28 @@ def test_data_benchmark_writes_a_sound_result(tmp_path):
     seconds = {row["what"]: row["seconds"] for row in rows}
     # Not ratios to watch: only an order that no machine turns round.
     assert seconds["standardize"] < seconds["kip whitening"] < seconds["outer loss"]
+
+
+@pytest.mark.slow
+def test_low_rank_benchmark_writes_a_sound_result(tmp_path):
+    out = tmp_path / "result.json"
+    options = "--ipc 1 --seeds 1 --width 8 --real-images 32 --stops 8 20 --window 8"
+    process = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "low_rank.py")),
+            *(*options.split(), "--json", str(out)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * 2 * 5
+    for row in rows:
+        assert -1 <= row["least"] <= row["cosine"] <= 1 + 1e-6
+        if row["method"] == "Adjoint" or row["exact"]:
+            assert row["cosine"] == pytest.approx(1)
+        if row["method"].startswith("Eigenvectors"):
+            assert row["evaluations"] == (8 + 4) * 3 + 8

@@ -39,6 +39,7 @@ from bilevel.estimators.finite_difference import FiniteDifference
 from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
+from bilevel.estimators.low_rank import LowRank
 from bilevel.estimators.persistent_evolution_strategies import PersistentEvolutionStrategies
 from bilevel.estimators.reverse import Reverse
 
@@ -50,6 +51,7 @@ __all__ = [
     "FixedPoint",
     "Forward",
     "Implicit",
+    "LowRank",
     "PersistentEvolutionStrategies",
     "Reverse",
 ]

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, make_result
+from bilevel.estimators.inner_hessian import InnerHessian
+from bilevel.estimators.recursion import WindowEnd, accumulate_start, pull_update
 from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
-from bilevel.tree import detach, is_differentiable, partition
+from bilevel.trajectory import Trajectory
+from bilevel.tree import detach, needs_gradient, partition
 
 
 @final
@@ -51,12 +52,34 @@ class Adjoint(Estimator):
     def __call__(
         self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
     ) -> HypergradientResult:
-        window = trajectory.window
-        variables = OuterVariables(outer)
-        stop = inner.iterate_at(trajectory, outer, window.stop)
-        loss, metrics, cotangent = variables.outer_loss_at(inner, stop.params, outer_batch)
-        state_cotangents = [torch.zeros_like(leaf) for leaf in partition(stop.state)[0]]
+        end = WindowEnd.of(inner, trajectory, outer, outer_batch)
+        return self.through_window(inner, trajectory, outer, end)
 
+    def through_window(
+        self,
+        inner: InnerLoop,
+        trajectory: Trajectory,
+        outer: Any,
+        end: WindowEnd,
+        *,
+        products_before: int = 0,
+        remarks: Sequence[str] = (),
+        **stats: Any,
+    ) -> HypergradientResult:
+        """The recursion from the end of the window, for estimators that fall back on it.
+
+        Args:
+            inner: The inner loop.
+            trajectory: The recorded run and its window.
+            outer: φ.
+            end: The end of the window; its outer variables are used up.
+            products_before: Hessian-vector products that were already taken.
+            remarks: As of `make_result`.
+            **stats: As of `make_result`.
+        """
+        window = trajectory.window
+        variables, cotangent = end.variables, end.cotangent
+        state_cotangents = end.state_cotangents()
         with torch.enable_grad():
             hyperparameters = inner.hyperparameters(variables.tree)
         constants = detach(hyperparameters)
@@ -75,29 +98,24 @@ class Adjoint(Estimator):
                 cotangent,
                 state_cotangents,
             )
-            variables.accumulate(partition(batch, _needs_gradient)[0], batch_cotangents)
+            variables.accumulate(partition(batch, needs_gradient)[0], batch_cotangents)
             for name, value in step_hyper_cotangents.items():
                 hyper_cotangents[name] = hyper_cotangents[name] + value
             norms.append(torch.linalg.vector_norm(cotangent))
 
         variables.accumulate(list(hyperparameters.values()), list(hyper_cotangents.values()))
-        if window.start == 0:
-            with torch.enable_grad():
-                start = inner.start(
-                    variables.tree, trajectory.key, inner.hyperparameters(variables.tree)
-                )
-            variables.accumulate(
-                [start.params, *partition(start.state)[0]], [cotangent, *state_cotangents]
-            )
+        accumulate_start(variables, inner, trajectory, cotangent, state_cotangents)
         return make_result(
             inner,
             trajectory,
             variables,
-            loss=loss,
-            metrics=metrics,
-            stop_params=stop.params,
-            hessian_vector_products=window.width,
+            loss=end.loss,
+            metrics=end.metrics,
+            stop_params=end.iterate.params,
+            hessian_vector_products=products_before + window.width,
             cotangent_norms=torch.stack(norms[::-1]),
+            remarks=remarks,
+            **stats,
         )
 
     def _adjoint_step(
@@ -113,24 +131,8 @@ class Adjoint(Estimator):
         """(λ, μ, b̄, h̄) one step earlier."""
         linearise = _reverse_over_reverse if self.hvp == "reverse" else _forward_over_reverse
         gradient, pull_gradient = linearise(inner, params, batch)
-        state_leaves, rebuild_state = partition(state)
-
-        def update(
-            params: Tensor,
-            state_leaves: list[Tensor],
-            gradient: Tensor,
-            hyperparameters: Mapping[str, Tensor],
-        ) -> tuple[Tensor, list[Tensor]]:
-            after = inner.update(
-                Iterate(params, rebuild_state(state_leaves)), gradient, hyperparameters
-            )
-            return after.params, partition(after.state)[0]
-
-        _, pull_update, *_ = torch.func.vjp(
-            update, params, state_leaves, gradient, dict(hyperparameters)
-        )
         through_update, state_cotangents, gradient_cotangent, hyper_cotangents = pull_update(
-            (cotangent, state_cotangents)
+            inner, params, state, gradient, hyperparameters, cotangent, state_cotangents
         )
         product, *batch_cotangents = pull_gradient(gradient_cotangent)
         return through_update + product, state_cotangents, batch_cotangents, hyper_cotangents
@@ -141,32 +143,14 @@ Pullback = Callable[[Tensor], Sequence[Tensor]]
 
 
 def _reverse_over_reverse(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[Tensor, Pullback]:
-    """∇_θ ℓ and its pullback, by autograd over autograd.
-
-    In eager mode this beats `torch.func.vjp(torch.func.grad(…))`, which cannot use the fused
-    first-order kernels, nor add gradients up in place.
-    """
-    inputs, rebuild = partition(batch, _needs_gradient)
-    points = [leaf.detach().requires_grad_() for leaf in (params, *inputs)]
-    with torch.enable_grad():
-        loss = inner.loss(points[0], rebuild(points[1:]))
-        gradient = torch.zeros_like(params)
-        if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(
-                loss, points[0], create_graph=True, materialize_grads=True
-            )
-
-    def pull(direction: Tensor) -> Sequence[Tensor]:
-        if not gradient.requires_grad:
-            return [torch.zeros_like(point) for point in points]
-        return torch.autograd.grad(gradient, points, direction, materialize_grads=True)
-
-    return gradient.detach(), pull
+    """∇_θ ℓ and its pullback, by autograd over autograd."""
+    hessian = InnerHessian(inner, params, batch)
+    return hessian.gradient, hessian.with_mixed
 
 
 def _forward_over_reverse(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[Tensor, Pullback]:
     """∇_θ ℓ and its pullback, by a directional derivative of (∇_θ ℓ, ∇_b ℓ)."""
-    inputs, rebuild = partition(batch, _needs_gradient)
+    inputs, rebuild = partition(batch, needs_gradient)
     inputs = [leaf.detach() for leaf in inputs]
 
     def gradients(params: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -180,7 +164,3 @@ def _forward_over_reverse(inner: InnerLoop, params: Tensor, batch: Any) -> tuple
         return product, *mixed
 
     return inner.gradient_without_graph(params, rebuild(inputs))[0], pull
-
-
-def _needs_gradient(leaf: Any) -> bool:
-    return is_differentiable(leaf) and leaf.requires_grad

@@ -15,7 +15,13 @@ from bilevel.trajectory import Trajectory
 
 
 class Estimator(ABC):
-    """Turns a recorded run and its window into dF/dφ."""
+    """Turns a recorded run and its window into dF/dφ.
+
+    Attributes:
+        uses_inner_gradients: Whether the run should keep g_t beside every iterate it keeps.
+    """
+
+    uses_inner_gradients: bool = False
 
     @abstractmethod
     def __call__(

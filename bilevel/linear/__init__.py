@@ -7,6 +7,7 @@ from bilevel.linear.eigendecomposition import (
     randomized_eigendecomposition,
 )
 from bilevel.linear.gmres import GMRES
+from bilevel.linear.lanczos import Lanczos
 from bilevel.linear.neumann import Neumann
 from bilevel.linear.normal_conjugate_gradient import NormalConjugateGradient
 from bilevel.linear.nystrom import Nystrom
@@ -18,6 +19,7 @@ __all__ = [
     "ConjugateGradient",
     "Dense",
     "HessianOperator",
+    "Lanczos",
     "LinearOperator",
     "Neumann",
     "NormalConjugateGradient",

@@ -60,7 +60,12 @@ def test_traced_steps_are_the_eager_ones(name, optimizer):
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep_every": 2}, {"estimator": bilevel.estimators.Reverse()}]
+    "options",
+    [
+        {"keep_every": 2},
+        {"estimator": bilevel.estimators.Reverse()},
+        {"estimator": bilevel.estimators.LowRank(guard=None)},
+    ],
 )
 def test_recomputed_steps_and_other_estimators(options):
     case = problems.make("mlp_distillation", seed=0)

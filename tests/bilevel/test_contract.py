@@ -13,6 +13,7 @@ ESTIMATORS = [
     bilevel.estimators.Adjoint(),
     bilevel.estimators.Adjoint("forward"),
     bilevel.estimators.Forward(),
+    bilevel.estimators.LowRank(guard=None),
 ]
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 

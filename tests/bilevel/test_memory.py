@@ -21,6 +21,7 @@ from bilevel.estimators import (
     FixedPoint,
     Forward,
     Implicit,
+    LowRank,
     PersistentEvolutionStrategies,
     Reverse,
 )
@@ -31,6 +32,8 @@ ESTIMATORS = [
     Adjoint(),
     Adjoint("forward"),
     Forward(),
+    LowRank(guard=None),
+    LowRank(guard=1e-9),
     FiniteDifference(),
     EvolutionStrategies(0.1, pairs=2),
     PersistentEvolutionStrategies(0.1, 100, pairs=2),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import bilevel
 from dd import config
 from dd.experiment import Experiment
 
@@ -306,6 +307,31 @@ def test_patches_that_cannot_work_are_refused_before_anything_is_done(
     ]
     config.load([DIGITS], parts)
     assert name in error(*parts, binding)
+
+
+def test_low_rank_hessians_are_configured_by_name() -> None:
+    experiment = config.load(
+        [DIGITS],
+        [
+            "Distiller.estimator = @LowRank()",
+            "LowRank.basis = @Krylov()",
+            "Krylov.max_rank = 8",
+            "LowRank.group_size = 2",
+        ],
+    )
+    estimator = experiment.distiller.estimator
+    assert isinstance(estimator, bilevel.estimators.LowRank)
+    assert isinstance(estimator.basis, bilevel.basis.Krylov)
+    assert (estimator.basis.max_rank, estimator.group_size) == (8, 2)
+
+
+def test_eigenvectors_are_not_kept_from_network_to_network() -> None:
+    message = error(
+        "Distiller.estimator = @LowRank()",
+        "LowRank.basis = @Eigenvectors()",
+        "Eigenvectors.refresh_every = 20",
+    )
+    assert "Eigenvectors.refresh_every=20: it must be 1" in message
 
 
 def test_a_window_longer_than_the_inner_run_is_refused_with_both_numbers() -> None:

@@ -1,0 +1,290 @@
+"""The backward recursion with one Hessian of low rank for the whole window."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.basis import Anchor, Basis, Krylov, LowRankMatrix
+from bilevel.checks import check_integer, check_positive
+from bilevel.errors import ConfigurationError
+from bilevel.estimators.adjoint import Adjoint
+from bilevel.estimators.base import Estimator, make_result
+from bilevel.estimators.inner_hessian import InnerHessian
+from bilevel.estimators.recursion import WindowEnd, accumulate_start, pull_update
+from bilevel.inner import InnerLoop
+from bilevel.result import HypergradientResult, LowRankStats
+from bilevel.trajectory import Iterate, Trajectory, Window
+from bilevel.tree import detach, needs_gradient, partition
+
+
+@final
+class LowRank(Estimator):
+    """`Adjoint` with the inner Hessian of the window's middle, of low rank, at every step.
+
+    The recursion is that of `Adjoint`, the optimizer's VJP exact at every step, but
+
+        λ ← λ' + H̃ ḡ_t,      φ̄ ← φ̄ + Σ_groups (∂b_c/∂φ)ᵀ ∂_b⟨∇_θ ℓ(θ_c, b_c), Σ_{t ∈ group} ḡ_t⟩
+
+    with H̃ from `basis`, and with the mixed derivative of `group_size` steps taken once, at the
+    step c in the middle of each group. With W the width of the window it takes about
+
+        rank + W / group_size + 2
+
+    passes backward through the graph of an inner gradient, where `Adjoint` takes W: one such pass
+    gives the Hessian-vector product and the mixed product together, so a low-rank Hessian alone
+    saves nothing. Only both together do, and only in a wide window.
+
+    Exact for: a Hessian that is constant over the window, of rank ≤ that of the basis or seen
+    through a Krylov space that holds the recursion, with `group_size` 1 (or a constant mixed
+    derivative). Good for late windows of a run that fits its batch well. Not for: the first steps
+    of a run, in particular of Adam, where curvature changes by its own size within a window, which
+    more rank does not mend; inner batches that differ from step to step, of which one group sees
+    one; windows of ten steps or fewer, where it is dearer than `Adjoint`.
+
+    `guard` finds such windows: it compares H'u at both ends of the window with Hu at its middle,
+    for the u that H is first applied to. Beyond it the exact recursion is used, and the status
+    says so: the cost is three passes. The guard sees how stale H̃ is, not whether its rank is
+    enough, nor what the groups cost.
+
+    Args:
+        basis: Where H̃ comes from. Default: `Krylov()`. `Eigenvectors` is the published form, dearer
+            than `Adjoint` and less accurate.
+        group_size: Steps that share one mixed product, at least 1.
+        guard: The largest max ‖H'u − Hu‖ / ‖Hu‖ with which H̃ is used, above 0. None: always use it,
+            and do not measure.
+
+    Raises:
+        ConfigurationError: An argument outside its range.
+        NonFiniteError: (in a call) A Hessian-vector product is not finite.
+
+    Source: the idea, AT-BPTT, arXiv 2510.04838, section on the low-rank Hessian approximation.
+    """
+
+    uses_inner_gradients = True
+
+    def __init__(
+        self, basis: Basis | None = None, group_size: int = 4, guard: float | None = 0.6
+    ) -> None:
+        if basis is not None and not isinstance(basis, Basis):
+            raise ConfigurationError(
+                f"basis={basis!r} is not a Basis: use one of bilevel.basis, such as Krylov()"
+            )
+        self.basis = Krylov() if basis is None else basis
+        self.group_size = check_integer("group_size", group_size)
+        self.guard = None if guard is None else check_positive("guard", guard)
+
+    def __call__(
+        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
+    ) -> HypergradientResult:
+        end = WindowEnd.of(inner, trajectory, outer, outer_batch)
+        anchor = self._anchor(inner, trajectory, outer, end)
+        staleness, reason = None, ""
+        if not bool(torch.isfinite(anchor.gradient.norm() + end.cotangent.norm())):
+            reason = "the inner gradient or ∂F/∂θ is not finite"
+        elif self.guard is not None:
+            staleness = _staleness(inner, trajectory, outer, anchor)
+            if not staleness <= self.guard:
+                reason = (
+                    f"the Hessian changes by {staleness:.2g} of itself within the window, more "
+                    f"than guard={self.guard:g}"
+                )
+        measured = anchor.hessian.products + (0 if staleness is None else 2)
+        if reason:
+            return Adjoint().through_window(
+                inner,
+                trajectory,
+                outer,
+                end,
+                products_before=measured,
+                remarks=[f"exact recursion: {reason}"],
+                low_rank=LowRankStats(
+                    spectrum=end.cotangent[:0],
+                    evaluations=measured + trajectory.window.width,
+                    staleness=staleness,
+                    exact=True,
+                ),
+            )
+        hessian = self.basis.approximate(anchor)
+        products = anchor.hessian.products + (0 if staleness is None else 2)
+        del anchor  # and the graph that it holds
+        return self._through_window(inner, trajectory, outer, end, hessian, products, staleness)
+
+    def _through_window(
+        self,
+        inner: InnerLoop,
+        trajectory: Trajectory,
+        outer: Any,
+        end: WindowEnd,
+        hessian: LowRankMatrix,
+        products: int,
+        staleness: float | None,
+    ) -> HypergradientResult:
+        variables, cotangent = end.variables, end.cotangent
+        state_cotangents = end.state_cotangents()
+        with torch.enable_grad():
+            hyperparameters = inner.hyperparameters(variables.tree)
+        constants = detach(hyperparameters)
+        hyper_cotangents = {name: torch.zeros_like(value) for name, value in constants.items()}
+        norms = [torch.linalg.vector_norm(cotangent)]
+        groups = _groups(trajectory.window, self.group_size)
+        group, total, mixed_products = groups.pop(), torch.zeros_like(cotangent), 0
+        for step, iterate in inner.iterates_backward(trajectory, outer):
+            cotangent, state_cotangents, gradient_cotangent, step_hyper_cotangents = inner.run(
+                pull_update,
+                inner,
+                iterate.params,
+                iterate.state,
+                _gradient(inner, trajectory, outer, step, iterate),
+                constants,
+                cotangent,
+                state_cotangents,
+            )
+            cotangent = cotangent + hessian(gradient_cotangent)
+            for name, value in step_hyper_cotangents.items():
+                hyper_cotangents[name] = hyper_cotangents[name] + value
+            norms.append(torch.linalg.vector_norm(cotangent))
+
+            total = total + gradient_cotangent
+            if step == group[len(group) // 2]:
+                centre = iterate.params
+            if step == group[0]:
+                mixed_products += self._accumulate_mixed(
+                    inner, trajectory, variables, group[len(group) // 2], centre, total
+                )
+                group, total = groups.pop() if groups else [], torch.zeros_like(total)
+
+        variables.accumulate(list(hyperparameters.values()), list(hyper_cotangents.values()))
+        accumulate_start(variables, inner, trajectory, cotangent, state_cotangents)
+        return make_result(
+            inner,
+            trajectory,
+            variables,
+            loss=end.loss,
+            metrics=end.metrics,
+            stop_params=end.iterate.params,
+            hessian_vector_products=products,
+            cotangent_norms=torch.stack(norms[::-1]),
+            low_rank=LowRankStats(
+                spectrum=hessian.values,
+                evaluations=products + mixed_products,
+                staleness=staleness,
+                exact=False,
+            ),
+        )
+
+    def _accumulate_mixed(
+        self,
+        inner: InnerLoop,
+        trajectory: Trajectory,
+        variables: Any,
+        step: int,
+        params: Tensor,
+        cotangent: Tensor,
+    ) -> int:
+        """φ̄ += (∂b/∂φ)ᵀ ∂_b⟨∇_θ ℓ(θ, b), ḡ⟩; returns how many passes that took."""
+        with torch.enable_grad():
+            batch = inner.batch(variables.tree, step, trajectory.key)
+        inputs = partition(batch, needs_gradient)[0]
+        if not inputs:
+            return 0
+        variables.accumulate(inputs, inner.run(_mixed, inner, params, batch, cotangent))
+        return 1
+
+    def _anchor(
+        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, end: WindowEnd
+    ) -> Anchor:
+        window = trajectory.window
+        step = window.start + window.width // 2
+        iterate = inner.iterate_at(trajectory, outer, step)
+        hessian = _hessian_at(inner, trajectory, outer, step, iterate.params)
+        hyperparameters = detach(inner.hyperparameters(detach(outer)))
+        return Anchor(
+            hessian=hessian,
+            gradient=hessian.gradient,
+            cotangent=end.cotangent,
+            response=_response(
+                inner, iterate, hessian.gradient, hyperparameters, steps=window.width
+            ),
+            steps=window.width,
+            generator=trajectory.key.generator("basis", device=end.cotangent.device),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the basis."""
+        return self.basis.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.basis.load_state_dict(state)
+
+
+def _mixed(inner: InnerLoop, params: Tensor, batch: Any, cotangent: Tensor) -> Sequence[Tensor]:
+    return InnerHessian(inner, params, batch).mixed(cotangent)
+
+
+def _hessian_at(
+    inner: InnerLoop, trajectory: Trajectory, outer: Any, step: int, params: Tensor
+) -> InnerHessian:
+    with torch.no_grad():
+        batch = inner.batch(detach(outer), step, trajectory.key)
+    return InnerHessian(inner, params, batch)
+
+
+def _gradient(
+    inner: InnerLoop, trajectory: Trajectory, outer: Any, step: int, iterate: Iterate
+) -> Tensor:
+    """g_t, taken again where it was not kept."""
+    if iterate.gradient is not None:
+        return iterate.gradient
+    with torch.no_grad():
+        batch = inner.batch(detach(outer), step, trajectory.key)
+    return inner.gradient_without_graph(iterate.params, batch)[0]
+
+
+def _staleness(inner: InnerLoop, trajectory: Trajectory, outer: Any, anchor: Anchor) -> float:
+    """max ‖H'u − Hu‖ / ‖Hu‖ over the Hessians H' at the first and the last step of the window."""
+    window = trajectory.window
+    changes = []
+    for step in (window.start, window.stop - 1):
+        params = inner.iterate_at(trajectory, outer, step).params
+        hessian = _hessian_at(inner, trajectory, outer, step, params)
+        changes.append(torch.linalg.vector_norm(hessian(anchor.direction) - anchor.image))
+    # A Hessian that is zero throughout has not changed.
+    size = torch.linalg.vector_norm(anchor.image).clamp_min(torch.finfo(params.dtype).tiny)
+    return float(torch.stack(changes).max() / size)
+
+
+def _response(
+    inner: InnerLoop,
+    iterate: Iterate,
+    gradient: Tensor,
+    hyperparameters: Mapping[str, Tensor],
+    *,
+    steps: int,
+) -> Tensor:
+    """By how much a unit of gradient at `iterate` moves each parameter within `steps`, above 0.
+
+    |∂θ_{t+1}/∂g_t| times Σ_{i<steps} qⁱ, where q is by how much of it one more step adds. That is
+    exact for momentum, and the diagonal that it is for any optimizer that treats parameters one by
+    one. For others it is a positive scale like any other: what `Krylov` makes of it is a basis.
+    """
+    ones = torch.ones_like(gradient)
+    state = [torch.zeros_like(leaf) for leaf in partition(iterate.state)[0]]
+    _, state, first, _ = inner.run(
+        pull_update, inner, iterate.params, iterate.state, gradient, hyperparameters, ones, state
+    )
+    _, _, second, _ = inner.run(
+        pull_update, inner, iterate.params, iterate.state, gradient, hyperparameters, ones, state
+    )
+    peak = first.abs().max()
+    momentum = (first @ (second - first) / (first @ first)).nan_to_num(0.0).clamp(0, 0.999)
+    gain = (1 - momentum**steps) / (1 - momentum)
+    response = gain * first.abs().clamp_min(torch.finfo(first.dtype).eps * peak)
+    return torch.where(response > 0, response, ones)
+
+
+def _groups(window: Window, size: int) -> list[list[int]]:
+    """The steps of the window in runs of nearly equal length, at most `size`."""
+    steps = torch.arange(window.start, window.stop)
+    return [part.tolist() for part in steps.tensor_split(-(-window.width // size))]

@@ -1,0 +1,46 @@
+"""TensorBoard: what is written can be read back."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+import bilevel
+from dd.monitor import Monitor
+
+
+class Quadratic(bilevel.Problem):
+    """ℓ = ½ Σ i·(θ_i − φ_i)² with i = 1 … p."""
+
+    def init(self, outer: Tensor, *, generator: torch.Generator) -> Tensor:
+        return torch.zeros_like(outer)
+
+    def inner_batch(self, outer: Tensor, step: int, *, generator: torch.Generator) -> Tensor:
+        return outer
+
+    def inner_loss(self, params: Tensor, batch: Tensor) -> Tensor:
+        curvatures = torch.arange(1, len(params) + 1, device=params.device)
+        return 0.5 * (curvatures * (params - batch) ** 2).sum()
+
+    def outer_loss(self, params: Tensor, outer: Tensor, batch: Tensor) -> Tensor:
+        return ((params - 1) ** 2).sum()
+
+
+def test_a_low_rank_hessian_shows_its_spectrum(tmp_path: Path) -> None:
+    basis = bilevel.basis.Eigenvectors(6)
+    hypergradient = bilevel.Hypergradient(
+        Quadratic(), bilevel.optim.sgd(0.01), 8, estimator=bilevel.estimators.LowRank(basis)
+    )
+    monitor = Monitor(tmp_path)
+    monitor.outer_step(3, hypergradient(torch.randn(6)), None, 0.1)
+    monitor.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    names = {name for name in events.Tags()["scalars"] if name.startswith("low_rank/")}
+    eigenvalues = [f"low_rank/eigenvalue_{index}" for index in range(4)]
+    assert names == {"low_rank/rank", "low_rank/evaluations", "low_rank/staleness", *eigenvalues}
+    found = [events.Scalars(name)[0].value for name in eigenvalues]
+    assert found == pytest.approx([6, 5, 4, 3], rel=1e-3)
+    assert events.Scalars("low_rank/rank")[0].value == 6
+    assert events.Scalars("low_rank/rank")[0].step == 3
