@@ -12,8 +12,14 @@ from bilevel.errors import ConfigurationError
 from bilevel.estimators.adjoint import Adjoint
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.estimators.inner_hessian import InnerHessian
-from bilevel.estimators.recursion import WindowEnd, accumulate_start, pull_update
+from bilevel.estimators.recursion import (
+    WindowEnd,
+    accumulate_start,
+    gradient_response,
+    pull_update,
+)
 from bilevel.inner import InnerLoop
+from bilevel.outer import OuterVariables
 from bilevel.result import HypergradientResult, LowRankStats
 from bilevel.trajectory import Iterate, Trajectory, Window
 from bilevel.tree import detach, needs_gradient, partition
@@ -90,25 +96,24 @@ class LowRank(Estimator):
                     f"the Hessian changes by {staleness:.2g} of itself within the window, more "
                     f"than guard={self.guard:g}"
                 )
-        measured = anchor.hessian.products + (0 if staleness is None else 2)
-        if reason:
+        hessian = None if reason else self.basis.approximate(anchor)
+        products = anchor.hessian.products + (0 if staleness is None else 2)
+        del anchor  # and the graph that it holds
+        if hessian is None:
             return Adjoint().through_window(
                 inner,
                 trajectory,
                 outer,
                 end,
-                products_before=measured,
+                products_before=products,
                 remarks=[f"exact recursion: {reason}"],
                 low_rank=LowRankStats(
                     spectrum=end.cotangent[:0],
-                    evaluations=measured + trajectory.window.width,
+                    evaluations=products + trajectory.window.width,
                     staleness=staleness,
                     exact=True,
                 ),
             )
-        hessian = self.basis.approximate(anchor)
-        products = anchor.hessian.products + (0 if staleness is None else 2)
-        del anchor  # and the graph that it holds
         return self._through_window(inner, trajectory, outer, end, hessian, products, staleness)
 
     def _through_window(
@@ -150,7 +155,7 @@ class LowRank(Estimator):
             if step == group[len(group) // 2]:
                 centre = iterate.params
             if step == group[0]:
-                mixed_products += self._accumulate_mixed(
+                mixed_products += _accumulate_mixed(
                     inner, trajectory, variables, group[len(group) // 2], centre, total
                 )
                 group, total = groups.pop() if groups else [], torch.zeros_like(total)
@@ -174,24 +179,6 @@ class LowRank(Estimator):
             ),
         )
 
-    def _accumulate_mixed(
-        self,
-        inner: InnerLoop,
-        trajectory: Trajectory,
-        variables: Any,
-        step: int,
-        params: Tensor,
-        cotangent: Tensor,
-    ) -> int:
-        """φ̄ += (∂b/∂φ)ᵀ ∂_b⟨∇_θ ℓ(θ, b), ḡ⟩; returns how many passes that took."""
-        with torch.enable_grad():
-            batch = inner.batch(variables.tree, step, trajectory.key)
-        inputs = partition(batch, needs_gradient)[0]
-        if not inputs:
-            return 0
-        variables.accumulate(inputs, inner.run(_mixed, inner, params, batch, cotangent))
-        return 1
-
     def _anchor(
         self, inner: InnerLoop, trajectory: Trajectory, outer: Any, end: WindowEnd
     ) -> Anchor:
@@ -204,7 +191,7 @@ class LowRank(Estimator):
             hessian=hessian,
             gradient=hessian.gradient,
             cotangent=end.cotangent,
-            response=_response(
+            response=gradient_response(
                 inner, iterate, hessian.gradient, hyperparameters, steps=window.width
             ),
             steps=window.width,
@@ -217,6 +204,24 @@ class LowRank(Estimator):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.basis.load_state_dict(state)
+
+
+def _accumulate_mixed(
+    inner: InnerLoop,
+    trajectory: Trajectory,
+    variables: OuterVariables,
+    step: int,
+    params: Tensor,
+    cotangent: Tensor,
+) -> int:
+    """φ̄ += (∂b/∂φ)ᵀ ∂_b⟨∇_θ ℓ(θ, b), ḡ⟩ at one step; returns how many passes that took."""
+    with torch.enable_grad():
+        batch = inner.batch(variables.tree, step, trajectory.key)
+    inputs = partition(batch, needs_gradient)[0]
+    if not inputs:
+        return 0
+    variables.accumulate(inputs, inner.run(_mixed, inner, params, batch, cotangent))
+    return 1
 
 
 def _mixed(inner: InnerLoop, params: Tensor, batch: Any, cotangent: Tensor) -> Sequence[Tensor]:
@@ -253,35 +258,6 @@ def _staleness(inner: InnerLoop, trajectory: Trajectory, outer: Any, anchor: Anc
     # A Hessian that is zero throughout has not changed.
     size = torch.linalg.vector_norm(anchor.image).clamp_min(torch.finfo(params.dtype).tiny)
     return float(torch.stack(changes).max() / size)
-
-
-def _response(
-    inner: InnerLoop,
-    iterate: Iterate,
-    gradient: Tensor,
-    hyperparameters: Mapping[str, Tensor],
-    *,
-    steps: int,
-) -> Tensor:
-    """By how much a unit of gradient at `iterate` moves each parameter within `steps`, above 0.
-
-    |∂θ_{t+1}/∂g_t| times Σ_{i<steps} qⁱ, where q is by how much of it one more step adds. That is
-    exact for momentum, and the diagonal that it is for any optimizer that treats parameters one by
-    one. For others it is a positive scale like any other: what `Krylov` makes of it is a basis.
-    """
-    ones = torch.ones_like(gradient)
-    state = [torch.zeros_like(leaf) for leaf in partition(iterate.state)[0]]
-    _, state, first, _ = inner.run(
-        pull_update, inner, iterate.params, iterate.state, gradient, hyperparameters, ones, state
-    )
-    _, _, second, _ = inner.run(
-        pull_update, inner, iterate.params, iterate.state, gradient, hyperparameters, ones, state
-    )
-    peak = first.abs().max()
-    momentum = (first @ (second - first) / (first @ first)).nan_to_num(0.0).clamp(0, 0.999)
-    gain = (1 - momentum**steps) / (1 - momentum)
-    response = gain * first.abs().clamp_min(torch.finfo(first.dtype).eps * peak)
-    return torch.where(response > 0, response, ones)
 
 
 def _groups(window: Window, size: int) -> list[list[int]]:

@@ -86,3 +86,32 @@ def accumulate_start(
     with torch.enable_grad():
         start = inner.start(variables.tree, trajectory.key, inner.hyperparameters(variables.tree))
     variables.accumulate([start.params, *partition(start.state)[0]], [cotangent, *state_cotangents])
+
+
+def gradient_response(
+    inner: InnerLoop,
+    iterate: Iterate,
+    gradient: Tensor,
+    hyperparameters: Mapping[str, Tensor],
+    *,
+    steps: int,
+) -> Tensor:
+    """By how much a unit of gradient at `iterate` moves each parameter within `steps`, above 0.
+
+    |∂θ_{t+1}/∂g_t| times Σ_{i<steps} qⁱ, where q is by how much of it one more step adds. That is
+    exact for momentum, and the diagonal that it is for any optimizer that treats parameters one by
+    one. For others it is a positive scale like any other: what `Krylov` makes of it is a basis.
+    """
+    ones = torch.ones_like(gradient)
+    state = [torch.zeros_like(leaf) for leaf in partition(iterate.state)[0]]
+    _, state, first, _ = inner.run(
+        pull_update, inner, iterate.params, iterate.state, gradient, hyperparameters, ones, state
+    )
+    _, _, second, _ = inner.run(
+        pull_update, inner, iterate.params, iterate.state, gradient, hyperparameters, ones, state
+    )
+    peak = first.abs().max()
+    momentum = (first @ (second - first) / (first @ first)).nan_to_num(0.0).clamp(0, 0.999)
+    gain = (1 - momentum**steps) / (1 - momentum)
+    response = gain * first.abs().clamp_min(torch.finfo(first.dtype).eps * peak)
+    return torch.where(response > 0, response, ones)
