@@ -30,7 +30,7 @@ from dd.evaluation import Evaluator
 from dd.experiment import Experiment
 from dd.expert_buffer import ExpertWriter
 from dd.memory import keep_freed_memory
-from dd.networks import VGG11, AlexNet, ConvNet, ResNet18, ViT
+from dd.networks import VGG11, AlexNet, ConvNet
 from dd.progress import StopRequest
 
 ROOT = Path(__file__).parent.parent
@@ -39,8 +39,6 @@ ARCHITECTURES = {
     "ConvNet": lambda: ConvNet(10, width=16),
     "AlexNet": lambda: AlexNet(10, width=16),
     "VGG11": lambda: VGG11(10, width=8),
-    "ResNet18": lambda: ResNet18(10, width=8),
-    "ViT": lambda: ViT(10, width=32, depth=3),
 }
 FACTORS = (0.5, 1.0, 2.0)
 
