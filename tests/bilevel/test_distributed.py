@@ -26,7 +26,7 @@ def test_two_processes():
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout

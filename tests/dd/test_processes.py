@@ -90,7 +90,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, by
     """The folder of a run whose process 1 failed, its status and stderr, and its checkpoint."""
     cwd = tmp_path_factory.mktemp("two")
     running = two_processes(cwd, str(FAILING), *arguments("run"))
-    _, err = running.communicate(timeout=120)
+    _, err = running.communicate(timeout=400)
     checkpoint = (cwd / "run" / "checkpoint.safetensors").read_bytes()
     return cwd / "run", running.returncode, err, checkpoint
 
@@ -100,7 +100,7 @@ def finished(failed: tuple[Path, int, str, bytes]) -> tuple[Path, str]:
     """The same run after it was resumed and finished in two processes, and what it printed."""
     folder = failed[0]
     running = two_processes(folder.parent, "-m", "dd.train", *arguments("run"))
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=400)
     assert running.returncode == 0, err
     assert "Traceback" not in err
     return folder, out
@@ -277,7 +277,7 @@ def test_a_signal_stops_both_after_the_same_step(tmp_path: Path) -> None:
 def test_evaluate_shares_the_networks_out(run_copy: Path) -> None:
     expected = results_of(run_copy)["accuracy"]
     running = two_processes(run_copy.parent, "-m", "dd.evaluate", "run")
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=400)
     assert running.returncode == 0, err
     assert results_of(run_copy)["accuracy"] == expected
     assert out.count("test accuracy on digits") == 1
@@ -286,7 +286,7 @@ def test_evaluate_shares_the_networks_out(run_copy: Path) -> None:
 @pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     running = two_processes(tmp_path, "-m", "dd.train", *arguments("run", RandomWindow__windw=3))
-    _, err = running.communicate(timeout=120)
+    _, err = running.communicate(timeout=400)
     assert running.returncode != 0
     assert err.count("RandomWindow has no parameter 'windw'") == 1
     assert list(tmp_path.iterdir()) == []
