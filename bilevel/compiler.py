@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bilevel.decompositions import DECOMPOSITIONS
 from bilevel.errors import CompileWarning
 from bilevel.tree import is_differentiable
 
@@ -115,7 +116,7 @@ class Compiler:
             )
         tensors = tensors_of(leaves)
         try:
-            graph = make_fx(flat)(*tensors)
+            graph = make_fx(flat, decomposition_table=DECOMPOSITIONS)(*tensors)
             graph.graph.eliminate_dead_code()
             graph.recompile()
             compiled = torch.compile(graph, fullgraph=True, dynamic=False, backend=self.backend)

@@ -200,3 +200,44 @@ def test_no_graph_outlives_a_compiled_call():
     result = made(outer, case.outer_batch, seeded(0))
     tensors = [result.loss, *optree.tree_leaves(result.grads), *result.trace.signals.values()]
     assert all(tensor.grad_fn is None for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("pool", "tiles"),
+    [
+        ({"kernel_size": 2}, True),
+        ({"kernel_size": (3, 2), "stride": (3, 2)}, True),
+        ({"kernel_size": 2, "stride": 1}, False),
+        ({"kernel_size": 2, "padding": 1, "count_include_pad": False}, False),
+        ({"kernel_size": 4, "ceil_mode": True}, False),
+        ({"kernel_size": 2, "divisor_override": 3}, False),
+    ],
+)
+def test_operations_in_other_words_are_the_same(pool, tiles, dtype):
+    """Pooling that tiles the image is put in other words: values, gradients, dtypes stay."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, 4, 6, 6, dtype=dtype, generator=generator)
+    weight = torch.rand(4, dtype=dtype, generator=generator)
+    targets = []
+
+    def watched(graph, example_inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def value_and_gradients(image, weight):
+        points = image.detach().requires_grad_(), weight.detach().requires_grad_()
+        twice = dtype == torch.float64
+        with torch.enable_grad():
+            normal = torch.nn.functional.group_norm(points[0], 2, points[1])
+            pooled = torch.nn.functional.avg_pool2d(normal, **pool)
+            slopes = torch.autograd.grad(pooled.square().sum(), points, create_graph=twice)
+            second = torch.autograd.grad(slopes[0].square().sum(), points) if twice else ()
+        return [pooled.detach(), *(slope.detach() for slope in slopes), *second]
+
+    found = Compiler(watched)(value_and_gradients, image, weight)
+    for got, wanted in zip(found, value_and_gradients(image, weight), strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted)
+    assert tiles != any("avg_pool2d" in target for target in targets)
+    assert not any("group_norm_backward" in target for target in targets)
