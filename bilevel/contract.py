@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.random import Key
@@ -41,7 +42,7 @@ def check_scalar(value: Any, name: str) -> Tensor:
     return value
 
 
-def check_inner_loss(inner: InnerLoop, outer: Any, key: Key) -> None:
+def check_inner_loss(inner: InnerLoop, outer: Any, key: Key, *, twice: bool = True) -> None:
     """Find an inner loss that would make every hypergradient silently wrong.
 
     It is evaluated once by plain autograd at θ_0, on a batch cut off the outer variables.
@@ -50,10 +51,12 @@ def check_inner_loss(inner: InnerLoop, outer: Any, key: Key) -> None:
         inner: The inner loop.
         outer: The outer variables as the user holds them, so that a closure over them is found.
         key: The randomness of the first run.
+        twice: Whether it must be differentiable twice.
 
     Raises:
         ProblemError: It does not depend on its parameters, depends on outer variables other than
-            through the batch, writes in place, or draws from a global generator.
+            through the batch, writes in place, draws from a global generator, or has an operation
+            that can be differentiated only once.
     """
     given, rebuild_outer = partition(outer)
     leaves = [leaf.detach().clone().requires_grad_() for leaf in given]
@@ -73,6 +76,7 @@ def check_inner_loss(inner: InnerLoop, outer: Any, key: Key) -> None:
             if "inplace" in str(error).replace("-", ""):
                 raise ProblemError(f"inner_loss writes to its params in place: {error}") from error
             raise
+        once = _differentiable_once(loss) if twice else ""
         suspects = [*leaves, *(leaf for leaf in given if leaf.requires_grad)]
         grads: tuple[Tensor | None, ...] = (None,)
         if loss.requires_grad:
@@ -92,6 +96,11 @@ def check_inner_loss(inner: InnerLoop, outer: Any, key: Key) -> None:
         raise ProblemError(
             "inner_loss does not depend on the params it is given; call the model through "
             "torch.func.functional_call(module, params, inputs)"
+        )
+    if once:
+        raise ProblemError(
+            f"inner_loss uses {once}, whose backward is marked @once_differentiable: its second "
+            "derivative would be taken as zero; bilevel.estimators.FiniteDifference needs none"
         )
     if any(grad is not None for grad in grads[1:]):
         raise ProblemError(
@@ -131,6 +140,28 @@ def settle(transformation: Any, device: torch.device, *, check: bool) -> None:
             "first step (momentum with dampening does), so an inner run could not be repeated: "
             "use dampening=0"
         )
+
+
+def _differentiable_once(value: Tensor) -> str:
+    """The name of an `autograd.Function` in the graph of `value` that refuses a second derivative.
+
+    PyTorch itself raises only where the incoming gradient requires one, not where saved tensors do.
+    """
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
+            return str(function.__name__)  # type: ignore[union-attr]
+        nodes += [parent for parent, _ in node.next_functions]
+    return ""
+
+
+#: The code that `once_differentiable` puts around every backward it marks.
+_ONCE = once_differentiable(lambda *args: None).__code__
 
 
 def _kind(value: Any) -> str:

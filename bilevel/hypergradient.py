@@ -143,7 +143,7 @@ class Hypergradient:
         """
         key = Key.draw(generator)
         if not self._checked:
-            check_inner_loss(self.inner, outer, key)
+            check_inner_loss(self.inner, outer, key, twice=self.estimator.uses_second_derivatives)
             self._checked = True
         if self.inner.compiler is not None:
             self.inner.compiler.depends_on(constants_of(self.inner.problem))

@@ -33,6 +33,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Experts": Experts,
     "MatchExperts": MatchExperts,
     "RealImages": RealImages,
+    "DifficultyPacing": data.DifficultyPacing,
     "SyntheticDataset": SyntheticDataset,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,

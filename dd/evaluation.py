@@ -203,7 +203,7 @@ class Evaluator:
             trained = self._train(
                 images, labels, network, key.fold("network", index), [self.validation_steps], rate
             )
-            accuracies[index] = _accuracy(
+            accuracies[index] = accuracy(
                 network, trained[0], data.validation_images, data.validation_labels
             )
         values = collected(accuracies)
@@ -230,13 +230,13 @@ class Evaluator:
             trained[index] = stages
             validated[index] = torch.tensor(
                 [
-                    _accuracy(network, params, data.validation_images, data.validation_labels)
+                    accuracy(network, params, data.validation_images, data.validation_labels)
                     for params in stages
                 ]
             )
         chosen = int(sum(collected(validated), torch.zeros(len(steps))).argmax())
         values = {
-            index: _accuracy(network, stages[chosen], data.test_images, data.test_labels)
+            index: accuracy(network, stages[chosen], data.test_images, data.test_labels)
             for index, stages in trained.items()
         }
         return Accuracy(tuple(collected(values)), steps[chosen])
@@ -275,9 +275,10 @@ class Evaluator:
 
 
 @torch.no_grad()
-def _accuracy(
+def accuracy(
     network: nn.Module, params: dict[str, Tensor], images: Images, labels: Tensor, chunk: int = 500
 ) -> float:
+    """The fraction of images that the network labels rightly, `chunk` at a time."""
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     for start in range(0, len(labels), chunk):
         part = slice(start, start + chunk)

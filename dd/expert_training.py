@@ -13,7 +13,7 @@ import bilevel
 from dd.augmentation import DSA, Augmentation
 from dd.checks import check_choice, check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData, RealBatches
-from dd.evaluation import _accuracy
+from dd.evaluation import accuracy
 from dd.expert_buffer import ExpertBuffer, ExpertWriter
 from dd.progress import StopRequest
 
@@ -180,7 +180,7 @@ class Experts:
                 name: part.view(parameter.shape)
                 for (name, parameter), part in zip(network.named_parameters(), parts, strict=True)
             }
-            return _accuracy(network, named, data.validation_images, data.validation_labels)
+            return accuracy(network, named, data.validation_images, data.validation_labels)
 
         return {
             "validation_accuracy": judged(snapshots[-1]),

@@ -19,9 +19,11 @@ class Estimator(ABC):
 
     Attributes:
         uses_inner_gradients: Whether the run should keep g_t beside every iterate it keeps.
+        uses_second_derivatives: Whether the inner loss must be differentiable twice.
     """
 
     uses_inner_gradients: bool = False
+    uses_second_derivatives: bool = True
 
     @abstractmethod
     def __call__(

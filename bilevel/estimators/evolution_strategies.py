@@ -42,6 +42,8 @@ class EvolutionStrategies(Estimator):
     arXiv 1810.10180.
     """
 
+    uses_second_derivatives = False
+
     def __init__(self, sigma: float, pairs: int = 1) -> None:
         self.sigma = check_positive("sigma", sigma)
         self.pairs = check_integer("pairs", pairs)

@@ -41,6 +41,8 @@ class FiniteDifference(Estimator):
     arXiv 2310.05674, equation 5.
     """
 
+    uses_second_derivatives = False
+
     def __init__(self, radius: float = 1e-2) -> None:
         self.radius = check_positive("radius", radius)
 

@@ -55,6 +55,8 @@ class PersistentEvolutionStrategies(Estimator):
     Source: Vicol, Metz and Sohl-Dickstein, arXiv 2112.13835, algorithm 2.
     """
 
+    uses_second_derivatives = False
+
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
         self.sigma = check_positive("sigma", sigma)
         self.run_length = check_integer("run_length", run_length)

@@ -108,6 +108,8 @@ class RealBatches:
     The training set is gone through in a new random order every epoch; what is left over at the
     end of an epoch is dropped.
 
+    With a `pool`, every batch is drawn anew, without repetition, from what it holds at that step.
+
     Images that are kept on the host are read ahead, so that no step waits for them.
 
     Args:
@@ -116,16 +118,24 @@ class RealBatches:
         size: Images in a batch; N if it is more than that.
         augmentation: Applied to every batch.
         key: The randomness of order and augmentation.
+        pool: From a step to the indices that its batch may hold; default: all, by epochs.
     """
 
     def __init__(
-        self, images: Images, labels: Tensor, size: int, augmentation: Augmentation, key: Key
+        self,
+        images: Images,
+        labels: Tensor,
+        size: int,
+        augmentation: Augmentation,
+        key: Key,
+        pool: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.images = StoredImages(images) if isinstance(images, Tensor) else images
         self.labels = labels
         self.size = min(size, len(images))
         self.augmentation = augmentation
         self.key = key
+        self.pool = pool
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
         self._ahead = ReadAhead(self._index, self.images.read) if self.images.on_host else None
@@ -143,10 +153,14 @@ class RealBatches:
 
     def _index(self, step: int) -> Tensor:
         """Which images the batch of `step` holds, where the images are kept."""
+        kept_on = torch.device("cpu") if self.images.on_host else self.images.device
+        if self.pool is not None:
+            pool, generator = self.pool(step).to(kept_on), self.key.generator("pool", step)
+            drawn = torch.randperm(len(pool), generator=generator, device=generator.device)
+            return pool[drawn[: self.size].to(kept_on)]
         epoch, position = divmod(step, len(self.images) // self.size)
         if epoch != self._epoch:
             generator = self.key.generator("epoch", epoch)
             order = torch.randperm(len(self.images), generator=generator, device=generator.device)
-            kept_on = torch.device("cpu") if self.images.on_host else self.images.device
             self._epoch, self._order = epoch, order.to(kept_on)
         return self._order[position * self.size : (position + 1) * self.size]

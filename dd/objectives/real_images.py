@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+from torch import Tensor
 
 import bilevel
+from dd.checks import check_instance
+from dd.data.difficulty import DifficultyPacing
 from dd.data.prepared import RealBatches
 from dd.objectives.base import HELD_OUT, Goal, Objective, Outer
 from dd.problems import MetaLoss
@@ -19,9 +22,18 @@ if TYPE_CHECKING:
 
 @final
 class RealImages(Objective):
-    """Minimise the loss on real images of the network that the synthetic set trains, by Adam."""
+    """Minimise the loss on real images of the network that the synthetic set trains, by Adam.
+
+    Args:
+        pacing: Which real images an outer step may draw; default: all of them.
+    """
 
     metrics = ("loss", "accuracy", HELD_OUT, "progress")
+
+    def __init__(self, pacing: DifficultyPacing | None = None) -> None:
+        if pacing is not None:
+            check_instance("pacing", pacing, DifficultyPacing, "@DifficultyPacing() with ()")
+        self.pacing = pacing
 
     def optimizer(self, outer: Outer, rates: Mapping[str, float]) -> torch.optim.Optimizer:
         return torch.optim.Adam(
@@ -29,12 +41,33 @@ class RealImages(Objective):
         )
 
     def prepare(self, settings: Distiller, job: Job, key: bilevel.Key) -> Goal:
-        return _LossOnRealImages(settings, job, key)
+        return _LossOnRealImages(settings, job, key, self._pool(settings, job))
+
+    def _pool(self, settings: Distiller, job: Job) -> Callable[[int], Tensor] | None:
+        if self.pacing is None:
+            return None
+        images, labels = job.data.train_images, job.data.train_labels
+        smallest = int(self.pacing.start * len(labels))
+        if smallest < settings.real_batch:
+            raise bilevel.ConfigurationError(
+                f"DifficultyPacing.start={self.pacing.start}: a share of {smallest} images is less "
+                f"than a batch, real_batch={settings.real_batch}"
+            )
+        scores = self.pacing.scores(
+            job.network, images, labels, job.augmentation, job.key.fold("difficulty")
+        )
+        return self.pacing.pool(scores, labels)
 
 
 @final
 class _LossOnRealImages(Goal):
-    def __init__(self, settings: Distiller, job: Job, key: bilevel.Key) -> None:
+    def __init__(
+        self,
+        settings: Distiller,
+        job: Job,
+        key: bilevel.Key,
+        pool: Callable[[int], Tensor] | None,
+    ) -> None:
         self.problem = self._meta_loss = MetaLoss(
             job.network,
             job.synthetic,
@@ -51,6 +84,7 @@ class _LossOnRealImages(Goal):
             settings.real_batch,
             job.augmentation,
             key.fold("real"),
+            pool,
         )
         # Drawn, as a dataset may be ordered by class; fixed, so that a gain is not one of the draw.
         self.held_out = torch.randperm(

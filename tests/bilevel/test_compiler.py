@@ -185,6 +185,23 @@ def test_rounding_is_allowed_for():
         compiler(ill_conditioned, torch.full((4,), 1 + 1e-15, dtype=torch.float64))
 
 
+def cancelling(x):
+    """Σx, in a form that loses nearly all digits of float32."""
+    return ((x + 1e6) - 1e6).sum()
+
+
+def test_a_compiler_that_is_nearer_to_float64_than_eager_mode_is_right():
+    def accurate(graph, example_inputs):
+        return lambda *inputs: [output.float() for output in graph(*[x.double() for x in inputs])]
+
+    x = torch.linspace(0.01, 0.02, 7)
+    assert abs(float(cancelling(x)) - float(x.sum())) > 0.01
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = Compiler(accurate)(cancelling, x)
+    assert float(found) == pytest.approx(float(x.sum()), rel=1e-6)
+
+
 def test_a_new_shape_every_time_ends_in_eager_mode():
     compiler = Compiler("eager")
     for size in range(1, 1 + GRAPHS_PER_FUNCTION):

@@ -485,6 +485,26 @@ def test_what_the_data_cannot_give_is_one_line(
     assert list(changes)[-1].split("__")[1] in one_error(capsys)
 
 
+PACED = [
+    "--gin_param=Distiller.objective = @RealImages()",
+    "--gin_param=RealImages.pacing = @DifficultyPacing()",
+    "--gin_param=DifficultyPacing.over_steps = 4",
+    "--gin_param=DifficultyPacing.networks = 1",
+    "--gin_param=DifficultyPacing.epochs = 1",
+]
+
+
+def test_real_images_can_be_paced_by_difficulty(
+    tmp_path: Path, here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here(train, [*arguments(tmp_path / "run"), *PACED]) == 0
+    assert "scoring real images" in capsys.readouterr().err
+    assert results_of(tmp_path / "run")["status"] == "complete"
+    too_few = "--gin_param=DifficultyPacing.start = 0.01"
+    assert here(train, [*arguments(tmp_path / "other"), *PACED, too_few]) == 2
+    assert "start=0.01" in capsys.readouterr().err
+
+
 def test_a_transform_that_cannot_be_fitted_is_one_line(
     tmp_path: Path, here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,258 @@
+"""Truncation schedules and estimators side by side: accuracy against equal wall clock.
+
+Every method distils CIFAR-10 to one image per class for the same number of minutes, eager, from the
+same real images and the same initialisations by seed; the set is kept at every part of that time in
+--parts. Each set is judged by fresh networks after 300 training steps on the whole test set: no
+number of steps and no set is chosen. Methods take turns within a seed, so that a slow moment of the
+machine hits all of them.
+
+Methods (T 60, W 20, unless it says otherwise)
+    BPTT                  the whole run.
+    T-BPTT                the last 20 steps.
+    first 15              control: runs of 15 steps, whole; what the released AT-BPTT came to here.
+    RaT-BPTT              a random window.
+    AT position           AT-BPTT with a fixed width: only where the window lies is adapted.
+    AT width              AT-BPTT with uniform positions: only the width is adapted, in 15 … 25.
+    AT-BPTT               both, stages by thirds of the run, 5 outer steps a recording.
+    AT-BPTT++             the policy over inner steps.
+    AT-BPTT low rank      AT-BPTT with `LowRank()` in place of the exact adjoint.
+    RaT easy first        RaT-BPTT on real images paced by difficulty, easy ones first.
+    RaT hard first        the same, hard ones first. Scoring is not in the time of either.
+
+    python benchmarks/methods.py --data data --json results.json --plot results.png
+
+Every finished run is written at once; a rerun with the same --json goes on after the last one.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from common import table, write_json
+
+from bilevel import Key
+from bilevel.estimators import Adjoint, LowRank
+from bilevel.truncation import (
+    ByFraction,
+    Full,
+    Last,
+    RandomWindow,
+    Softmax,
+    StageAware,
+    WithinTrajectoryPolicy,
+)
+from dd import config
+from dd.data import DifficultyPacing
+from dd.data.prepared import PreparedData
+from dd.distillation import DISTILLED, Job
+from dd.distilled_set import DistilledSet
+from dd.evaluation import Evaluator
+from dd.experiment import Experiment
+from dd.memory import keep_freed_memory
+from dd.objectives import RealImages
+from dd.progress import StopRequest
+
+ROOT = Path(__file__).parent.parent
+STEPS, WINDOW, RANGE = 60, 20, 5
+#: A temperature at which every inner step is as likely as any other.
+UNIFORM = 1e9
+
+
+def stage_aware(**options: Any) -> StageAware:
+    given = {"width_range": RANGE, "refresh": 5, **options}
+    return StageAware(WINDOW, transition=ByFraction(), **given)
+
+
+#: The schedule, the length of the inner run, the estimator, the order of the real images.
+METHODS: dict[str, tuple[Callable[[], Any], int, Callable[[], Any], str | None]] = {
+    "BPTT": (Full, STEPS, Adjoint, None),
+    "T-BPTT": (lambda: Last(WINDOW), STEPS, Adjoint, None),
+    "first 15": (Full, 15, Adjoint, None),
+    "RaT-BPTT": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, None),
+    "AT position": (lambda: stage_aware(width_range=0), STEPS, Adjoint, None),
+    "AT width": (lambda: stage_aware(distribution=Softmax(UNIFORM)), STEPS, Adjoint, None),
+    "AT-BPTT": (stage_aware, STEPS, Adjoint, None),
+    "AT-BPTT++": (lambda: WithinTrajectoryPolicy(WINDOW, RANGE), STEPS, Adjoint, None),
+    "AT-BPTT low rank": (stage_aware, STEPS, LowRank, None),
+    "RaT easy first": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, "easy_first"),
+    "RaT hard first": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, "hard_first"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="data", help="folder of CIFAR-10")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--parts", type=float, nargs="+", default=[0.25, 0.5, 1.0])
+    parser.add_argument("--width", type=int, default=32, help="of the ConvNet-3")
+    parser.add_argument("--networks", type=int, default=3, help="for each set")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--merge", type=Path, nargs="*", help="only join these, and draw")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+
+    rows = [
+        row
+        for path in (options.merge or [options.json])
+        if path.exists()
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    if options.merge is None:
+        experiment, data = prepare(options)
+        done = {(row["method"], row["seed"]) for row in rows}
+        for seed in options.seeds:
+            for method in options.methods:
+                if (method, seed) not in done:
+                    rows.append(measure(experiment, data, method, seed, options))
+                    write_json(options.json, rows, summary(rows))
+                    print(rows[-1], flush=True)
+    write_json(options.json, rows, summary(rows))
+    print(table(mean_rows(rows), dict.fromkeys(mean_rows(rows)[0], "")))
+    if options.plot is not None:
+        draw(rows, options.plot)
+
+
+def prepare(options: Any) -> tuple[Experiment, PreparedData]:
+    bindings = [
+        f"cifar10.root = {options.data!r}",
+        f"ConvNet.width = {options.width}",
+        f"Distiller.minutes = {options.minutes}",
+        f"Distiller.snapshot_minutes = {[p * options.minutes for p in options.parts if p < 1]}",
+        "Distiller.precision = None",
+        "Distiller.compile = False",
+        "Distiller.image_every = 100000",
+    ]
+    experiment = config.load([str(ROOT / "gin" / "cifar10_cpu.gin")], bindings)
+    data = experiment.prepare()
+    # Nothing is chosen, so the validation split is only looked at by the evaluator's routine.
+    few = {
+        "validation_images": data.validation_images[:100],
+        "validation_labels": data.validation_labels[:100],
+    }
+    return experiment, replace(data, **few)
+
+
+def measure(
+    experiment: Experiment, data: PreparedData, method: str, seed: int, options: Any
+) -> dict[str, Any]:
+    """Distil once and judge the sets kept along the way."""
+    distiller = experiment.distiller
+    schedule, distiller.inner_steps, estimator, order = METHODS[method]
+    distiller.truncation, distiller.estimator = schedule(), estimator()
+    # Half the time at about 0.7 s a step, so that the second half sees all images.
+    pacing = order and DifficultyPacing(over_steps=max(1, int(43 * options.minutes)), order=order)
+    distiller.objective = RealImages(pacing)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job = Job(
+            data=data,
+            network=experiment.network,
+            augmentation=experiment.augmentation,
+            synthetic=experiment.synthetic,
+            evaluator=experiment.evaluator,
+            folder=folder,
+            key=Key(seed),
+            device=experiment.device,
+            provenance={},
+            description=experiment.describe(data),
+        )
+        began = time.process_time()
+        state = distiller.distil(job, StopRequest(), "", lambda: None)
+        seconds = time.process_time() - began
+        accuracy = {}
+        for part in options.parts:
+            minutes = f"{part * options.minutes:g}_minutes.safetensors"
+            found = folder / (DISTILLED if part == 1 else f"snapshots/{minutes}")
+            accuracy[f"{part:g}"] = judge(experiment, data, seed, options, found)
+    return {
+        "method": method,
+        "seed": seed,
+        "outer_steps": state.step,
+        "cpu_seconds": seconds,
+        "accuracy": accuracy,
+    }
+
+
+def judge(experiment: Experiment, data: PreparedData, seed: int, options: Any, path: Path) -> float:
+    """Mean test accuracy, a fraction."""
+    evaluator = Evaluator(networks=options.networks, steps=[300])
+    found = DistilledSet.load(path)
+    key = Key(seed).fold("evaluation")
+    return evaluator.distilled(found.images, found.labels, experiment.network, data, key).mean
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        method: found
+        for method in METHODS
+        if (found := [row for row in rows if row["method"] == method])
+    }
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """(mean, standard deviation) in %."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return 100 * statistics.fmean(values), 100 * deviation
+
+
+def mean_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean ± standard deviation over seeds, for every part of the time."""
+    result = []
+    for method, group in groups(rows).items():
+        steps = statistics.fmean(row["outer_steps"] for row in group)
+        cells: dict[str, Any] = {"method": method, "outer steps": f"{steps:.0f}"}
+        for part in group[0]["accuracy"]:
+            mean, deviation = spread([row["accuracy"][part] for row in group])
+            cells[f"at {part}"] = f"{mean:.1f} ± {deviation:.1f}"
+        result.append(cells)
+    return result
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    return {
+        f"{method}_at_{part}": spread([row["accuracy"][part] for row in group])[0]
+        for method, group in groups(rows).items()
+        for part in group[0]["accuracy"]
+    }
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against the part of the time that has passed."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for index, (method, group) in enumerate(groups(rows).items()):
+        parts = list(group[0]["accuracy"])
+        points = [spread([row["accuracy"][part] for row in group]) for part in parts]
+        axes.errorbar(
+            [float(part) * (1 + 0.006 * (index - 5)) for part in parts],
+            [mean for mean, _ in points],
+            [deviation for _, deviation in points],
+            marker="osd^v<>px*+"[index],
+            linestyle="--" if "first" in method else "-",
+            capsize=3,
+            label=method,
+        )
+    axes.set(xlabel="part of the wall clock", ylabel="test accuracy, %, mean ± std of 3 seeds")
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
