@@ -7,8 +7,10 @@ In this order, each part in the report as soon as it is there:
 2.  One hypergradient against `higher`, over widths and windows: seconds and peak memory, and so
     their growth with the window.
 3.  Precision: seconds of an outer step, and the hypergradient's cosine to float64, by option.
-4.  Inner replicas: seconds of R runs one after the other and side by side.
-5.  With --data, a distillation of CIFAR-10 at 10 images per class for --minutes, and its accuracy.
+4.  Inner replicas: seconds of R runs one after the other and side by side, and how much their mean
+    varies from call to call, √(E‖g − ḡ‖² / ‖ḡ‖²) over 4 calls.
+5.  A whole hypergradient by every method, outer loss included: seconds and peak memory.
+6.  With --data, a distillation of CIFAR-10 at 10 images per class for --minutes, and its accuracy.
 
     python benchmarks/gpu.py --report benchmarks/results/gpu.md
     python benchmarks/gpu.py --data DIR --minutes 10 --report benchmarks/results/gpu.md
@@ -18,6 +20,7 @@ ask for, so there that column is empty; see `benchmarks/hypergradient.py`.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -164,6 +167,25 @@ def against_higher(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def distilling(
+    images_per_class: int,
+    width: int,
+    real: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    precision: Precision | None = None,
+) -> tuple[MetaLoss, dict[str, Tensor], Any]:
+    """(problem, outer variables, outer batch) of a distillation, on random images."""
+    images = torch.randn(real, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(real) % 10
+    synthetic = SyntheticDataset(images_per_class=images_per_class)
+    outer = synthetic.create(images, labels, 10, torch.Generator().manual_seed(1))
+    network = ConvNet(10, width=width).to(dtype)
+    problem = MetaLoss(network, synthetic, NoAugmentation(), device, precision=precision)
+    there = {name: value.detach().to(device, dtype) for name, value in outer.items()}
+    return problem, there, (images.to(device, dtype), labels.to(device))
+
+
 def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """CIFAR-10's setting on random images: 10 images per class, on a CPU 1 and half the width."""
     sizes = {
@@ -172,26 +194,14 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         "cuda": (10, 128, 5000, 60, 40),
     }
     images_per_class, width, real, steps, window = sizes["quick" if quick else device.type]
-    images = torch.randn(real, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(real) % 10
-    synthetic = SyntheticDataset(images_per_class=images_per_class)
-    outer = synthetic.create(images, labels, 10, torch.Generator().manual_seed(1))
 
     def hypergradient(chosen: Precision, dtype: torch.dtype, compile: bool) -> Callable[[], Tensor]:
         chosen.set_global_flags()
-        problem = MetaLoss(
-            ConvNet(10, width=width).to(dtype),
-            synthetic,
-            NoAugmentation(),
-            device,
-            precision=chosen,
-        )
+        problem, outer, batch = distilling(images_per_class, width, real, device, dtype, chosen)
         own = made(problem, steps - window, window, compile=compile)
-        there = {name: value.detach().to(device, dtype) for name, value in outer.items()}
-        batch = (images.to(device, dtype), labels.to(device))
 
         def call() -> Tensor:
-            return own(there, batch, torch.Generator().manual_seed(2)).grads["images"]
+            return own(outer, batch, torch.Generator().manual_seed(2)).grads["images"]
 
         return call
 
@@ -217,23 +227,31 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 
 
 def replicas(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """Seconds of R inner runs, eager, at 10 images and 20 differentiated steps of 40."""
+    """R inner runs, eager, at 10 images and 20 differentiated steps of 40."""
+    sizes = {
+        "quick": ((8,), (1, 2)),
+        "cpu": ((16, 64), (1, 2, 4)),
+        "cuda": ((32, 128), (1, 2, 4, 8)),
+    }
+    widths, counts = sizes["quick" if quick else device.type]
     rows = []
-    for width in (8,) if quick else (32, 128):
+    for width in widths:
         problem = Distillation(width, 10).to(device)
-        for count in (1, 2) if quick else (1, 2, 4, 8):
+        for count in counts:
             after = made(problem, 20, 20, inner_replicas=count)
             beside = made(bilevel.Replicas(problem, count), 20, 20)
+
+            def call(own: Any, seed: int = 1, problem: Distillation = problem) -> Tensor:
+                generator = torch.Generator().manual_seed(seed)
+                return own(problem.images, problem.real, generator).grads
+
             taken = [
-                measured(
-                    lambda own=own, problem=problem: own(
-                        problem.images, problem.real, torch.Generator().manual_seed(1)
-                    ),
-                    device,
-                    1 if quick else 3,
-                )
+                measured(functools.partial(call, own), device, 1 if quick else 3)
                 for own in (after, beside)
             ]
+            draws = torch.stack([call(after, seed) for seed in range(4)]).flatten(1)
+            mean = draws.mean(dim=0)
+            variance = (draws - mean).square().sum(dim=1).sum() / 3
             rows.append(
                 {
                     "width": width,
@@ -241,8 +259,47 @@ def replicas(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                     "one after the other, s": f"{taken[0]['seconds']:.2f}",
                     "side by side, s": f"{taken[1]['seconds']:.2f}",
                     "side by side, MB": f"{taken[1]['MB']:.0f}",
+                    "spread": f"{float(variance.sqrt() / mean.norm()):.2f}",
                 }
             )
+    return rows
+
+
+def methods(device: torch.device, quick: bool) -> list[dict[str, Any]]:
+    """A hypergradient by every method at the published size of IPC 10; on a CPU in small."""
+    sizes = {
+        "quick": (1, 8, 50, 6, 2, 1),
+        "cpu": (1, 32, 500, 60, 20, 5),
+        "cuda": (10, 128, 5000, 200, 60, 10),
+    }
+    images_per_class, width, real, steps, window, extra = sizes["quick" if quick else device.type]
+    problem, outer, batch = distilling(images_per_class, width, real, device)
+    truncation, estimators = bilevel.truncation, bilevel.estimators
+    transition = truncation.ByFraction()
+    cases: dict[str, tuple[Any, Any, bool]] = {
+        "BPTT": (truncation.Full(), None, False),
+        "T-BPTT": (truncation.Last(window), None, False),
+        "RaT-BPTT": (truncation.RandomWindow(window), None, False),
+        "RaT-BPTT, compiled": (truncation.RandomWindow(window), None, True),
+        "AT-BPTT": (truncation.StageAware(window, extra, transition, refresh=5), None, False),
+        "AT-BPTT++": (truncation.WithinTrajectoryPolicy(window, extra), None, False),
+        "RaT-BPTT, low rank": (truncation.RandomWindow(window), estimators.LowRank(), False),
+    }
+    rows = []
+    for name, (schedule, estimator, compile) in cases.items():
+        own = bilevel.Hypergradient(
+            problem, adam(), steps, schedule, estimator=estimator, compile=compile
+        )
+        generator = torch.Generator().manual_seed(3)
+        # An odd number of calls, since windows differ from call to call.
+        taken = measured(functools.partial(own, outer, batch, generator), device, 1 if quick else 5)
+        rows.append(
+            {
+                "method": name,
+                "seconds": f"{taken['seconds']:.2f}",
+                "MB": f"{taken['MB']:.0f}",
+            }
+        )
     return rows
 
 
@@ -300,6 +357,7 @@ PARTS = {
     "higher": ("One hypergradient against higher", against_higher),
     "precision": ("Precision", precision),
     "replicas": ("Inner replicas", replicas),
+    "methods": ("A hypergradient by method", methods),
 }
 
 

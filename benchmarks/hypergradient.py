@@ -19,9 +19,10 @@ Columns
     time/higher      Seconds of this method over those of `higher` at the same window.
     cpu/higher       The same for processor seconds.
     memory/higher    The same for MB.
-    seconds          One whole call: the median over repeats, in which the methods take turns within
-                     one process, so that a slow moment of the machine hits all of them. For the
-                     window alone run with --burn-in 0.
+    seconds          One whole call: the median over repeats, in which the methods take turns, so
+                     that a slow moment of the machine hits all of them, each in a process of its
+                     own: in the heap that `higher` leaves behind, others run a third slower. For
+                     the window alone run with --burn-in 0.
     cpu seconds      Processor time of the same calls, of all threads: also the median. Where others
                      use the machine, this with --threads 1 is the one to trust.
     MB               Peak of the resident set during one call, above the resident set before it,
@@ -38,8 +39,10 @@ Columns
     error            ‖float32 − float64‖ / ‖float64‖ of the hypergradient, at the smallest window.
                      The float64 one is by `reverse`. All start the window from one and the same
                      (θ, Adam state), that of one float32 run, so the chaos of the steps before it
-                     does not count. `higher` adds Adam's eps before the bias correction, and so
-                     differentiates a slightly different step; its "error" includes that.
+                     does not count. That of the window does, and differs tenfold from start to
+                     start: this is a geometric mean over as many starts as repeats. `higher` adds
+                     Adam's eps before the bias correction, and so differentiates a slightly
+                     different step; its "error" includes that.
 
 The summary is taken at the largest window for `compiled`, or for `adjoint` where that was not
 measured: how many times faster than `higher` (in seconds), what part of its memory, and what part
@@ -53,14 +56,17 @@ as the commands of `dd` do for themselves.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -208,18 +214,29 @@ def torchopt_window(problem: Distillation, burn_in: int, window: int) -> Tensor:
 
 
 def errors(
-    methods: Sequence[str], width: int, images: int, burn_in: int, window: int
+    methods: Sequence[str], width: int, images: int, burn_in: int, window: int, starts: int
+) -> dict[str, float]:
+    """Geometric means over starts of every method's relative error."""
+    found = [
+        errors_from(bilevel.Key(seed), methods, width, images, burn_in, window)
+        for seed in range(1, 1 + starts)
+    ]
+    return {name: statistics.geometric_mean(each[name] for each in found) for name in found[0]}
+
+
+def errors_from(
+    key: bilevel.Key, methods: Sequence[str], width: int, images: int, burn_in: int, window: int
 ) -> dict[str, float]:
     """Relative error of every method's float32 hypergradient from one common start."""
     problem = Distillation(width, images)
     inner = bilevel.InnerLoop(problem, adam())
     horizon = burn_in + window
     trajectory = inner.rollout(
-        problem.images, bilevel.Key(1), steps=horizon, horizon=horizon, keep_from=burn_in
+        problem.images, key, steps=horizon, horizon=horizon, keep_from=burn_in
     )
     exact_problem = Distillation(width, images, torch.float64)
     exact_inner = bilevel.InnerLoop(exact_problem, adam())
-    exact_inner.start(exact_problem.images, bilevel.Key(1), {})
+    exact_inner.start(exact_problem.images, key, {})
     exact_trajectory = bilevel.Trajectory(
         {step: _double(iterate) for step, iterate in trajectory.kept.items()},
         trajectory.key,
@@ -231,7 +248,7 @@ def errors(
         exact_inner, exact_trajectory, exact_problem.images, exact_problem.real
     ).grads
     compiled_inner = bilevel.InnerLoop(problem, adam(), compile=True)
-    compiled_inner.start(problem.images, bilevel.Key(1), {})
+    compiled_inner.start(problem.images, key, {})
     found = {
         name: estimator(
             compiled_inner if name == "compiled" else inner,
@@ -298,6 +315,35 @@ def memory_in_a_process(method: str, window: int, args: argparse.Namespace) -> f
     return float(process.stdout)
 
 
+def worker(args: argparse.Namespace) -> ProcessPoolExecutor:
+    """A process of its own, in which one method is timed."""
+    return ProcessPoolExecutor(
+        1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(args.threads, args.keep_freed_memory),
+    )
+
+
+def start_worker(threads: int, keep: bool) -> None:
+    torch.set_num_threads(threads)
+    if keep:
+        keep_freed_memory()
+
+
+def timed(method: str, width: int, images: int, burn_in: int, window: int) -> tuple[float, float]:
+    """(seconds, processor seconds) of one call in this process."""
+    problem = problem_of(width, images)
+    start, processor_start = time.perf_counter(), time.process_time()
+    hypergradient(method, problem, burn_in, window)
+    return time.perf_counter() - start, time.process_time() - processor_start
+
+
+@functools.cache
+def problem_of(width: int, images: int) -> Distillation:
+    return Distillation(width, images)
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each window and method."""
     cases = [(window, method) for window in args.windows for method in args.methods]
@@ -313,35 +359,44 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         memory[window, method] = memory_in_a_process(method, window, args)
         done("memory")
 
-    problem = Distillation(args.width, args.images)
-    for method in args.methods:
-        for window in args.windows if method == "compiled" else (2,):
-            hypergradient(method, problem, args.burn_in if method == "compiled" else 1, window)
-        done("warm-up")
     wall: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
     processor: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
-    for _ in range(args.repeats):
-        for window, method in cases:
-            start, processor_start = time.perf_counter(), time.process_time()
-            hypergradient(method, problem, args.burn_in, window)
-            processor[window, method].append(time.process_time() - processor_start)
-            wall[window, method].append(time.perf_counter() - start)
-            done("time")
-    error = errors(args.methods, args.width, args.images, args.burn_in, args.windows[0])
+    with contextlib.ExitStack() as stack:
+        workers = {method: stack.enter_context(worker(args)) for method in args.methods}
+        for method in args.methods:
+            for window in args.windows if method == "compiled" else (2,):
+                burn_in = args.burn_in if method == "compiled" else 1
+                workers[method].submit(
+                    timed, method, args.width, args.images, burn_in, window
+                ).result()
+            done("warm-up")
+        for _ in range(args.repeats):
+            for window, method in cases:
+                seconds, cpu_seconds = (
+                    workers[method]
+                    .submit(timed, method, args.width, args.images, args.burn_in, window)
+                    .result()
+                )
+                wall[window, method].append(seconds)
+                processor[window, method].append(cpu_seconds)
+                done("time")
+    error = errors(
+        args.methods, args.width, args.images, args.burn_in, args.windows[0], args.repeats
+    )
     done("error")
     progress.close()
 
-    seconds = {case: statistics.median(taken) for case, taken in wall.items()}
-    cpu_seconds = {case: statistics.median(taken) for case, taken in processor.items()}
+    wall_median = {case: statistics.median(taken) for case, taken in wall.items()}
+    cpu_median = {case: statistics.median(taken) for case, taken in processor.items()}
     return [
         {
             "window": window,
             "method": method,
-            "time/higher": seconds[window, method] / seconds[window, "higher"],
-            "cpu/higher": cpu_seconds[window, method] / cpu_seconds[window, "higher"],
+            "time/higher": wall_median[window, method] / wall_median[window, "higher"],
+            "cpu/higher": cpu_median[window, method] / cpu_median[window, "higher"],
             "memory/higher": memory[window, method] / memory[window, "higher"],
-            "seconds": seconds[window, method],
-            "cpu seconds": cpu_seconds[window, method],
+            "seconds": wall_median[window, method],
+            "cpu seconds": cpu_median[window, method],
             "MB": memory[window, method],
             "error": error.get(method) if window == args.windows[0] else None,
         }
@@ -409,8 +464,6 @@ def main() -> None:
         window = args.windows[0]
         print(measure_memory(args.memory_of, args.width, args.images, args.burn_in, window))
         return
-    if args.keep_freed_memory:
-        keep_freed_memory()
     rows = measure(args)
     summary = summarise(rows)
     print(" | ".join(f"{name}: {value}" for name, value in machine().items()))

@@ -17,7 +17,8 @@ Methods (T 60, W 20, unless it says otherwise)
     AT-BPTT++             the policy over inner steps.
     AT-BPTT low rank      AT-BPTT with `LowRank()` in place of the exact adjoint.
     RaT easy first        RaT-BPTT on real images paced by difficulty, easy ones first.
-    RaT hard first        the same, hard ones first. Scoring is not in the time of either.
+    RaT hard first        the same, hard ones first. Scored by one network after two epochs, which
+                          is not in the time of either.
 
     python benchmarks/methods.py --data data --json results.json --plot results.png
 
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--parts", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--width", type=int, default=32, help="of the ConvNet-3")
     parser.add_argument("--networks", type=int, default=3, help="for each set")
+    parser.add_argument("--paced-steps", type=int, default=100, help="until all images are drawn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--merge", type=Path, nargs="*", help="only join these, and draw")
     options = parser.parse_args()
@@ -154,8 +156,7 @@ def measure(
     distiller = experiment.distiller
     schedule, distiller.inner_steps, estimator, order = METHODS[method]
     distiller.truncation, distiller.estimator = schedule(), estimator()
-    # Half the time at about 0.7 s a step, so that the second half sees all images.
-    pacing = order and DifficultyPacing(over_steps=max(1, int(43 * options.minutes)), order=order)
+    pacing = order and DifficultyPacing(options.paced_steps, order, networks=1, epochs=2)
     distiller.objective = RealImages(pacing)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

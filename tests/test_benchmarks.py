@@ -41,7 +41,9 @@ def test_hypergradient_benchmark_writes_a_sound_result(tmp_path):
 
     rows = result["rows"]
     assert [(row["window"], row["method"]) for row in rows] == [
-        (window, method) for window in (2, 3) for method in ("higher", "reverse", "adjoint")
+        (window, method)
+        for window in (2, 3)
+        for method in ("higher", "reverse", "adjoint", "compiled")
     ]
     for row in rows:
         assert row["seconds"] > 0
