@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--parts", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--width", type=int, default=32, help="of the ConvNet-3")
+    parser.add_argument("--real-batch", type=int, default=500)
     parser.add_argument("--networks", type=int, default=3, help="for each set")
     parser.add_argument("--paced-steps", type=int, default=100, help="until all images are drawn")
     parser.add_argument("--threads", type=int, default=1)
@@ -135,6 +136,7 @@ def prepare(options: Any) -> tuple[Experiment, PreparedData]:
         f"ConvNet.width = {options.width}",
         f"Distiller.minutes = {options.minutes}",
         f"Distiller.snapshot_minutes = {[p * options.minutes for p in options.parts if p < 1]}",
+        f"Distiller.real_batch = {options.real_batch}",
         "Distiller.precision = None",
         "Distiller.compile = False",
         "Distiller.image_every = 100000",
