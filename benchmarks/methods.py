@@ -38,8 +38,8 @@ from typing import Any
 import matplotlib
 import torch
 from common import table, write_json
+from distil import ROOT, accuracy, distil
 
-from bilevel import Key
 from bilevel.estimators import Adjoint, LowRank
 from bilevel.truncation import (
     ByFraction,
@@ -53,15 +53,13 @@ from bilevel.truncation import (
 from dd import config
 from dd.data import DifficultyPacing
 from dd.data.prepared import PreparedData
-from dd.distillation import DISTILLED, Job
+from dd.distillation import DISTILLED
 from dd.distilled_set import DistilledSet
 from dd.evaluation import Evaluator
 from dd.experiment import Experiment
 from dd.memory import keep_freed_memory
 from dd.objectives import RealImages
-from dd.progress import StopRequest
 
-ROOT = Path(__file__).parent.parent
 STEPS, WINDOW, RANGE = 60, 20, 5
 #: A temperature at which every inner step is as likely as any other.
 UNIFORM = 1e9
@@ -79,7 +77,7 @@ METHODS: dict[str, tuple[Callable[[], Any], int, Callable[[], Any], str | None]]
     "first 15": (Full, 15, Adjoint, None),
     "RaT-BPTT": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, None),
     "AT position": (lambda: stage_aware(width_range=0), STEPS, Adjoint, None),
-    "AT width": (lambda: stage_aware(distribution=Softmax(UNIFORM)), STEPS, Adjoint, None),
+    "AT width": (lambda: stage_aware(distribution=Softmax(temperature=UNIFORM)), STEPS, Adjoint, None),
     "AT-BPTT": (stage_aware, STEPS, Adjoint, None),
     "AT-BPTT++": (lambda: WithinTrajectoryPolicy(WINDOW, RANGE), STEPS, Adjoint, None),
     "AT-BPTT low rank": (stage_aware, STEPS, LowRank, None),
@@ -162,41 +160,22 @@ def measure(
     distiller.objective = RealImages(pacing)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = Job(
-            data=data,
-            network=experiment.network,
-            augmentation=experiment.augmentation,
-            synthetic=experiment.synthetic,
-            evaluator=experiment.evaluator,
-            folder=folder,
-            key=Key(seed),
-            device=experiment.device,
-            provenance={},
-            description=experiment.describe(data),
-        )
         began = time.process_time()
-        state = distiller.distil(job, StopRequest(), "", lambda: None)
+        state = distil(experiment, data, seed, folder)
         seconds = time.process_time() - began
-        accuracy = {}
+        evaluator = Evaluator(networks=options.networks, steps=[300])
+        found = {}
         for part in options.parts:
             minutes = f"{part * options.minutes:g}_minutes.safetensors"
-            found = folder / (DISTILLED if part == 1 else f"snapshots/{minutes}")
-            accuracy[f"{part:g}"] = judge(experiment, data, seed, options, found)
+            kept = DistilledSet.load(folder / (DISTILLED if part == 1 else f"snapshots/{minutes}"))
+            found[f"{part:g}"] = accuracy(kept, experiment.network, evaluator, data, seed)
     return {
         "method": method,
         "seed": seed,
         "outer_steps": state.step,
         "cpu_seconds": seconds,
-        "accuracy": accuracy,
+        "accuracy": found,
     }
-
-
-def judge(experiment: Experiment, data: PreparedData, seed: int, options: Any, path: Path) -> float:
-    """Mean test accuracy, a fraction."""
-    evaluator = Evaluator(networks=options.networks, steps=[300])
-    found = DistilledSet.load(path)
-    key = Key(seed).fold("evaluation")
-    return evaluator.distilled(found.images, found.labels, experiment.network, data, key).mean
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -18,13 +18,14 @@ from typing import Any
 import matplotlib
 import torch
 from common import table, write_json
+from distil import ROOT, distil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bilevel import Key
 from bilevel.truncation import Full, MinimumDistance
 from dd import config
 from dd.data.prepared import PreparedData
-from dd.distillation import DISTILLED, Job
+from dd.distillation import DISTILLED
 from dd.distilled_set import DistilledSet
 from dd.evaluation import Evaluator
 from dd.experiment import Experiment
@@ -33,7 +34,6 @@ from dd.memory import keep_freed_memory
 from dd.networks import VGG11, AlexNet, ConvNet
 from dd.progress import StopRequest
 
-ROOT = Path(__file__).parent.parent
 #: Narrow forms, so that all of this fits on one CPU thread.
 ARCHITECTURES = {
     "ConvNet": lambda: ConvNet(10, width=16),
@@ -132,20 +132,8 @@ def measure(experiment: Experiment, data: PreparedData, seed: int, options: Any)
     distiller.validate_every, distiller.average_decay = 0, None
     distiller.image_every = options.outer_steps
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            data=data,
-            network=experiment.network,
-            augmentation=experiment.augmentation,
-            synthetic=experiment.synthetic,
-            evaluator=experiment.evaluator,
-            folder=Path(folder),
-            key=Key(seed),
-            device=experiment.device,
-            provenance={},
-            description=experiment.describe(data),
-        )
         began = time.process_time()
-        distiller.distil(job, StopRequest(), "", lambda: None)
+        distil(experiment, data, seed, Path(folder))
         seconds = time.process_time() - began
         events = EventAccumulator(str(Path(folder) / "events"), size_guidance={"scalars": 0})
         events.Reload()
