@@ -77,7 +77,12 @@ METHODS: dict[str, tuple[Callable[[], Any], int, Callable[[], Any], str | None]]
     "first 15": (Full, 15, Adjoint, None),
     "RaT-BPTT": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, None),
     "AT position": (lambda: stage_aware(width_range=0), STEPS, Adjoint, None),
-    "AT width": (lambda: stage_aware(distribution=Softmax(temperature=UNIFORM)), STEPS, Adjoint, None),
+    "AT width": (
+        lambda: stage_aware(distribution=Softmax(temperature=UNIFORM)),
+        STEPS,
+        Adjoint,
+        None,
+    ),
     "AT-BPTT": (stage_aware, STEPS, Adjoint, None),
     "AT-BPTT++": (lambda: WithinTrajectoryPolicy(WINDOW, RANGE), STEPS, Adjoint, None),
     "AT-BPTT low rank": (stage_aware, STEPS, LowRank, None),
@@ -91,6 +96,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="data", help="folder of CIFAR-10")
+    parser.add_argument("--gin_param", action="append", default=[], help="as of dd.train")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -138,6 +144,7 @@ def prepare(options: Any) -> tuple[Experiment, PreparedData]:
         "Distiller.precision = None",
         "Distiller.compile = False",
         "Distiller.image_every = 100000",
+        *options.gin_param,
     ]
     experiment = config.load([str(ROOT / "gin" / "cifar10_cpu.gin")], bindings)
     data = experiment.prepare()

@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--outer-steps", type=int, default=60)
+    parser.add_argument("--real-batch", type=int, default=200)
     parser.add_argument("--networks", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -83,6 +84,7 @@ def measure(variant: str, seed: int, options: Any) -> float:
         f"tiny_imagenet.root = {options.data!r}",
         f"SyntheticDataset.patches_per_side = {patches}",
         f"Distiller.outer_steps = {options.outer_steps}",
+        f"Distiller.real_batch = {options.real_batch}",
         "Distiller.minutes = None",
         "Distiller.compile = False",
         "Distiller.image_every = 100000",

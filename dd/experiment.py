@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -299,6 +301,7 @@ class Experiment:
 
     def _empty_results(self) -> dict[str, Any]:
         return {
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "status": "running",
             "dataset": self.dataset.name,
             "images_per_class": self.synthetic.images_per_class,

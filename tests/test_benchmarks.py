@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_data import write_tiny_imagenet
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,3 +130,68 @@ def test_low_rank_benchmark_writes_a_sound_result(tmp_path):
             assert row["cosine"] == pytest.approx(1)
         if row["method"].startswith("Eigenvectors"):
             assert row["evaluations"] == (8 + 4) * 3 + 8
+
+
+@pytest.mark.slow
+def test_methods_benchmark_writes_a_sound_result_and_goes_on_where_it_was(tmp_path):
+    out, picture = tmp_path / "result.json", tmp_path / "plot.png"
+    words = [sys.executable, str(ROOT / "benchmarks" / "methods.py"), "--json", str(out)]
+    words += ["--plot", str(picture), "--minutes", "0.03", "--parts", "0.5", "1"]
+    words += ["--networks", "1", "--width", "4", "--real-batch", "20", "--paced-steps", "2"]
+    words += ["--gin_param=Experiment.dataset = @digits()", "--gin_param=ConvNet.depth = 1"]
+    methods = ["AT width", "AT-BPTT low rank", "RaT easy first", "first 15"]
+    for count, seeds in ((3, ["0"]), (4, ["0", "1"])):
+        process = subprocess.run(
+            [*words, "--methods", *methods[:count], "--seeds", *seeds],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert process.returncode == 0, process.stderr
+        rows = json.loads(out.read_text())["rows"]
+        assert len(rows) == count * len(seeds)
+        assert len({(row["method"], row["seed"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row["outer_steps"] >= 1
+        assert all(0 <= row["accuracy"][part] <= 1 for part in ("0.5", "1"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_patches_benchmark_writes_a_sound_result(tmp_path):
+    data, out = write_tiny_imagenet(tmp_path / "data", size=64), tmp_path / "result.json"
+    options = ["--outer-steps", "1", "--seeds", "1", "--networks", "1", "--json", str(out)]
+    process = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "patches.py")),
+            *("--data", str(data), "--real-batch", "8", *options),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 5
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_gpu_report_in_small_on_a_cpu(tmp_path):
+    report = tmp_path / "report.md"
+    process = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"),
+            *("--parts", "replicas", "methods", "--report", str(report)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert process.returncode == 0, process.stderr
+    parts = json.loads(report.with_suffix(".json").read_text())["parts"]
+    assert len(parts["A hypergradient by method"]) == 7
+    assert all(float(row["spread"]) > 0 for row in parts["Inner replicas"])

@@ -182,6 +182,7 @@ def test_results_follow_their_schema(finished: tuple[Path, str]) -> None:
     results = results_of(finished[0])
     check_accuracies(results, {"random_real": 2, "distilled": 2, "full_data": 1})
     assert results["status"] == "complete"
+    assert "-m dd.train --gin_file=" in results["command"]
     assert results["dataset"] == "digits"
     assert results["images_per_class"] == 1
     assert results["protocol"] == "bptt"
