@@ -205,13 +205,15 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 
         return call
 
-    reference = hypergradient(Precision(), torch.float64, compile=False)().flatten().double()
+    reference = hypergradient(Precision(), torch.float64, compile=False)().flatten().double().cpu()
     rows = []
     for name, chosen in PRECISIONS.items():
+        if chosen.tf32 and device.type != "cuda":
+            continue
         for compile in (False, True):
             call = hypergradient(chosen, torch.float32, compile)
             taken = measured(call, device, 1 if quick else 3)
-            found = call().flatten().double()
+            found = call().flatten().double().cpu()
             rows.append(
                 {
                     "precision": name,

@@ -1,7 +1,7 @@
 """ATen operations that Inductor compiles better in other words, for `Compiler`.
 
 Measured on a CPU, on the loss of a ConvNet-3 of width 128 on 250 images with its gradient: 757 ms
-without these, 443 with them, in bfloat16 (`benchmarks/RESULTS.md`).
+without these, 443 with them, in bfloat16 (`benchmarks/LOG.md`).
 """
 
 from collections.abc import Callable, Sequence
