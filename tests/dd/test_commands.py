@@ -574,6 +574,8 @@ def test_evaluating_a_run_again_gives_the_same_results(copy: Path) -> None:
     found, expected = results_of(copy), json.loads(before["results.json"])
     for results in (found, expected):
         results["wall_clock_seconds"].pop("evaluating")
+    assert found.pop("command").endswith("-m dd.evaluate run")
+    assert "-m dd.train" in expected.pop("command")
     assert found == expected
     for name in ("random real", "distilled", "full data"):
         assert re.search(rf"^{name} .*±.*%", done.stdout, re.MULTILINE)
