@@ -437,14 +437,13 @@ def parse() -> argparse.Namespace:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=["higher", "reverse", "adjoint", "compiled"],
-        help="higher and adjoint are always among them",
+        help="higher and adjoint are always among them (default: with reverse and compiled)",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="about a minute: higher, adjoint and compiled, windows 2 and 10, width 32, burn-in "
-        "10, 1 repeat",
+        help="under a minute: window 10, width 32, burn-in 10, 1 repeat, and by default higher and "
+        "adjoint; --methods compiled adds about two minutes of compiling",
     )
     parser.add_argument("--keep-freed-memory", action="store_true", help="see above")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
@@ -453,8 +452,9 @@ def parse() -> argparse.Namespace:
     if min(args.windows) < 1 or min(args.width, args.images, args.repeats, args.threads) < 1:
         parser.error("windows, width, images, repeats and threads must be at least 1")
     if args.quick:
-        args.windows, args.width, args.burn_in, args.repeats = [2, 10], 32, 10, 1
-        args.methods = ["higher", "adjoint", "compiled"]
+        args.windows, args.width, args.burn_in, args.repeats = [10], 32, 10, 1
+    if args.methods is None:
+        args.methods = [] if args.quick else ["reverse", "compiled"]
     args.windows = sorted(set(args.windows))
     args.methods = [m for m in METHODS if m in {"higher", "adjoint", *args.methods}]
     return args
