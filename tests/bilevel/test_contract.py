@@ -90,26 +90,13 @@ def test_a_layer_is_initialised_after_its_parts():
     assert parameters["in_proj_weight"].any()
 
 
-class Squared(torch.autograd.Function):
-    """x ↦ x², whose derivative cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 2 * x * grad
-
-
 @pytest.mark.parametrize("estimator", [bilevel.estimators.Reverse(), bilevel.estimators.Adjoint()])
 def test_a_loss_that_can_be_differentiated_only_once_is_refused(estimator):
     """PyTorch itself says nothing: its second derivative would come out as zero."""
     case = problems.make("quadratic", 0)
-    case.problem.inner_loss = lambda params, batch: Squared.apply(params["theta"] - batch).sum()
+    case.problem.inner_loss = lambda params, batch: problems.OnceDifferentiable.apply(
+        params["theta"] - batch
+    ).sum()
     hypergradient = bilevel.Hypergradient(case.problem, bilevel.optim.sgd(0.1), 3, None, estimator)
-    with pytest.raises(bilevel.ProblemError, match="Squared, whose backward is marked"):
+    with pytest.raises(bilevel.ProblemError, match="OnceDifferentiable, whose backward is marked"):
         hypergradient(case.outer, case.outer_batch, seeded(0))

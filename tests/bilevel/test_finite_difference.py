@@ -98,25 +98,10 @@ def test_the_last_step_alone_is_the_one_step_approximation(rate, seed):
     assert relative_error(result.grads, expected) < 1e-7
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    """x ↦ x², whose derivative cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 2 * x * grad
-
-
 def test_an_inner_loss_without_a_second_derivative():
     case, plain = problems.make("quadratic", 0), problems.make("quadratic", 0)
     plain.problem.inner_loss = lambda params, batch: ((params["theta"] - batch) ** 2).sum()
-    case.problem.inner_loss = lambda params, batch: OnceDifferentiable.apply(
+    case.problem.inner_loss = lambda params, batch: problems.OnceDifferentiable.apply(
         params["theta"] - batch
     ).sum()
     optimizer = bilevel.optim.sgd(0.1, momentum=0.5)
