@@ -11,6 +11,15 @@ from fake_data import write_tiny_imagenet
 ROOT = Path(__file__).parent.parent
 
 
+def benchmark(words, timeout=300):
+    """Run a benchmark as a user does, to its end."""
+    process = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
 @pytest.mark.slow
 def test_hypergradient_benchmark_writes_a_sound_result(tmp_path):
     pytest.importorskip("higher", reason="a peer, installed with the extra `benchmark`")
@@ -19,14 +28,7 @@ def test_hypergradient_benchmark_writes_a_sound_result(tmp_path):
     out = tmp_path / "result.json"
     options = "--width 8 --images 10 --windows 3 2 --burn-in 3 --repeats 1 --threads 1"
     script = ROOT / "benchmarks" / "hypergradient.py"
-    process = subprocess.run(
-        [sys.executable, str(script), *options.split(), "--json", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
+    process = benchmark([sys.executable, str(script), *options.split(), "--json", str(out)])
     assert "memory/higher" in process.stdout
 
     result = json.loads(out.read_text())
@@ -63,17 +65,12 @@ def test_estimators_benchmark_writes_a_sound_result(tmp_path):
         pytest.skip("peak memory is read from Linux's /proc")
     out, picture = tmp_path / "result.json", tmp_path / "plot.png"
     options = ["--problems", "ridge", "--repeats", "1", "--threads", "1"]
-    process = subprocess.run(
+    benchmark(
         [
             *(sys.executable, str(ROOT / "benchmarks" / "estimators.py")),
             *(*options, "--json", str(out), "--plot", str(picture)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        ]
     )
-    assert process.returncode == 0, process.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(out.read_text())["rows"]
     cost = {(row["method"], row["setting"]): row for row in rows if row["table"] == "cost"}
@@ -92,14 +89,7 @@ def test_data_benchmark_writes_a_sound_result(tmp_path):
     out = tmp_path / "result.json"
     script = ROOT / "benchmarks" / "data.py"
     options = ["--fitted-on", "100", "--batch", "50", "--mapped", "2000", "--json", str(out)]
-    process = subprocess.run(
-        [sys.executable, str(script), *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
+    benchmark([sys.executable, str(script), *options])
     rows = json.loads(out.read_text())["rows"]
     assert all(row["seconds"] > 0 for row in rows)
     seconds = {row["what"]: row["seconds"] for row in rows}
@@ -111,17 +101,12 @@ def test_data_benchmark_writes_a_sound_result(tmp_path):
 def test_low_rank_benchmark_writes_a_sound_result(tmp_path):
     out = tmp_path / "result.json"
     options = "--ipc 1 --seeds 1 --width 8 --real-images 32 --stops 8 20 --window 8"
-    process = subprocess.run(
+    benchmark(
         [
             *(sys.executable, str(ROOT / "benchmarks" / "low_rank.py")),
             *(*options.split(), "--json", str(out)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        ]
     )
-    assert process.returncode == 0, process.stderr
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 2 * 2 * 5
     for row in rows:
@@ -141,14 +126,7 @@ def test_methods_benchmark_writes_a_sound_result_and_goes_on_where_it_was(tmp_pa
     words += ["--gin_param=Experiment.dataset = @digits()", "--gin_param=ConvNet.depth = 1"]
     methods = ["AT width", "AT-BPTT low rank", "RaT easy first", "first 15"]
     for count, seeds in ((3, ["0"]), (4, ["0", "1"])):
-        process = subprocess.run(
-            [*words, "--methods", *methods[:count], "--seeds", *seeds],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert process.returncode == 0, process.stderr
+        benchmark([*words, "--methods", *methods[:count], "--seeds", *seeds])
         rows = json.loads(out.read_text())["rows"]
         assert len(rows) == count * len(seeds)
         assert len({(row["method"], row["seed"]) for row in rows}) == len(rows)
@@ -162,17 +140,12 @@ def test_methods_benchmark_writes_a_sound_result_and_goes_on_where_it_was(tmp_pa
 def test_patches_benchmark_writes_a_sound_result(tmp_path):
     data, out = write_tiny_imagenet(tmp_path / "data", size=64), tmp_path / "result.json"
     options = ["--outer-steps", "1", "--seeds", "1", "--networks", "1", "--json", str(out)]
-    process = subprocess.run(
+    benchmark(
         [
             *(sys.executable, str(ROOT / "benchmarks" / "patches.py")),
             *("--data", str(data), "--real-batch", "8", *options),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        ]
     )
-    assert process.returncode == 0, process.stderr
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 5
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
@@ -181,17 +154,13 @@ def test_patches_benchmark_writes_a_sound_result(tmp_path):
 @pytest.mark.slow
 def test_gpu_report_in_small_on_a_cpu(tmp_path):
     report = tmp_path / "report.md"
-    process = subprocess.run(
+    benchmark(
         [
             *(sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--quick"),
             *("--parts", "replicas", "methods", "--report", str(report)),
         ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
         timeout=400,
     )
-    assert process.returncode == 0, process.stderr
     parts = json.loads(report.with_suffix(".json").read_text())["parts"]
     assert len(parts["A hypergradient by method"]) == 7
     assert all(float(row["spread"]) > 0 for row in parts["Inner replicas"])
