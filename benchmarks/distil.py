@@ -7,7 +7,6 @@ from torch import nn
 from bilevel import Key
 from dd.checkpoint import TrainingState
 from dd.data.prepared import PreparedData
-from dd.distillation import Job
 from dd.distilled_set import DistilledSet
 from dd.evaluation import Evaluator
 from dd.experiment import Experiment
@@ -18,18 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def distil(experiment: Experiment, data: PreparedData, seed: int, folder: Path) -> TrainingState:
     """Distil once, with the settings of `experiment` but this seed; everything is in `folder`."""
-    job = Job(
-        data=data,
-        network=experiment.network,
-        augmentation=experiment.augmentation,
-        synthetic=experiment.synthetic,
-        evaluator=experiment.evaluator,
-        folder=folder,
-        key=Key(seed),
-        device=experiment.device,
-        provenance={},
-        description=experiment.describe(data),
-    )
+    job = experiment.job(data, folder, seed)
     return experiment.distiller.distil(job, StopRequest(), "", lambda: None)
 
 

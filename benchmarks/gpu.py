@@ -6,7 +6,8 @@ In this order, each part in the report as soon as it is there:
     float64, against autograd through the whole window in float64 on the CPU.
 2.  One hypergradient against `higher`, over widths and windows: seconds and peak memory, and so
     their growth with the window.
-3.  Precision: seconds of an outer step, and the hypergradient's cosine to float64, by option.
+3.  Precision: seconds of a hypergradient by option, and its cosine to that in float64 from the same
+    (θ, s) at the start of the window: the steps before it are chaotic, whatever the precision.
 4.  Inner replicas: seconds of R runs one after the other and side by side, and how much their mean
     varies from call to call, √(E‖g − ḡ‖² / ‖ḡ‖²) over 4 calls.
 5.  A whole hypergradient by every method, outer loss included: seconds and peak memory.
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,35 @@ def measured(call: Callable[[], Any], device: torch.device, repeats: int) -> dic
     return {"seconds": statistics.median(seconds), "MB": peak / 1e6}
 
 
+def moved(iterate: bilevel.Iterate, device: torch.device, dtype: torch.dtype) -> bilevel.Iterate:
+    """The same (θ, Adam state) elsewhere, in another precision."""
+
+    def move(leaf: Tensor) -> Tensor:
+        return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+
+    return bilevel.Iterate(move(iterate.params), type(iterate.state)(*map(move, iterate.state)))
+
+
+def through_window(
+    inner: bilevel.InnerLoop, recorded: bilevel.Trajectory, outer: Any, batch: Any
+) -> Tensor:
+    """The hypergradient in the precision of `outer`, from where a recorded window starts."""
+    start, stop = recorded.window.start, recorded.window.stop
+    images = outer["images"]
+    iterate = moved(recorded.kept[start], images.device, images.dtype)
+    kept = {start: iterate}
+    inner.start(outer, recorded.key, {})
+    for step in range(start, stop):
+        inputs = inner.batch(outer, step, recorded.key)
+        with torch.no_grad():
+            params, state, *_ = inner.run(
+                inner.advance, iterate.params, iterate.state, inputs, {}, ()
+            )
+        kept[step + 1] = iterate = bilevel.Iterate(params, state)
+    trajectory = replace(recorded, kept=kept)
+    return bilevel.estimators.Adjoint()(inner, trajectory, outer, batch).grads["images"]
+
+
 def exactness(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """Relative errors of one hypergradient from one trajectory, that of the float64 run."""
     width, images, window = (8, 10, 3) if quick else (32, 50, 10)
@@ -97,16 +128,8 @@ def exactness(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     reference = bilevel.estimators.Reverse()(inner, trajectory, exact.images, exact.real).grads
 
     def converted(dtype: torch.dtype) -> bilevel.Trajectory:
-        def move(leaf: Any) -> Any:
-            return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
-
-        kept = {
-            step: bilevel.Iterate(
-                move(iterate.params), type(iterate.state)(*map(move, iterate.state))
-            )
-            for step, iterate in trajectory.kept.items()
-        }
-        return bilevel.Trajectory(kept, seed, trajectory.steps, trajectory.trace, trajectory.window)
+        kept = {step: moved(iterate, device, dtype) for step, iterate in trajectory.kept.items()}
+        return replace(trajectory, kept=kept)
 
     for dtype in (torch.float64, torch.float32):
         problem = Distillation(width, images, dtype).to(device)
@@ -195,25 +218,31 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     }
     images_per_class, width, real, steps, window = sizes["quick" if quick else device.type]
 
-    def hypergradient(chosen: Precision, dtype: torch.dtype, compile: bool) -> Callable[[], Tensor]:
+    def setting(chosen: Precision, dtype: torch.dtype, compile: bool) -> tuple[Any, Any, Any]:
         chosen.set_global_flags()
         problem, outer, batch = distilling(images_per_class, width, real, device, dtype, chosen)
-        own = made(problem, steps - window, window, compile=compile)
+        return made(problem, steps - window, window, compile=compile), outer, batch
 
-        def call() -> Tensor:
-            return own(outer, batch, torch.Generator().manual_seed(2)).grads["images"]
+    own, outer, batch = setting(Precision(), torch.float64, compile=False)
+    recorded = own.inner.rollout(
+        outer, bilevel.Key(2), steps=steps, horizon=steps, keep_from=steps - window, keep_every=1
+    )
 
-        return call
+    def direction(own: Any, outer: Any, batch: Any) -> Tensor:
+        return through_window(own.inner, recorded, outer, batch).flatten().double().cpu()
 
-    reference = hypergradient(Precision(), torch.float64, compile=False)().flatten().double().cpu()
+    reference = direction(own, outer, batch)
     rows = []
     for name, chosen in PRECISIONS.items():
         if chosen.tf32 and device.type != "cuda":
             continue
         for compile in (False, True):
-            call = hypergradient(chosen, torch.float32, compile)
-            taken = measured(call, device, 1 if quick else 3)
-            found = call().flatten().double().cpu()
+            own, outer, batch = setting(chosen, torch.float32, compile)
+            generator = torch.Generator().manual_seed(2)
+            taken = measured(
+                functools.partial(own, outer, batch, generator), device, 1 if quick else 3
+            )
+            found = direction(own, outer, batch)
             rows.append(
                 {
                     "precision": name,
@@ -289,8 +318,9 @@ def methods(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     }
     rows = []
     for name, (schedule, estimator, compile) in cases.items():
+        # With the default eps_root: the window of BPTT holds Adam's first steps.
         own = bilevel.Hypergradient(
-            problem, adam(), steps, schedule, estimator=estimator, compile=compile
+            problem, bilevel.optim.adam(), steps, schedule, estimator=estimator, compile=compile
         )
         generator = torch.Generator().manual_seed(3)
         # An odd number of calls, since windows differ from call to call.

@@ -44,9 +44,9 @@ Columns
                      Adam's eps before the bias correction, and so differentiates a slightly
                      different step; its "error" includes that.
 
-The summary is taken at the largest window for `compiled`, or for `adjoint` where that was not
-measured: how many times faster than `higher` (in seconds), what part of its memory, and what part
-of its growth in memory from the smallest window to the largest.
+The summary is taken at the first width and number of images and the largest window, for `compiled`,
+or for `adjoint` where that was not measured: how many times faster than `higher` (in seconds), what
+part of its memory, and what part of its growth in memory from the smallest window to the largest.
 
 --keep-freed-memory keeps glibc from handing freed blocks back to the system, for all methods alike,
 as the commands of `dd` do for themselves.
@@ -59,6 +59,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -99,6 +100,8 @@ ESTIMATORS: dict[str, bilevel.estimators.Estimator] = {
 METHODS = ("higher", "torchopt", *ESTIMATORS)
 
 COLUMNS = {
+    "width": "d",
+    "images": "d",
     "window": "d",
     "method": "s",
     "time/higher": ".2f",
@@ -294,13 +297,15 @@ def measure_memory(method: str, width: int, images: int, burn_in: int, window: i
     return peak_memory(lambda: hypergradient(method, problem, burn_in, window))
 
 
-def memory_in_a_process(method: str, window: int, args: argparse.Namespace) -> float:
+def memory_in_a_process(
+    method: str, width: int, images: int, window: int, args: argparse.Namespace
+) -> float:
     """`measure_memory` in a fresh process with its own allocator settings."""
     options = {
         "memory-of": method,
         "windows": window,
-        "width": args.width,
-        "images": args.images,
+        "width": width,
+        "images": images,
         "burn-in": min(args.burn_in, 1),
         "threads": args.threads,
     }
@@ -344,20 +349,22 @@ def problem_of(width: int, images: int) -> Distillation:
     return Distillation(width, images)
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each window and method."""
+def measure(width: int, images: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each window and method, at one size."""
     cases = [(window, method) for window in args.windows for method in args.methods]
     total = (1 + args.repeats) * len(cases) + len(args.methods) + 1
     progress = tqdm(total=total, disable=None)
 
     def done(what: str) -> None:
-        progress.set_description(what)
+        progress.set_description(f"width {width}, {images} images: {what}")
         progress.update()
 
     memory = {}
     # Side by side, since nothing is timed here.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda case: memory_in_a_process(case[1], case[0], args), cases)
+        found = pool.map(
+            lambda case: memory_in_a_process(case[1], width, images, case[0], args), cases
+        )
         for case, megabytes in zip(cases, found, strict=True):
             memory[case] = megabytes
             done("memory")
@@ -369,23 +376,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for method in args.methods:
             for window in args.windows if method == "compiled" else (2,):
                 burn_in = args.burn_in if method == "compiled" else 1
-                workers[method].submit(
-                    timed, method, args.width, args.images, burn_in, window
-                ).result()
+                workers[method].submit(timed, method, width, images, burn_in, window).result()
             done("warm-up")
         for _ in range(args.repeats):
             for window, method in cases:
                 seconds, cpu_seconds = (
                     workers[method]
-                    .submit(timed, method, args.width, args.images, args.burn_in, window)
+                    .submit(timed, method, width, images, args.burn_in, window)
                     .result()
                 )
                 wall[window, method].append(seconds)
                 processor[window, method].append(cpu_seconds)
                 done("time")
-    error = errors(
-        args.methods, args.width, args.images, args.burn_in, args.windows[0], args.repeats
-    )
+    error = errors(args.methods, width, images, args.burn_in, args.windows[0], args.repeats)
     done("error")
     progress.close()
 
@@ -393,6 +396,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     cpu_median = {case: statistics.median(taken) for case, taken in processor.items()}
     return [
         {
+            "width": width,
+            "images": images,
             "window": window,
             "method": method,
             "time/higher": wall_median[window, method] / wall_median[window, "higher"],
@@ -408,7 +413,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Ours against `higher` at the largest window; growth is None for a single window."""
+    """Ours against `higher` at the first size; growth is None for a single window."""
+    size = rows[0]["width"], rows[0]["images"]
+    rows = [row for row in rows if (row["width"], row["images"]) == size]
     by_case = {(row["window"], row["method"]): row for row in rows}
     ours = "compiled" if "compiled" in {row["method"] for row in rows} else "adjoint"
     first, last = rows[0]["window"], rows[-1]["window"]
@@ -429,8 +436,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--windows", type=int, nargs="+", default=[10, 20, 40])
     parser.add_argument("--burn-in", type=int, default=60, help="steps before the window")
-    parser.add_argument("--width", type=int, default=64, help="channels of the ConvNet")
-    parser.add_argument("--images", type=int, default=50, help="synthetic images")
+    parser.add_argument(
+        "--width", type=int, nargs="+", default=[64], help="channels of the ConvNet"
+    )
+    parser.add_argument("--images", type=int, nargs="+", default=[50], help="synthetic images")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -449,10 +458,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if min(args.windows) < 1 or min(args.width, args.images, args.repeats, args.threads) < 1:
+    if min(*args.windows, *args.width, *args.images, args.repeats, args.threads) < 1:
         parser.error("windows, width, images, repeats and threads must be at least 1")
     if args.quick:
-        args.windows, args.width, args.burn_in, args.repeats = [10], 32, 10, 1
+        args.windows, args.width, args.burn_in, args.repeats = [10], [32], 10, 1
     if args.methods is None:
         args.methods = [] if args.quick else ["reverse", "compiled"]
     args.windows = sorted(set(args.windows))
@@ -465,9 +474,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.memory_of is not None:
         window = args.windows[0]
-        print(measure_memory(args.memory_of, args.width, args.images, args.burn_in, window))
+        width, images = args.width[0], args.images[0]
+        print(measure_memory(args.memory_of, width, images, args.burn_in, window))
         return
-    rows = measure(args)
+    sizes = itertools.product(args.width, args.images)
+    rows = [row for width, images in sizes for row in measure(width, images, args)]
     summary = summarise(rows)
     print(" | ".join(f"{name}: {value}" for name, value in machine().items()))
     print(table(rows, COLUMNS))

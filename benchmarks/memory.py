@@ -16,11 +16,18 @@ the tensors alive (`common.FAITHFUL_MALLOC`); its peak is above that before the 
 call with a window of one step. Eager mode, on the CPU.
 
     python benchmarks/memory.py --json benchmarks/results/memory_cpu.json
+
+With --large another table: a ResNet18 of 11 million parameters, 10 images, and a window of 300
+steps with `keep_every` at its default, beside autograd through windows of 1, 2 and 3 steps, from
+which that through 300 is continued as a straight line. Some ten minutes.
+
+    python benchmarks/memory.py --large --json benchmarks/results/memory_large_cpu.json
 """
 
 import argparse
 import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +39,11 @@ from hypergradient import Distillation, adam
 from tqdm import tqdm
 
 import bilevel
+from dd.networks import ResNet18
 
 ADAM_STATE = 2
 COLUMNS = {
+    "estimator": "s",
     "width": "d",
     "images": "d",
     "real": "d",
@@ -58,13 +67,22 @@ CASES = [
     (128, 50, 64, 100, 10),
 ]
 
+LARGE_WINDOW = 300
+AUTOGRAD_WINDOWS = (1, 2, 3)
 
-def hypergradient(problem: Distillation, window: int, keep_every: int | None) -> Any:
+
+def hypergradient(
+    problem: Distillation,
+    window: int,
+    keep_every: int | None,
+    estimator: bilevel.estimators.Estimator | None = None,
+) -> Any:
     return bilevel.Hypergradient(
         problem,
         adam(),
         steps=1 + window,
         truncation=bilevel.truncation.Last(window),
+        estimator=estimator,
         keep_every=keep_every,
     )(problem.images, problem.real, torch.Generator().manual_seed(1))
 
@@ -75,9 +93,16 @@ def problem_of(width: int, images: int, real: int) -> Distillation:
     return problem
 
 
-def measured(case: tuple[Any, ...], threads: int) -> float:
+def large_problem() -> Distillation:
+    problem = problem_of(1, 10, 10)
+    problem.network = ResNet18(10)
+    return problem
+
+
+def measured(option: str, case: tuple[Any, ...], threads: int) -> float:
+    """Peak memory of one case, in a process of its own."""
     process = subprocess.run(
-        [sys.executable, __file__, f"--threads={threads}", "--one", *map(str, case)],
+        [sys.executable, __file__, f"--threads={threads}", option, *map(str, case)],
         env={**os.environ, **FAITHFUL_MALLOC},
         stdout=subprocess.PIPE,
         text=True,
@@ -122,9 +147,18 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--large", action="store_true", help="the other table, see above")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--one-large", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.one_large is not None:
+        estimator = getattr(bilevel.estimators, args.one_large[0])()
+        large = large_problem()
+        hypergradient(large, 1, 1)
+        window = int(args.one_large[1])
+        print(peak_memory(lambda: hypergradient(large, window, None, estimator)))
+        return
     if args.one is not None:
         width, images, real, window = map(int, args.one[:4])
         keep_every = None if args.one[4] == "None" else int(args.one[4])
@@ -132,10 +166,42 @@ def main() -> None:
         hypergradient(problem, 1, 1)
         print(peak_memory(lambda: hypergradient(problem, window, keep_every)))
         return
+    rows, summary = large_table(args.threads) if args.large else model_table(args.threads)
+    print(" | ".join(f"{name}: {value}" for name, value in machine().items()))
+    print(table(rows, {name: COLUMNS[name] for name in rows[0]}))
+    print(" | ".join(f"{name}: {value:.3f}" for name, value in summary.items()))
+    if args.json is not None:
+        write_json(args.json, rows, summary)
+
+
+def large_table(threads: int) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    """Rows of `Adjoint` and of autograd on a large network, and what 300 steps need."""
+    cases = [("Adjoint", LARGE_WINDOW), *(("Reverse", window) for window in AUTOGRAD_WINDOWS)]
+    rows = [
+        {
+            "estimator": name,
+            "window": window,
+            "MB": measured("--one-large", (name, window), threads),
+        }
+        for name, window in tqdm(cases, disable=None)
+    ]
+    growth = statistics.linear_regression(AUTOGRAD_WINDOWS, [row["MB"] for row in rows[1:]])
+    autograd = growth.intercept + growth.slope * LARGE_WINDOW
+    summary = {
+        "parameters": float(sum(p.numel() for p in large_problem().network.parameters())),
+        "adjoint_MB": rows[0]["MB"],
+        "autograd_MB_continued": autograd,
+        "adjoint_over_autograd": rows[0]["MB"] / autograd,
+    }
+    return rows, summary
+
+
+def model_table(threads: int) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    """Rows of what was predicted and measured, and the factors with which."""
     factors = {}
     for name, case in CALIBRATION.items():
         width, images, real, window, keep_every = case
-        above = measured(case, args.threads) - kept_megabytes(width, window, keep_every)
+        above = measured("--one", case, threads) - kept_megabytes(width, window, keep_every)
         factors[name] = above / (output_megabytes(width) * (images if name == "adjoint" else real))
     rows = []
     for case in tqdm(CASES, disable=None):
@@ -144,7 +210,7 @@ def main() -> None:
         kept = kept_megabytes(width, window, spacing)
         outputs = output_megabytes(width)
         step = max(factors["adjoint"] * outputs * images, factors["outer"] * outputs * real)
-        peak = measured(case, args.threads)
+        peak = measured("--one", case, threads)
         rows.append(
             {
                 "width": width,
@@ -166,11 +232,7 @@ def main() -> None:
         "most_predicted_over_measured": max(ratios),
         "window_100_over_window_10": rows[1]["MB"] / rows[0]["MB"],
     }
-    print(" | ".join(f"{name}: {value}" for name, value in machine().items()))
-    print(table(rows, COLUMNS))
-    print(" | ".join(f"{name}: {value:.3f}" for name, value in summary.items()))
-    if args.json is not None:
-        write_json(args.json, rows, summary)
+    return rows, summary
 
 
 if __name__ == "__main__":

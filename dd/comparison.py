@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dd.experiment import RESULTS
 from dd.files import DamagedFileError, read_json
+from dd.results import RESULTS
 
 Runs = Mapping[str, Mapping[str, Any]]
 

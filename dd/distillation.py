@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import bilevel
 from bilevel.distributed import AveragedHypergradient, gather, rank, world_size
 from bilevel.tree import to_device
-from dd.augmentation import Augmentation
 from dd.checkpoint import TrainingState
-from dd.data.prepared import PreparedData
 from dd.distilled_set import DistilledSet
-from dd.evaluation import Evaluator
 from dd.files import write_bytes
+from dd.job import Job
 from dd.monitor import Monitor
 from dd.objectives import HELD_OUT
 from dd.pictures import png
 from dd.progress import Progress, StopRequest
-from dd.synthetic import SyntheticDataset
 
 if TYPE_CHECKING:
     from dd.distiller import Distiller
@@ -37,23 +33,6 @@ CHECKPOINT = "checkpoint.safetensors"
 DISTILLED = "distilled.safetensors"
 PICTURE = "distilled.png"
 AVERAGE = Path("snapshots") / "average.safetensors"
-
-
-@final
-@dataclass(frozen=True)
-class Job:
-    """What one distillation works on; everything but the outer loop's own settings."""
-
-    data: PreparedData
-    network: nn.Module
-    augmentation: Augmentation
-    synthetic: SyntheticDataset
-    evaluator: Evaluator
-    folder: Path
-    key: bilevel.Key
-    device: torch.device
-    provenance: dict[str, Any]
-    description: dict[str, Any]
 
 
 @final

@@ -12,7 +12,8 @@ from bilevel import distributed
 from bilevel.clip import Clip
 from dd.checkpoint import TrainingState
 from dd.checks import check_choice, check_instance, check_integer, check_number
-from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.distillation import CHECKPOINT, Distillation
+from dd.job import Job
 from dd.objectives import Objective, RealImages
 from dd.precision import Precision
 from dd.problems import PrototypeAlignment

@@ -1,10 +1,5 @@
 """One experiment as a gin file describes it: the parts, and what is done with them."""
 
-import importlib.metadata
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,26 +10,25 @@ from torch import nn
 
 import bilevel
 from bilevel.distributed import rank, world_size
+from dd.assessment import Assessment
 from dd.augmentation import Augmentation
 from dd.checks import check_callable, check_choice, check_instance, check_integer, check_number
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
-from dd.distillation import DISTILLED, Job
+from dd.devices import chosen_device
+from dd.distillation import DISTILLED
 from dd.distilled_set import DistilledSet
 from dd.distiller import Distiller
-from dd.evaluation import Accuracy, Evaluator
+from dd.evaluation import Evaluator
 from dd.expert_buffer import describe
-from dd.files import write_json, write_text
+from dd.files import write_text
 from dd.foreign_set import TRANSFORMED, load_foreign_set
-from dd.processes import own_cuda_device
+from dd.job import Job
 from dd.progress import StopRequest
-from dd.ranking import augmentation_robust_score, label_robust_score
+from dd.results import RESULTS, TRAINING_SETS, empty_results, versions, write_results
 from dd.synthetic import SyntheticDataset
 
-RESULTS = "results.json"
 CONFIG = "config.gin"
-#: What networks are trained on, in the order of the table.
-TRAINING_SETS = ("random_real", "distilled", "full_data")
 
 
 @final
@@ -94,7 +88,7 @@ class Experiment:
         self.evaluator = evaluator
         self.seed = seed
         self.validation_fraction = validation_fraction
-        self.device = _device(device)
+        self.device = chosen_device(device)
         self.images_on = images_on
         channels, height, width = dataset.image_shape
         if height != width:
@@ -135,48 +129,51 @@ class Experiment:
             self.validation_fraction,
         )
 
-    def train(
-        self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
-    ) -> dict[str, Any]:
-        """Distil into `folder`, then evaluate unless asked to stop; returns the results."""
-        results = self._empty_results()
-
-        def begin() -> None:
-            if rank() == 0:
-                write_text(folder / CONFIG, config_text)
-            _write(folder / RESULTS, results)
-
-        provenance = {
-            "dataset": self.dataset.name,
-            "seed": self.seed,
-            "processes": world_size(),
-            "versions": _versions(),
-        }
-        job = Job(
+    def job(self, data: PreparedData, folder: Path, seed: int | None = None) -> Job:
+        """What the distiller works on, in `folder`, from this experiment's seed or another one."""
+        seed = self.seed if seed is None else seed
+        return Job(
             data=data,
             network=self.network,
             augmentation=self.augmentation,
             synthetic=self.synthetic,
             evaluator=self.evaluator,
             folder=folder,
-            key=self.key,
+            key=bilevel.Key(seed),
             device=self.device,
-            provenance=provenance,
+            provenance={
+                "dataset": self.dataset.name,
+                "seed": seed,
+                "processes": world_size(),
+                "versions": versions(),
+            },
             description=self.describe(data),
         )
+
+    def train(
+        self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
+    ) -> dict[str, Any]:
+        """Distil into `folder`, then evaluate unless asked to stop; returns the results."""
+        results = empty_results(self)
+
+        def begin() -> None:
+            if rank() == 0:
+                write_text(folder / CONFIG, config_text)
+            write_results(folder / RESULTS, results)
+
         try:
-            state = self.distiller.distil(job, stop, config_text, begin)
+            state = self.distiller.distil(self.job(data, folder), stop, config_text, begin)
             results["outer_steps"] = state.step
             results["wall_clock_seconds"]["distilling"] = state.seconds
             if not stop.agreed():
                 stop.at_once = True
                 distilled = DistilledSet.load(folder / DISTILLED)
                 results["distilled_set"] = {"file": DISTILLED, **distilled.provenance}
-                return self._evaluate(distilled, data, results, folder / RESULTS)
+                return Assessment(self, distilled, data, results, folder / RESULTS).run()
         except KeyboardInterrupt:
             pass  # a second Ctrl-C while distilling, or the first while evaluating
         results["status"] = "interrupted"
-        _write(folder / RESULTS, results)
+        write_results(folder / RESULTS, results)
         return results
 
     def evaluate(
@@ -220,139 +217,11 @@ class Experiment:
             )
         if hard_labels and distilled.labels.is_floating_point():
             distilled = replace(distilled, labels=distilled.labels.argmax(dim=1))
-        results = self._empty_results()
+        results = empty_results(self)
         results["images_per_class"] = len(distilled.images) // self.dataset.num_classes
         results["wall_clock_seconds"]["distilling"] = distilled.provenance.get("seconds")
         results["outer_steps"] = distilled.provenance.get("outer_step")
         results["distilled_set"] = {"file": set_path.name, **distilled.provenance}
         data = self.prepare(distilled.transform) if data is None else data
-        return self._evaluate(
-            distilled, data, results, results_path, training_sets, architectures or {}, scores
-        )
-
-    def _evaluate(
-        self,
-        distilled: DistilledSet,
-        data: PreparedData,
-        results: dict[str, Any],
-        results_path: Path,
-        training_sets: Sequence[str] = TRAINING_SETS,
-        architectures: Mapping[str, nn.Module] | None = None,
-        scores: bool = False,
-    ) -> dict[str, Any]:
-        began = time.perf_counter()
-        key = self.key.fold("evaluation")
-        images, labels = distilled.images.to(self.device), distilled.labels.to(self.device)
-        rate = distilled.provenance.get("learning_rate")
-
-        def measure(
-            name: str, network: nn.Module, evaluator: Evaluator, labels: torch.Tensor
-        ) -> Accuracy | None:
-            if name == "random_real":
-                per_class = len(images) // data.num_classes
-                return evaluator.random_real(per_class, network, data, key)
-            if name == "distilled":
-                return evaluator.distilled(images, labels, network, data, key, rate)
-            return evaluator.full_data(network, data, key)
-
-        def write(status: str) -> None:
-            results["status"] = status
-            results["wall_clock_seconds"]["evaluating"] = time.perf_counter() - began
-            _write(results_path, results)
-
-        for name in TRAINING_SETS:
-            if name in training_sets:
-                accuracy = measure(name, self.network, self.evaluator, labels)
-                results["accuracy"][name] = None if accuracy is None else accuracy.as_dict()
-                write("evaluating")
-        for architecture, network in (architectures or {}).items():
-            results["architectures"][architecture] = across = {}
-            for name in TRAINING_SETS[:2]:
-                if name in training_sets:
-                    accuracy = measure(name, network, self.evaluator, labels)
-                    across[name] = None if accuracy is None else accuracy.as_dict()
-                    write("evaluating")
-        if scores:
-            results["scores"] = self._scores(measure, labels)
-        write("complete")
-        return results
-
-    def _scores(
-        self, measure: Callable[..., Accuracy | None], labels: torch.Tensor
-    ) -> dict[str, float]:
-        """DD-Ranking's scores of a set, from accuracies measured here, with the same networks."""
-        hard = labels.argmax(dim=1) if labels.is_floating_point() else labels
-        plain = self.evaluator.without_augmentation()
-
-        def mean(name: str, evaluator: Evaluator, labels: torch.Tensor = labels) -> float:
-            accuracy = measure(name, self.network, evaluator, labels)
-            assert accuracy is not None, "full_data_networks was checked"
-            return accuracy.mean
-
-        distilled, random_real = (mean(n, self.evaluator) for n in ("distilled", "random_real"))
-        real = mean("full_data", self.evaluator)
-        of_hard = mean("distilled", self.evaluator, hard) if hard is not labels else distilled
-        return {
-            "label_robust": label_robust_score(real, of_hard, distilled, random_real),
-            "augmentation_robust": augmentation_robust_score(
-                distilled, random_real, mean("distilled", plain), mean("random_real", plain)
-            ),
-        }
-
-    def _empty_results(self) -> dict[str, Any]:
-        return {
-            "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "status": "running",
-            "dataset": self.dataset.name,
-            "images_per_class": self.synthetic.images_per_class,
-            "accuracy": dict.fromkeys(TRAINING_SETS),
-            "network": type(self.network).__name__,
-            "architectures": {},
-            "scores": None,
-            "protocol": self.evaluator.protocol.name,
-            "selection": "validation split of the training data; test set used once",
-            "seed": self.seed,
-            "outer_steps": None,
-            "wall_clock_seconds": {"distilling": 0.0, "evaluating": 0.0},
-            "device": _device_name(self.device),
-            "versions": _versions(),
-        }
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    """Write results; of several processes the first one does."""
-    if rank() == 0:
-        write_json(path, results)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "torchopt", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return own_cuda_device() if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={name!r}: it must be 'auto', 'cpu' or 'cuda'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r}: it must be 'auto', 'cpu' or 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}: no CUDA device is available here")
-    if device.type == "cuda" and world_size() > 1:
-        if device.index is not None:
-            raise ValueError(
-                f"device={name!r}: {world_size()} processes cannot share one GPU; with 'cuda' "
-                "each has its own"
-            )
-        return own_cuda_device()
-    return device
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        assessment = Assessment(self, distilled, data, results, results_path)
+        return assessment.run(training_sets, architectures, scores)

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import bilevel
+from dd.accuracy import accuracy
 from dd.augmentation import DSA, Augmentation
 from dd.checks import check_choice, check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData, RealBatches
-from dd.evaluation import accuracy
 from dd.expert_buffer import ExpertBuffer, ExpertWriter
 from dd.progress import StopRequest
 

@@ -45,7 +45,7 @@ def one_first() -> Iterator[None]:
     Raises:
         bilevel.ProcessError: That one failed.
     """
-    goes_first = world_size() == 1 or _local_rank() == 0
+    goes_first = world_size() == 1 or local_rank() == 0
     if not goes_first:
         gather(None)
     yield
@@ -68,25 +68,6 @@ def collected(results: dict[int, T]) -> list[T]:
     return [merged[index] for index in sorted(merged)]
 
 
-def own_cuda_device() -> torch.device:
-    """This process's GPU: "cuda", or of several processes the one numbered as on its machine.
-
-    Raises:
-        ValueError: There are more processes than GPUs.
-    """
-    if world_size() == 1:
-        return torch.device("cuda")
-    local_rank, devices = _local_rank(), torch.cuda.device_count()
-    if local_rank >= devices:
-        raise ValueError(
-            f"process {local_rank} of this machine has no GPU of its own, for there are {devices}: "
-            f"start {devices} with --nproc_per_node, or set device='cpu'"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _local_rank() -> int:
+def local_rank() -> int:
     """The number of this process on its machine."""
     return int(os.environ["LOCAL_RANK"])

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.estimators.base import Estimator, make_result
+from bilevel.estimators.base import Estimator
 from bilevel.estimators.inner_hessian import InnerHessian
-from bilevel.estimators.recursion import WindowEnd, accumulate_start, pull_update
+from bilevel.estimators.recursion import BackwardRecursion, WindowEnd, pull_update
 from bilevel.inner import InnerLoop
 from bilevel.result import HypergradientResult
 from bilevel.trajectory import Trajectory
-from bilevel.tree import detach, needs_gradient, partition
+from bilevel.tree import needs_gradient, partition
 
 
 @final
@@ -77,43 +77,23 @@ class Adjoint(Estimator):
             remarks: As of `make_result`.
             **stats: As of `make_result`.
         """
-        window = trajectory.window
-        variables, cotangent = end.variables, end.cotangent
-        state_cotangents = end.state_cotangents()
-        with torch.enable_grad():
-            hyperparameters = inner.hyperparameters(variables.tree)
-        constants = detach(hyperparameters)
-        hyper_cotangents = {name: torch.zeros_like(value) for name, value in constants.items()}
-        norms = [torch.linalg.vector_norm(cotangent)]
-        for step, iterate in inner.iterates_backward(trajectory, outer):
-            with torch.enable_grad():
-                batch = inner.batch(variables.tree, step, trajectory.key)
-            cotangent, state_cotangents, batch_cotangents, step_hyper_cotangents = inner.run(
+        recursion = BackwardRecursion(inner, trajectory, outer, end)
+        for step, iterate in recursion.steps():
+            batch, inputs = recursion.batch(step)
+            cotangent, state_cotangents, batch_cotangents, hyper_cotangents = inner.run(
                 self._adjoint_step,
                 inner,
                 iterate.params,
                 iterate.state,
                 batch,
-                constants,
-                cotangent,
-                state_cotangents,
+                recursion.hyperparameters,
+                recursion.cotangent,
+                recursion.state_cotangents,
             )
-            variables.accumulate(partition(batch, needs_gradient)[0], batch_cotangents)
-            for name, value in step_hyper_cotangents.items():
-                hyper_cotangents[name] = hyper_cotangents[name] + value
-            norms.append(torch.linalg.vector_norm(cotangent))
-
-        variables.accumulate(list(hyperparameters.values()), list(hyper_cotangents.values()))
-        accumulate_start(variables, inner, trajectory, cotangent, state_cotangents)
-        return make_result(
-            inner,
-            trajectory,
-            variables,
-            loss=end.loss,
-            metrics=end.metrics,
-            stop_params=end.iterate.params,
-            hessian_vector_products=products_before + window.width,
-            cotangent_norms=torch.stack(norms[::-1]),
+            recursion.accumulate(inputs, batch_cotangents)
+            recursion.step_back(cotangent, state_cotangents, hyper_cotangents)
+        return recursion.result(
+            hessian_vector_products=products_before + trajectory.window.width,
             remarks=remarks,
             **stats,
         )

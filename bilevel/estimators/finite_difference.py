@@ -1,18 +1,17 @@
 """The adjoint recursion with differences of first derivatives in place of second derivatives."""
 
-from collections.abc import Mapping
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from bilevel.checks import check_positive
-from bilevel.estimators.base import Estimator, make_result
+from bilevel.estimators.base import Estimator
+from bilevel.estimators.recursion import BackwardRecursion, WindowEnd, pull_update
 from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
-from bilevel.tree import detach, needs_gradient, partition
+from bilevel.trajectory import Trajectory
+from bilevel.tree import needs_gradient, partition
 
 
 @final
@@ -49,49 +48,23 @@ class FiniteDifference(Estimator):
     def __call__(
         self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
     ) -> HypergradientResult:
-        window = trajectory.window
-        variables = OuterVariables(outer)
-        stop = inner.iterate_at(trajectory, outer, window.stop)
-        loss, metrics, cotangent = variables.outer_loss_at(inner, stop.params, outer_batch)
-        state_cotangents = [torch.zeros_like(leaf) for leaf in partition(stop.state)[0]]
-
-        with torch.enable_grad():
-            hyperparameters = inner.hyperparameters(variables.tree)
-        constants = detach(hyperparameters)
-        hyper_cotangents = {name: torch.zeros_like(value) for name, value in constants.items()}
-        norms = [torch.linalg.vector_norm(cotangent)]
-        for step, iterate in inner.iterates_backward(trajectory, outer):
-            with torch.enable_grad():
-                batch = inner.batch(variables.tree, step, trajectory.key)
-            through_update, state_cotangents, direction, step_hyper_cotangents = _pull_update(
-                inner, iterate, batch, constants, cotangent, state_cotangents
+        end = WindowEnd.of(inner, trajectory, outer, outer_batch)
+        recursion = BackwardRecursion(inner, trajectory, outer, end)
+        for step, iterate in recursion.steps():
+            batch, inputs = recursion.batch(step)
+            through_update, state_cotangents, direction, hyper_cotangents = pull_update(
+                inner,
+                iterate.params,
+                iterate.state,
+                inner.gradient_without_graph(iterate.params, batch)[0],
+                recursion.hyperparameters,
+                recursion.cotangent,
+                recursion.state_cotangents,
             )
             product, batch_cotangents = self._differences(inner, iterate.params, batch, direction)
-            cotangent = through_update + product
-            variables.accumulate(partition(batch, needs_gradient)[0], batch_cotangents)
-            for name, value in step_hyper_cotangents.items():
-                hyper_cotangents[name] = hyper_cotangents[name] + value
-            norms.append(torch.linalg.vector_norm(cotangent))
-
-        variables.accumulate(list(hyperparameters.values()), list(hyper_cotangents.values()))
-        if window.start == 0:
-            with torch.enable_grad():
-                start = inner.start(
-                    variables.tree, trajectory.key, inner.hyperparameters(variables.tree)
-                )
-            variables.accumulate(
-                [start.params, *partition(start.state)[0]], [cotangent, *state_cotangents]
-            )
-        return make_result(
-            inner,
-            trajectory,
-            variables,
-            loss=loss,
-            metrics=metrics,
-            stop_params=stop.params,
-            hessian_vector_products=0,
-            cotangent_norms=torch.stack(norms[::-1]),
-        )
+            recursion.accumulate(inputs, batch_cotangents)
+            recursion.step_back(through_update + product, state_cotangents, hyper_cotangents)
+        return recursion.result(hessian_vector_products=0)
 
     def _differences(
         self, inner: InnerLoop, params: Tensor, batch: Any, direction: Tensor
@@ -113,31 +86,3 @@ class FiniteDifference(Estimator):
         below = gradients(params - distance * direction)
         product, *mixed = ((a - b) / (2 * distance) for a, b in zip(above, below, strict=True))
         return product, mixed
-
-
-def _pull_update(
-    inner: InnerLoop,
-    iterate: Iterate,
-    batch: Any,
-    hyperparameters: Mapping[str, Tensor],
-    cotangent: Tensor,
-    state_cotangents: list[Tensor],
-) -> tuple[Tensor, list[Tensor], Tensor, dict[str, Tensor]]:
-    """The VJP of the optimizer's step: (λ', μ', ḡ, h̄)."""
-    gradient, _ = inner.gradient_without_graph(iterate.params, batch)
-    state_leaves, rebuild_state = partition(iterate.state)
-
-    def update(
-        params: Tensor, state: list[Tensor], gradient: Tensor, hyperparameters: Mapping[str, Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        here = Iterate(params, rebuild_state(state))
-        after = inner.update(here, gradient, hyperparameters)
-        return after.params, partition(after.state)[0]
-
-    _, pull, *_ = torch.func.vjp(
-        update, iterate.params, state_leaves, gradient, dict(hyperparameters)
-    )
-    pulled: tuple[Tensor, list[Tensor], Tensor, dict[str, Tensor]] = pull(
-        (cotangent, state_cotangents)
-    )
-    return pulled

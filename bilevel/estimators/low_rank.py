@@ -10,19 +10,18 @@ from bilevel.basis import Anchor, Basis, Krylov, LowRankMatrix
 from bilevel.checks import check_integer, check_positive
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.adjoint import Adjoint
-from bilevel.estimators.base import Estimator, make_result
+from bilevel.estimators.base import Estimator
 from bilevel.estimators.inner_hessian import InnerHessian
 from bilevel.estimators.recursion import (
+    BackwardRecursion,
     WindowEnd,
-    accumulate_start,
     gradient_response,
     pull_update,
 )
 from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables
 from bilevel.result import HypergradientResult, LowRankStats
 from bilevel.trajectory import Iterate, Trajectory, Window
-from bilevel.tree import detach, needs_gradient, partition
+from bilevel.tree import detach
 
 
 @final
@@ -126,51 +125,35 @@ class LowRank(Estimator):
         products: int,
         staleness: float | None,
     ) -> HypergradientResult:
-        variables, cotangent = end.variables, end.cotangent
-        state_cotangents = end.state_cotangents()
-        with torch.enable_grad():
-            hyperparameters = inner.hyperparameters(variables.tree)
-        constants = detach(hyperparameters)
-        hyper_cotangents = {name: torch.zeros_like(value) for name, value in constants.items()}
-        norms = [torch.linalg.vector_norm(cotangent)]
+        recursion = BackwardRecursion(inner, trajectory, outer, end)
         groups = _groups(trajectory.window, self.group_size)
-        group, total, mixed_products = groups.pop(), torch.zeros_like(cotangent), 0
-        for step, iterate in inner.iterates_backward(trajectory, outer):
-            cotangent, state_cotangents, gradient_cotangent, step_hyper_cotangents = inner.run(
+        group, total, mixed_products = groups.pop(), torch.zeros_like(end.cotangent), 0
+        for step, iterate in recursion.steps():
+            cotangent, state_cotangents, gradient_cotangent, hyper_cotangents = inner.run(
                 pull_update,
                 inner,
                 iterate.params,
                 iterate.state,
                 _gradient(inner, trajectory, outer, step, iterate),
-                constants,
-                cotangent,
-                state_cotangents,
+                recursion.hyperparameters,
+                recursion.cotangent,
+                recursion.state_cotangents,
             )
-            cotangent = cotangent + hessian(gradient_cotangent)
-            for name, value in step_hyper_cotangents.items():
-                hyper_cotangents[name] = hyper_cotangents[name] + value
-            norms.append(torch.linalg.vector_norm(cotangent))
-
+            recursion.step_back(
+                cotangent + hessian(gradient_cotangent), state_cotangents, hyper_cotangents
+            )
             total = total + gradient_cotangent
-            if step == group[len(group) // 2]:
-                centre = iterate.params
+            centre = group[len(group) // 2]
+            if step == centre:
+                params = iterate.params
             if step == group[0]:
-                mixed_products += _accumulate_mixed(
-                    inner, trajectory, variables, group[len(group) // 2], centre, total
-                )
+                batch, inputs = recursion.batch(centre)
+                if inputs:
+                    recursion.accumulate(inputs, inner.run(_mixed, inner, params, batch, total))
+                    mixed_products += 1
                 group, total = groups.pop() if groups else [], torch.zeros_like(total)
-
-        variables.accumulate(list(hyperparameters.values()), list(hyper_cotangents.values()))
-        accumulate_start(variables, inner, trajectory, cotangent, state_cotangents)
-        return make_result(
-            inner,
-            trajectory,
-            variables,
-            loss=end.loss,
-            metrics=end.metrics,
-            stop_params=end.iterate.params,
+        return recursion.result(
             hessian_vector_products=products,
-            cotangent_norms=torch.stack(norms[::-1]),
             low_rank=LowRankStats(
                 spectrum=hessian.values,
                 evaluations=products + mixed_products,
@@ -206,25 +189,8 @@ class LowRank(Estimator):
         self.basis.load_state_dict(state)
 
 
-def _accumulate_mixed(
-    inner: InnerLoop,
-    trajectory: Trajectory,
-    variables: OuterVariables,
-    step: int,
-    params: Tensor,
-    cotangent: Tensor,
-) -> int:
-    """φ̄ += (∂b/∂φ)ᵀ ∂_b⟨∇_θ ℓ(θ, b), ḡ⟩ at one step; returns how many passes that took."""
-    with torch.enable_grad():
-        batch = inner.batch(variables.tree, step, trajectory.key)
-    inputs = partition(batch, needs_gradient)[0]
-    if not inputs:
-        return 0
-    variables.accumulate(inputs, inner.run(_mixed, inner, params, batch, cotangent))
-    return 1
-
-
 def _mixed(inner: InnerLoop, params: Tensor, batch: Any, cotangent: Tensor) -> Sequence[Tensor]:
+    """∂_b⟨∇_θ ℓ(θ, b), ḡ⟩."""
     return InnerHessian(inner, params, batch).mixed(cotangent)
 
 

@@ -4,6 +4,8 @@ from typing import final
 
 from torch import Tensor, nn
 
+from dd.networks.sizes import check_sizes
+
 
 @final
 class ConvNet(nn.Module):
@@ -41,18 +43,13 @@ class ConvNet(nn.Module):
         width: int = 128,
     ) -> None:
         super().__init__()
-        sizes = {
-            "num_classes": num_classes,
-            "channels": channels,
-            "image_size": image_size,
-            "depth": depth,
-            "width": width,
-        }
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} is {value!r}; it must be an integer")
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_sizes(
+            num_classes=num_classes,
+            channels=channels,
+            image_size=image_size,
+            depth=depth,
+            width=width,
+        )
         if image_size < 2**depth:
             raise ValueError(
                 f"image_size is {image_size}; with depth {depth} it must be at least {2**depth}"

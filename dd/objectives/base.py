@@ -12,8 +12,8 @@ from torch import Tensor
 import bilevel
 
 if TYPE_CHECKING:
-    from dd.distillation import Job
     from dd.distiller import Distiller
+    from dd.job import Job
 
 Outer = dict[str, Tensor]
 

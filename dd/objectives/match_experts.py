@@ -15,8 +15,8 @@ from dd.objectives.base import Goal, Objective, Outer
 from dd.problems.trajectory_matching import TrajectoryMatching, learned_rate
 
 if TYPE_CHECKING:
-    from dd.distillation import Job
     from dd.distiller import Distiller
+    from dd.job import Job
 
 #: Over how many of the latest outer steps the fraction of mismatches is taken.
 MISMATCH_STEPS = 100

@@ -16,8 +16,8 @@ from dd.objectives.base import HELD_OUT, Goal, Objective, Outer
 from dd.problems import MetaLoss
 
 if TYPE_CHECKING:
-    from dd.distillation import Job
     from dd.distiller import Distiller
+    from dd.job import Job
 
 
 @final

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bilevel import ConfigurationError, Key
 from dd import evaluation
+from dd.accuracy import Accuracy
 from dd.augmentation import NoAugmentation
 from dd.data import Standardize
 from dd.data.prepared import PreparedData
-from dd.evaluation import Accuracy, Evaluator
+from dd.evaluation import Evaluator
 
 CLASSES = 3
 KEY = Key(0)

@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bilevel
-from dd import config, experiment, processes, train
+from dd import config, devices, train
 from dd.data.prepared import RealBatches
 from dd.distilled_set import DistilledSet
 from dd.files import read_tensors
@@ -299,8 +299,7 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """As in process 1 of 2 on a machine with two GPUs; the devices that were made current."""
     current: list[torch.device] = []
-    for module in (processes, experiment):
-        monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(devices, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -310,16 +309,16 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_every_process_has_its_own_gpu(name: str, second_of_two: list[torch.device]) -> None:
-    assert experiment._device(name) == torch.device("cuda:1")
+    assert devices.chosen_device(name) == torch.device("cuda:1")
     assert second_of_two == [torch.device("cuda:1")]
 
 
 def test_gpus_that_are_not_there_or_not_to_be_shared_are_refused(
     second_of_two: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert experiment._device("cpu") == torch.device("cpu")
+    assert devices.chosen_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="device='cuda:0': 2 processes cannot share one GPU"):
-        experiment._device("cuda:0")
+        devices.chosen_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"process 1 of this machine .* start 1 with"):
-        experiment._device("auto")
+        devices.chosen_device("auto")

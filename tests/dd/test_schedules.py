@@ -16,7 +16,7 @@ from bilevel.truncation import Stage
 from dd import config
 from dd.checkpoint import TrainingState
 from dd.data.prepared import PreparedData
-from dd.distillation import CHECKPOINT, Distillation, Job
+from dd.distillation import CHECKPOINT, Distillation
 from dd.experiment import Experiment
 from dd.progress import StopRequest
 
@@ -78,24 +78,11 @@ def prepared() -> PreparedData:
     return experiment().prepare()
 
 
-def job(made: Experiment, folder: Path) -> Job:
-    return Job(
-        data=prepared(),
-        network=made.network,
-        augmentation=made.augmentation,
-        synthetic=made.synthetic,
-        evaluator=made.evaluator,
-        folder=folder,
-        key=made.key,
-        device=made.device,
-        provenance={},
-        description=made.describe(prepared()),
-    )
-
-
 def distil(folder: Path, bindings: list[str], stop_after: int = 10**6) -> TrainingState:
     made = experiment(*bindings)
-    return made.distiller.distil(job(made, folder), StopAfter(stop_after), "", lambda: None)
+    return made.distiller.distil(
+        made.job(prepared(), folder), StopAfter(stop_after), "", lambda: None
+    )
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -191,7 +178,7 @@ def test_progress_is_by_steps_or_by_time() -> None:
 def test_the_held_out_accuracy_is_that_of_the_network_at_the_window_s_end(tmp_path: Path) -> None:
     """On a fixed batch of the validation split: nothing of the test set, nothing trained on."""
     made = experiment(*BY_METRIC)
-    work = job(made, tmp_path)
+    work = made.job(prepared(), tmp_path)
     run = Distillation(made.distiller, work, made.distiller._initial_state(work))
     held_out = run.goal.held_out
     assert len(set(held_out.tolist())) == len(held_out) == 50
@@ -247,7 +234,7 @@ def test_the_loss_at_stop_is_that_of_the_last_differentiated_step(
 ) -> None:
     bindings = [*bindings, "Experiment.seed = 1"]  # whose first window ends before the run does
     made = experiment(*bindings)
-    work = job(made, tmp_path)
+    work = made.job(prepared(), tmp_path)
     run = Distillation(made.distiller, work, made.distiller._initial_state(work))
     batch = run.goal.real.at(0)
     result = run.hypergradient(run.state.outer, batch, work.key.generator("outer", 0))
