@@ -23,6 +23,7 @@ ask for, so there that column is empty; see `benchmarks/hypergradient.py`.
 import argparse
 import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -114,6 +115,11 @@ def through_window(
     return bilevel.estimators.Adjoint()(inner, trajectory, outer, batch).grads["images"]
 
 
+def shown(megabytes: float, form: str = ".0f") -> str:
+    """A figure of memory, or nothing where none could be asked for."""
+    return "" if math.isnan(megabytes) else format(megabytes, form)
+
+
 def exactness(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     """Relative errors of one hypergradient from one trajectory, that of the float64 run."""
     width, images, window = (8, 10, 3) if quick else (32, 50, 10)
@@ -182,9 +188,9 @@ def against_higher(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                         "window": window,
                         "method": name,
                         "time / higher": f"{taken['seconds'] / base['seconds']:.2f}",
-                        "memory / higher": f"{taken['MB'] / base['MB']:.3f}",
+                        "memory / higher": shown(taken["MB"] / base["MB"], ".3f"),
                         "seconds": f"{taken['seconds']:.2f}",
-                        "MB": f"{taken['MB']:.0f}",
+                        "MB": shown(taken["MB"]),
                     }
                 )
     return rows
@@ -248,7 +254,7 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                     "precision": name,
                     "mode": "compiled" if compile else "eager",
                     "seconds": f"{taken['seconds']:.2f}",
-                    "MB": f"{taken['MB']:.0f}",
+                    "MB": shown(taken["MB"]),
                     "cosine to float64": f"{float(F.cosine_similarity(found, reference, 0)):.4f}",
                     "norm / float64": f"{float(found.norm() / reference.norm()):.3f}",
                 }
@@ -289,7 +295,7 @@ def replicas(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                     "replicas": count,
                     "one after the other, s": f"{taken[0]['seconds']:.2f}",
                     "side by side, s": f"{taken[1]['seconds']:.2f}",
-                    "side by side, MB": f"{taken[1]['MB']:.0f}",
+                    "side by side, MB": shown(taken[1]["MB"]),
                     "spread": f"{float(variance.sqrt() / mean.norm()):.2f}",
                 }
             )
@@ -329,7 +335,7 @@ def methods(device: torch.device, quick: bool) -> list[dict[str, Any]]:
             {
                 "method": name,
                 "seconds": f"{taken['seconds']:.2f}",
-                "MB": f"{taken['MB']:.0f}",
+                "MB": shown(taken["MB"]),
             }
         )
     return rows

@@ -231,7 +231,7 @@ def errors_from(
     key: bilevel.Key, methods: Sequence[str], width: int, images: int, burn_in: int, window: int
 ) -> dict[str, float]:
     """Relative error of every method's float32 hypergradient from one common start."""
-    problem = Distillation(width, images)
+    problem = problem_of(width, images)
     inner = bilevel.InnerLoop(problem, adam())
     horizon = burn_in + window
     trajectory = inner.rollout(
@@ -250,8 +250,10 @@ def errors_from(
     exact = bilevel.estimators.Reverse()(
         exact_inner, exact_trajectory, exact_problem.images, exact_problem.real
     ).grads
-    compiled_inner = bilevel.InnerLoop(problem, adam(), compile=True)
-    compiled_inner.start(problem.images, key, {})
+    if "compiled" in methods:
+        # Its steps are compiled already, since this is the process that it was timed in.
+        compiled_inner = ours("compiled", problem, burn_in, window).inner
+        compiled_inner.start(problem.images, key, {})
     found = {
         name: estimator(
             compiled_inner if name == "compiled" else inner,
@@ -352,7 +354,8 @@ def problem_of(width: int, images: int) -> Distillation:
 def measure(width: int, images: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each window and method, at one size."""
     cases = [(window, method) for window in args.windows for method in args.methods]
-    total = (1 + args.repeats) * len(cases) + len(args.methods) + 1
+    warm_ups = sum(len(args.windows) if name == "compiled" else 1 for name in args.methods)
+    total = (1 + args.repeats) * len(cases) + warm_ups + 1
     progress = tqdm(total=total, disable=None)
 
     def done(what: str) -> None:
@@ -373,10 +376,15 @@ def measure(width: int, images: int, args: argparse.Namespace) -> list[dict[str,
     processor: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
     with contextlib.ExitStack() as stack:
         workers = {method: stack.enter_context(worker(args)) for method in args.methods}
+        warming_up = []
         for method in args.methods:
             for window in args.windows if method == "compiled" else (2,):
                 burn_in = args.burn_in if method == "compiled" else 1
-                workers[method].submit(timed, method, width, images, burn_in, window).result()
+                warming_up.append(
+                    workers[method].submit(timed, method, width, images, burn_in, window)
+                )
+        for running in warming_up:
+            running.result()
             done("warm-up")
         for _ in range(args.repeats):
             for window, method in cases:
@@ -388,8 +396,10 @@ def measure(width: int, images: int, args: argparse.Namespace) -> list[dict[str,
                 wall[window, method].append(seconds)
                 processor[window, method].append(cpu_seconds)
                 done("time")
-    error = errors(args.methods, width, images, args.burn_in, args.windows[0], args.repeats)
-    done("error")
+        judge = workers["compiled" if "compiled" in args.methods else "adjoint"]
+        asked = args.methods, width, images, args.burn_in, args.windows[0], args.repeats
+        error = judge.submit(errors, *asked).result()
+        done("error")
     progress.close()
 
     wall_median = {case: statistics.median(taken) for case, taken in wall.items()}

@@ -70,7 +70,7 @@ class LowRank(Estimator):
     uses_inner_gradients = True
 
     def __init__(
-        self, basis: Basis | None = None, group_size: int = 4, guard: float | None = 0.6
+        self, basis: Basis | None = None, group_size: int = 8, guard: float | None = 0.6
     ) -> None:
         if basis is not None and not isinstance(basis, Basis):
             raise ConfigurationError(
