@@ -5,9 +5,12 @@ accuracy of fresh networks after 150 training steps. No set and no number of ste
 
 Variants
     whole                 whole images, the hypergradient clipped as one.
-    patches               4×4 patches, each normalised and clipped on its own.
+    patches, one clip     4×4 patches, each normalised on its own at the start, clipped as one.
+    patches               the same, and each clipped on its own.
     whole, global         whole images, their class prototypes aligned with the real ones.
-    patches, aligned      4×4 patches, with global and local prototypes aligned.
+    patches, global       patches as in the third, with the global prototypes aligned.
+    patches, local        the same with the local ones.
+    patches, aligned      the same with both.
     …, 0.1                the same with ten times the default weight of the alignment.
 
     python benchmarks/patches.py --data FOLDER --json results.json
@@ -35,13 +38,18 @@ from dd.evaluation import Evaluator
 from dd.memory import keep_freed_memory
 from dd.problems import PrototypeAlignment
 
-#: Patches per side, and the weight of the alignment.
-VARIANTS: dict[str, tuple[int, float | None]] = {
-    "whole": (1, None),
-    "patches": (4, None),
-    "whole, global": (1, 0.01),
-    "patches, aligned": (4, 0.01),
-    "patches, aligned, 0.1": (4, 0.1),
+WHOLE = {"patches": 1, "clip": MovingAverageClip}
+PATCHES = {"patches": 4, "clip": MovingAverageRowClip}
+#: Patches per side, the clip, and what is aligned with which weight.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "whole": WHOLE,
+    "patches, one clip": {**PATCHES, "clip": MovingAverageClip},
+    "patches": PATCHES,
+    "whole, global": {**WHOLE, "parts": ["global"]},
+    "patches, global": {**PATCHES, "parts": ["global"]},
+    "patches, local": {**PATCHES, "parts": ["local"]},
+    "patches, aligned": {**PATCHES, "parts": ["global", "local"]},
+    "patches, aligned, 0.1": {**PATCHES, "parts": ["global", "local"], "weight": 0.1},
 }
 
 
@@ -52,6 +60,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder of the classes")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--outer-steps", type=int, default=60)
     parser.add_argument("--real-batch", type=int, default=200)
     parser.add_argument("--networks", type=int, default=4)
@@ -63,7 +72,7 @@ def main() -> None:
     rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
     done = {(row["variant"], row["seed"]) for row in rows}
     for seed in range(options.seeds):
-        for variant in VARIANTS:
+        for variant in options.variants:
             if (variant, seed) not in done:
                 found = measure(variant, seed, options)
                 rows.append({"variant": variant, "seed": seed, "accuracy": found})
@@ -71,7 +80,7 @@ def main() -> None:
     write_json(options.json, rows, summary(rows))
     shown = [
         {"variant": variant, "accuracy": f"{mean:.1f} ± {deviation:.1f}"}
-        for variant in VARIANTS
+        for variant in options.variants
         for mean, deviation in [spread(rows, variant)]
     ]
     print(table(shown, {"variant": "", "accuracy": ""}))
@@ -79,10 +88,10 @@ def main() -> None:
 
 def measure(variant: str, seed: int, options: Any) -> float:
     """Distil once and judge the result."""
-    patches, weight = VARIANTS[variant]
+    parts = VARIANTS[variant]
     bindings = [
         f"tiny_imagenet.root = {options.data!r}",
-        f"SyntheticDataset.patches_per_side = {patches}",
+        f"SyntheticDataset.patches_per_side = {parts['patches']}",
         f"Distiller.outer_steps = {options.outer_steps}",
         f"Distiller.real_batch = {options.real_batch}",
         "Distiller.minutes = None",
@@ -91,8 +100,9 @@ def measure(variant: str, seed: int, options: Any) -> float:
     ]
     experiment = config.load([str(ROOT / "gin" / "tiny_imagenet_cpu.gin")], bindings)
     distiller = experiment.distiller
-    distiller.alignment = None if weight is None else PrototypeAlignment(weight)
-    distiller.clip = MovingAverageClip(cap=2.0) if patches == 1 else MovingAverageRowClip(cap=2.0)
+    distiller.clip = parts["clip"](cap=2.0)
+    if "parts" in parts:
+        distiller.alignment = PrototypeAlignment(parts.get("weight", 0.01), parts=parts["parts"])
     data = experiment.prepare()
     with tempfile.TemporaryDirectory() as folder:
         distil(experiment, data, seed, Path(folder))

@@ -28,7 +28,8 @@ class SyntheticDataset:
         projection: Scale every patch to L2 norm 1/n, and so every image to 1: "none", at the
             "start" only (RaT-BPTT), or at "every_step" (AT-BPTT++).
         learn_labels: Learn soft labels beside the images.
-        classes_per_step: How many random classes an inner batch holds; default: all.
+        classes_per_step: How many random classes an inner batch holds, or all if there are fewer;
+            default: all.
         batch_per_class: How many random images of each of these; default: all.
         patches_per_side: n; 4 for images of 64×64 and more in patch-wise semantic preservation
             (AT-BPTT, arXiv 2510.04838).
@@ -81,13 +82,9 @@ class SyntheticDataset:
             generator: Source of randomness.
 
         Raises:
-            ConfigurationError: `classes_per_step` is more than K, a real start finds too few
-                images, or images cannot be cut into n×n patches.
+            ConfigurationError: A real start finds too few images, or images cannot be cut into n×n
+                patches.
         """
-        if self.classes_per_step is not None and self.classes_per_step > num_classes:
-            raise ConfigurationError(
-                f"classes_per_step={self.classes_per_step}: the dataset has {num_classes} classes"
-            )
         if self.start == "real":
             chosen = random_subset(real_labels, self.images_per_class, num_classes, generator)
             images = real_images[chosen].clone()
@@ -129,7 +126,7 @@ class SyntheticDataset:
         """A class-balanced mini-batch (images, labels), differentiable in `outer`."""
         patches, labels = outer["images"], self.labels(outer)
         num_classes = self._num_classes(outer)
-        classes = self.classes_per_step or num_classes
+        classes = min(self.classes_per_step or num_classes, num_classes)
         per_class = self.batch_per_class or self.images_per_class
         if classes == num_classes and per_class == self.images_per_class:
             return self.images(outer), labels

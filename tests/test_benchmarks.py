@@ -147,7 +147,7 @@ def test_patches_benchmark_writes_a_sound_result(tmp_path):
         ]
     )
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 5
+    assert len(rows) == 8
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
 
 

@@ -1,6 +1,6 @@
 """Alignment of synthetic with real images by class prototypes of their features."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from dd.checks import check_number
+from dd.checks import check_choice, check_number
 
 
 @final
@@ -36,7 +36,9 @@ class PrototypeAlignment:
         weight: λ > 0. The term's gradient reaches the images at once, and is far larger than what
             the cross-entropy's leaves behind a window: with λ = 1 nothing else is learned.
         layer: Name of the network's layer that turns images into maps; "features" is all of a
-            ConvNet but its classifier.
+            ConvNet but its classifier. It is a layer of the inner network, with its θ_stop; other
+            feature extractors are not supported.
+        parts: Which of L_global and L_local are in the sum: "global", "local" or both.
 
     Raises:
         ValueError: An argument outside its range.
@@ -45,12 +47,22 @@ class PrototypeAlignment:
     the distance, its unit, the layer and λ are our own choice, as the paper's are not published.
     """
 
-    def __init__(self, weight: float = 0.01, layer: str = "features") -> None:
+    def __init__(
+        self,
+        weight: float = 0.01,
+        layer: str = "features",
+        parts: Sequence[str] = ("global", "local"),
+    ) -> None:
         check_number("weight", weight, above=0)
         if not isinstance(layer, str) or not layer:
             raise ValueError(f"layer={layer!r}: it must be the name of a layer of the network")
+        if not isinstance(parts, (list, tuple)) or not parts:
+            raise ValueError(f"parts={parts!r}: it must be a list of 'global' and 'local'")
+        for part in parts:
+            check_choice("parts", part, ("global", "local"))
         self.weight = weight
         self.layer = layer
+        self.parts = tuple(parts)
 
     def check(
         self, network: nn.Module, image_shape: tuple[int, ...], patches_per_side: int
@@ -65,6 +77,8 @@ class PrototypeAlignment:
         Raises:
             ValueError: Naming what does not fit.
         """
+        if self.parts == ("local",) and patches_per_side == 1:
+            raise ValueError("parts=('local',): images of patches_per_side=1 have no such part")
         names = [name for name, _ in network.named_modules() if name]
         if self.layer not in names:
             raise ValueError(f"layer={self.layer!r}: the network has {', '.join(names)}")
@@ -117,8 +131,10 @@ class PrototypeAlignment:
             unit = scatter.clamp_min(torch.finfo(maps.dtype).tiny)
             return shares @ difference.square().sum(1) / unit
 
-        parts = {"alignment_global": distance(1)}
-        if patches_per_side > 1:
+        parts = {}
+        if "global" in self.parts:
+            parts["alignment_global"] = distance(1)
+        if "local" in self.parts and patches_per_side > 1:
             parts["alignment_local"] = distance(patches_per_side)
         return self.weight * torch.stack(list(parts.values())).sum(), parts
 

@@ -469,7 +469,6 @@ def test_a_missing_file_is_one_line(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"SyntheticDataset__classes_per_step": 11},
         {"SyntheticDataset__start": "real", "SyntheticDataset__images_per_class": 500},
         {"Experiment__validation_fraction": 0.9999},
         {"Experiment__validation_fraction": 1.5},

@@ -333,6 +333,12 @@ def test_wrong_arguments_are_refused_by_name(arguments: dict[str, object], messa
         SyntheticDataset(**arguments)  # type: ignore[arg-type]
 
 
-def test_more_classes_a_step_than_there_are_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="classes_per_step=5: the dataset has 4 classes"):
-        created(SyntheticDataset(classes_per_step=5))
+def test_more_classes_a_step_than_there_are_mean_all_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    synthetic = SyntheticDataset(images_per_class=2, classes_per_step=5, batch_per_class=1)
+    images, labels = synthetic.batch(created(synthetic), generator)
+    assert sorted(labels.tolist()) == [0, 1, 2, 3]
+    assert len(images) == 4
+    every = SyntheticDataset(classes_per_step=5)
+    outer = created(every)
+    assert torch.equal(every.batch(outer, generator)[0], every.images(outer))
