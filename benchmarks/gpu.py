@@ -16,20 +16,28 @@ In this order, each part in the report as soon as it is there:
     python benchmarks/gpu.py --report benchmarks/results/gpu.md
     python benchmarks/gpu.py --data DIR --minutes 10 --report benchmarks/results/gpu.md
 
+A part that fails is in the report with its error, and those after it still run; the exit status is
+then 1. Without tf32 in its name nothing is rounded to TensorFloat-32. "Compiled" says how many
+functions fell back to eager mode, if any did. Allocations: blocks asked of the device in the timed
+calls, 0 in a steady state.
+
 `--device cpu --quick` runs all of it in small, to see that it works. A CPU has no peak of memory to
 ask for, so there that column is empty; see `benchmarks/hypergradient.py`.
 """
 
 import argparse
 import functools
+import gc
 import json
 import math
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +66,26 @@ PRECISIONS = {
 }
 
 
+#: One and the same, so that its steps are compiled once for each inner loop.
+ADJOINT = bilevel.estimators.Adjoint()
+
+
 def made(problem: bilevel.Problem, burn_in: int, window: int, **options: Any) -> Any:
     return bilevel.Hypergradient(
         problem,
         adam(),
         steps=burn_in + window,
         truncation=bilevel.truncation.Last(window),
+        estimator=ADJOINT,
         **options,
     )
 
 
 def measured(call: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of a call after one to warm up, and the peak memory of the last in MB."""
+    """Median seconds of a call after one to warm up, and what the last and all of them took."""
     call()
+    gc.collect()
+    allocations = device_allocations(device)
     seconds = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -83,7 +98,31 @@ def measured(call: Callable[[], Any], device: torch.device, repeats: int) -> dic
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else float("nan")
-    return {"seconds": statistics.median(seconds), "MB": peak / 1e6}
+    return {
+        "seconds": statistics.median(seconds),
+        "MB": peak / 1e6,
+        "allocations": device_allocations(device) - allocations,
+    }
+
+
+def device_allocations(device: torch.device) -> float:
+    """How many blocks PyTorch has asked of the device so far; NaN where it does not say."""
+    if device.type != "cuda":
+        return float("nan")
+    return float(torch.cuda.memory_stats().get("num_device_alloc", float("nan")))
+
+
+def mode(own: Any) -> str:
+    """Whether a hypergradient is compiled, and how much of it could not be."""
+    return mode_of(own.inner)
+
+
+def mode_of(inner: bilevel.InnerLoop) -> str:
+    """The same of an inner loop."""
+    compiler = inner.compiler
+    if compiler is None:
+        return "eager"
+    return f"compiled, {compiler.refused} of it eager" if compiler.refused else "compiled"
 
 
 def moved(iterate: bilevel.Iterate, device: torch.device, dtype: torch.dtype) -> bilevel.Iterate:
@@ -112,7 +151,7 @@ def through_window(
             )
         kept[step + 1] = iterate = bilevel.Iterate(params, state)
     trajectory = replace(recorded, kept=kept)
-    return bilevel.estimators.Adjoint()(inner, trajectory, outer, batch).grads["images"]
+    return ADJOINT(inner, trajectory, outer, batch).grads["images"]
 
 
 def shown(megabytes: float, form: str = ".0f") -> str:
@@ -147,10 +186,12 @@ def exactness(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                     loop, converted(dtype), problem.images, problem.real
                 ).grads
                 error = (found.cpu().double() - reference).norm() / reference.norm()
+                if dtype == torch.float64 and not error < 1e-6:
+                    raise AssertionError(f"float64 {hvp}, compile={compile}: error {error:.1e}")
                 rows.append(
                     {
                         "dtype": str(dtype).removeprefix("torch."),
-                        "mode": "compiled" if compile else "eager",
+                        "mode": mode_of(loop),
                         "product": hvp,
                         "relative error": f"{float(error):.1e}",
                     }
@@ -170,6 +211,7 @@ def against_higher(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                 return higher_window(problem, plain_steps(problem, burn_in), window)
 
             ways = {"higher": higher}
+            made_for = {}
             for name, compile in (("adjoint", False), ("compiled", True)):
                 own = made(problem, burn_in, window, compile=compile)
 
@@ -177,7 +219,7 @@ def against_higher(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                     generator = torch.Generator().manual_seed(1)
                     return own(problem.images, problem.real, generator).grads
 
-                ways[name] = ours
+                ways[name], made_for[name] = ours, own
             base = None
             for name, call in ways.items():
                 taken = measured(call, device, repeats)
@@ -187,10 +229,12 @@ def against_higher(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                         "width": width,
                         "window": window,
                         "method": name,
+                        "mode": mode(made_for[name]) if name in made_for else "eager",
                         "time / higher": f"{taken['seconds'] / base['seconds']:.2f}",
                         "memory / higher": shown(taken["MB"] / base["MB"], ".3f"),
                         "seconds": f"{taken['seconds']:.2f}",
                         "MB": shown(taken["MB"]),
+                        "allocations": shown(taken["allocations"]),
                     }
                 )
     return rows
@@ -252,7 +296,7 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "precision": name,
-                    "mode": "compiled" if compile else "eager",
+                    "mode": mode(own),
                     "seconds": f"{taken['seconds']:.2f}",
                     "MB": shown(taken["MB"]),
                     "cosine to float64": f"{float(F.cosine_similarity(found, reference, 0)):.4f}",
@@ -334,8 +378,10 @@ def methods(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": name,
+                "mode": mode(own),
                 "seconds": f"{taken['seconds']:.2f}",
                 "MB": shown(taken["MB"]),
+                "allocations": shown(taken["allocations"]),
             }
         )
     return rows
@@ -343,12 +389,13 @@ def methods(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 
 def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """What `dd.train` reaches in `--minutes`, and at snapshots before."""
-    folder = args.report.parent / "gpu_run"
+    folder = args.report.resolve().parent / f"gpu_run_{datetime.now(UTC):%Y%m%d_%H%M%S}"
     snapshots = sorted({round(args.minutes / 4, 2), round(args.minutes / 2, 2)})
     settings = [
-        f"cifar10.root = '{args.data}'",
+        f"cifar10.root = '{Path(args.data).resolve()}'",
         f"Distiller.minutes = {args.minutes}",
         f"Distiller.snapshot_minutes = {snapshots}",
+        "Distiller.compile = True",
         "Distiller.validate_every = 0",
         "Distiller.precision = @Precision()",
         "Precision.tf32 = True",
@@ -420,15 +467,23 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here; try --device cpu --quick")
     about = machine()
+    Precision().set_global_flags()
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         about["device"] = torch.cuda.get_device_name(device)
     args.report.parent.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[dict[str, Any]]] = {}
+    failed = False
     plan = {PARTS[name][0]: PARTS[name][1] for name in PARTS if name in args.parts}
     for title in [*plan, *(["CIFAR-10, 10 images per class"] if args.data else [])]:
-        parts[title] = (
-            plan[title](device, args.quick) if title in plan else distillation(args, device)
-        )
+        try:
+            parts[title] = (
+                plan[title](device, args.quick) if title in plan else distillation(args, device)
+            )
+        except Exception as error:  # whatever it is, what else was measured is kept
+            traceback.print_exc()
+            parts[title] = [{"failed": f"{type(error).__name__}: {error}"}]
+            failed = True
         lines = [
             "# Measured on one device",
             "",
@@ -443,6 +498,7 @@ def main() -> None:
             json.dumps({"command": command(), "machine": about, "parts": parts}, indent=2) + "\n"
         )
         print(f"\n{title}\n\n{markdown(parts[title])}", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import higher
 import optree
 import torch
 import torch.nn.functional as F
@@ -192,6 +191,8 @@ def plain_steps(problem: Distillation, count: int) -> torch.optim.Optimizer:
 
 def higher_window(problem: Distillation, optimizer: torch.optim.Optimizer, window: int) -> Tensor:
     """The hypergradient by `higher` from where the network and its optimizer stand."""
+    import higher  # an extra, which the other methods do without
+
     images = problem.images.clone().requires_grad_()
     inputs, labels = problem.real
     with higher.innerloop_ctx(problem.network, optimizer, copy_initial_weights=True) as (fast, opt):

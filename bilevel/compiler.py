@@ -57,6 +57,11 @@ class Compiler:
         self._eager: set[Hashable] = set()
         self._context: Hashable = None
 
+    @property
+    def refused(self) -> int:
+        """How many functions are run in eager mode, because their graphs could not be trusted."""
+        return len(self._eager)
+
     def depends_on(self, context: Hashable) -> None:
         """Say what else the functions depend on: another value than before means new graphs."""
         self._context = context

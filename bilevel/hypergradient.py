@@ -152,6 +152,7 @@ class Hypergradient:
         )
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         horizon = self.truncation.horizon(self.steps, schedule_generator)
+        keep_from = self.truncation.earliest_start(horizon)
         window: Window | None = None
         results = []
         for replica in range(self.inner_replicas):
@@ -161,13 +162,15 @@ class Hypergradient:
                 steps=self.steps,
                 horizon=horizon,
                 signals=self.truncation.signals,
-                keep_from=self.truncation.earliest_start(horizon),
+                keep_from=keep_from,
                 keep_every=self.keep_every,
                 keep_on=self.keep_on,
                 keep_gradients=self.estimator.uses_inner_gradients,
             )
             if window is None:
                 window = self.truncation.select(trajectory.trace, schedule_generator)
+                # The other replicas need no more than that window of their runs.
+                horizon, keep_from = window.stop, window.start
             result = self.estimator(self.inner, trajectory.select(window), outer, outer_batch)
             _check_finite(result)
             results.append(result)

@@ -212,7 +212,7 @@ class InnerLoop:
         iterate = self.start(outer, key, hyperparameters)
         if keep_every is None:
             one = replace(iterate, gradient=iterate.params) if keep_gradients else iterate
-            keep_every = affordable_spacing(one, horizon - keep_from)
+            keep_every = affordable_spacing(one, horizon - keep_from, keep_on)
         of_problem = set(signals) - set(SIGNALS)
         if of_problem:
             self._check_signals(of_problem, self.unravel(iterate.params), outer)

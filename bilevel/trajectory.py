@@ -1,6 +1,7 @@
 """What a rollout records: iterates, per-step signals, and the window chosen over them."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,11 +52,12 @@ class Iterate:
     gradient: Tensor | None = None
 
 
-def affordable_spacing(iterate: Iterate, count: int) -> int:
-    """The smallest k such that keeping every k-th of `count` iterates is cheap on their device.
+def affordable_spacing(iterate: Iterate, count: int, kept_on: torch.device | None = None) -> int:
+    """The smallest k such that keeping every k-th of `count` iterates is cheap where they are kept.
 
     Cheap is 96 MiB on a CPU and 1/64 of an accelerator's memory, for the ⌈count / k⌉ kept ones and
-    the k of a recomputed segment. Where nothing is, k = ⌈√count⌉, which takes the least memory.
+    the k of a recomputed segment; for what an accelerator keeps in the host's memory, a quarter of
+    that. Where nothing is, k = ⌈√count⌉, which takes the least memory.
     """
     leaves = [iterate.params, iterate.gradient, *optree.tree_leaves(iterate.state)]
     size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
@@ -63,6 +65,8 @@ def affordable_spacing(iterate: Iterate, count: int) -> int:
     budget = 96 * 2**20
     if device.type == "cuda":
         budget = torch.cuda.get_device_properties(device).total_memory // 64
+    if kept_on is not None and kept_on.type == "cpu" and device.type != "cpu":
+        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     least = max(1, math.ceil(math.sqrt(count)))
     for spacing in range(1, least):
         segment = spacing if spacing > 1 else 0

@@ -68,6 +68,8 @@ class Distillation:
             compile=settings.compiles,
         )
         self.averaged = AveragedHypergradient(self.hypergradient)
+        self._profiles_due = True
+        self._known_status = {"ok"}
 
     def run(self, stop: StopRequest, config_text: str) -> None:
         """Go on until all is done or `stop` is requested; the files are then up to date.
@@ -157,7 +159,7 @@ class Distillation:
             state.average.lerp_(state.outer["images"].detach(), 1 - self.settings.average_decay)
         metrics = {name: float(value) for name, value in result.metrics.items()}
         if HELD_OUT in state.truncation.metrics:
-            metrics[HELD_OUT] = self.goal.held_out_accuracy(result.params, state.outer)
+            metrics[HELD_OUT] = self.goal.held_out_accuracy(result.params)
         seconds = time.perf_counter() - began
         state.step += 1
         state.seconds += seconds
@@ -173,11 +175,24 @@ class Distillation:
                 **state.truncation.report(),
                 **{name: result.trace[name] for name in state.truncation.signals},
             },
-            profiles=state.step % self.settings.image_every == 0,
+            profiles=self._shows_profiles(result.trace.horizon),
         )
+        # Once of each kind: the rest of a status may have numbers that change every time.
+        kind = result.stats.status.split(":")[0]
+        if kind not in self._known_status:
+            self._known_status.add(kind)
+            progress.say(f"outer step {state.step}, said once: {result.stats.status}")
         progress.update(state.step, state.seconds, float(result.loss), metrics)
         if news is not None:
             progress.say(f"outer step {state.step}: {news}")
+
+    def _shows_profiles(self, horizon: int) -> bool:
+        """Whether to show profiles: once after every `image_every` steps, of a run to its end."""
+        self._profiles_due |= self.state.step % self.settings.image_every == 0
+        if horizon < self.settings.inner_steps or not self._profiles_due:
+            return False
+        self._profiles_due = False
+        return True
 
     def _follow_the_first(self) -> None:
         """Take over the first process's clock and the state of its schedule."""

@@ -121,6 +121,13 @@ class Distiller:
         if objective is not None:
             check_instance("objective", objective, Objective, "@MatchExperts() with ()")
         self.objective = RealImages() if objective is None else objective
+        # Of a precision, TensorFloat-32 is everybody's.
+        networks = precision is not None and not precision.is_for_any_network
+        for name, given in (("alignment", alignment is not None), ("precision", networks)):
+            if given and name not in self.objective.own_settings:
+                raise ValueError(
+                    f"{name}: {type(self.objective).__name__} makes no use of it; leave it out"
+                )
         for metric in truncation.metrics:
             check_choice(
                 f"the metric of {type(truncation).__name__}", metric, self.objective.metrics

@@ -18,6 +18,7 @@ from dd.augmentation import Augmentation, NoAugmentation
 from dd.checks import check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData
 from dd.data.stored_images import Images
+from dd.precision import full_float32
 from dd.processes import collected, own_share
 from dd.protocols import BPTTProtocol, Protocol
 from dd.synthetic import random_subset
@@ -153,6 +154,7 @@ class Evaluator:
             self.full_data_steps,
         )
 
+    @full_float32()
     def validation(
         self,
         images: Tensor,
@@ -175,6 +177,7 @@ class Evaluator:
         values = collected(accuracies)
         return statistics.fmean(values)
 
+    @full_float32()
     def _measure(
         self,
         name: str,
@@ -227,7 +230,7 @@ class Evaluator:
             if len(images) > self.batch_size:
                 chosen = torch.randint(
                     len(images), (self.batch_size,), generator=generator, device=generator.device
-                )
+                ).to(labels.device, non_blocking=True)
             batch, targets = self.augmentation(images[chosen], generator), labels[chosen]
             loss = F.cross_entropy(functional_call(network, params, (batch,)), targets)
             optimizer.zero_grad()

@@ -70,6 +70,7 @@ class Monitor:
         if low_rank is not None:
             scalars["low_rank/rank"] = low_rank.rank
             scalars["low_rank/evaluations"] = low_rank.evaluations
+            scalars["low_rank/exact"] = low_rank.exact
             if low_rank.staleness is not None:
                 scalars["low_rank/staleness"] = low_rank.staleness
             for index, value in enumerate(low_rank.spectrum[:SHOWN_EIGENVALUES].tolist()):

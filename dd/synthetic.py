@@ -134,7 +134,8 @@ class SyntheticDataset:
         chosen = torch.randperm(num_classes, generator=generator, device=device)[:classes]
         order = torch.rand(classes, self.images_per_class, generator=generator, device=device)
         within = order.argsort(dim=1)[:, :per_class]
-        index = (chosen[:, None] * self.images_per_class + within).flatten().to(patches.device)
+        index = (chosen[:, None] * self.images_per_class + within).flatten()
+        index = index.to(patches.device, non_blocking=True)
         by_image = patches.unflatten(0, (-1, self.patches_per_side**2))
         images = compose_patches(by_image[index].flatten(0, 1), self.patches_per_side)
         return images, labels[index]

@@ -34,7 +34,7 @@ class Goal(ABC):
     def inputs(self, step: int) -> tuple[Outer, Any]:
         """Of outer step `step`: outer variables that are given, not learned; the outer batch."""
 
-    def held_out_accuracy(self, params: Any, outer: Outer) -> float:
+    def held_out_accuracy(self, params: Any) -> float:
         """The metric `HELD_OUT`, for objectives whose `metrics` have it."""
         raise NotImplementedError
 
@@ -50,10 +50,12 @@ class Objective(ABC):
         learns_rate: Whether the inner learning rate is an outer variable. The inner optimizer is
             then given as a function of it, such as `@sgd`, and else made, such as `@adam()`.
         metrics: What it can tell a truncation schedule after every outer step.
+        own_settings: Settings of `Distiller` that not every objective uses, but this one does.
     """
 
     learns_rate: bool = False
     metrics: Sequence[str] = ("loss", "progress")
+    own_settings: Sequence[str] = ()
 
     def variables(self, device: torch.device) -> Outer:
         """Outer variables that are learned beside those of the synthetic set, as leaves."""

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 import bilevel
+from bilevel.distributed import rank
 from dd.checks import check_instance
 from dd.data.difficulty import DifficultyPacing
 from dd.data.prepared import RealBatches
+from dd.files import DamagedFileError, read_tensors, write_tensors
 from dd.objectives.base import HELD_OUT, Goal, Objective, Outer
 from dd.problems import MetaLoss
 
 if TYPE_CHECKING:
     from dd.distiller import Distiller
     from dd.job import Job
+
+#: Where in a run's folder the difficulty of every training image is.
+SCORES = "difficulty.safetensors"
 
 
 @final
@@ -29,6 +34,7 @@ class RealImages(Objective):
     """
 
     metrics = ("loss", "accuracy", HELD_OUT, "progress")
+    own_settings = ("alignment", "precision")
 
     def __init__(self, pacing: DifficultyPacing | None = None) -> None:
         if pacing is not None:
@@ -53,10 +59,21 @@ class RealImages(Objective):
                 f"DifficultyPacing.start={self.pacing.start}: a share of {smallest} images is less "
                 f"than a batch, real_batch={settings.real_batch}"
             )
-        scores = self.pacing.scores(
-            job.network, images, labels, job.augmentation, job.key.fold("difficulty")
-        )
-        return self.pacing.pool(scores, labels)
+        path = job.folder / SCORES
+        if path.exists():
+            # A resumed run draws from the same images, also where training is not repeatable.
+            scores = read_tensors(path)[0]["scores"]
+            if scores.shape != labels.shape:
+                raise DamagedFileError(
+                    f"{path} has {len(scores)} scores for {len(labels)} training images"
+                )
+        else:
+            scores = self.pacing.scores(
+                job.network, images, labels, job.augmentation, job.key.fold("difficulty")
+            )
+            if rank() == 0:
+                write_tensors(path, {"scores": scores}, {})
+        return self.pacing.pool(scores.to(labels.device), labels)
 
 
 @final
@@ -98,9 +115,10 @@ class _LossOnRealImages(Goal):
         return {}, bilevel.MicroBatches(list(zip(*pieces, strict=True)), weights)
 
     @torch.no_grad()
-    def held_out_accuracy(self, params: Any, outer: Outer) -> float:
-        batch = (
-            self.data.validation_images[self.held_out],
-            self.data.validation_labels[self.held_out],
+    def held_out_accuracy(self, params: Any) -> float:
+        images = self.data.validation_images[self.held_out]
+        labels = self.data.validation_labels[self.held_out]
+        predicted = torch.cat(
+            [self._meta_loss.predictions(params, part) for part in images.split(self.micro_batch)]
         )
-        return float(self._meta_loss.outer_loss(params, outer, batch)[1]["accuracy"])
+        return float((predicted == labels).float().mean())

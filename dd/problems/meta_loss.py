@@ -81,6 +81,10 @@ class MetaLoss(bilevel.Problem):
         )
         return loss + alignment, {**metrics, "cross_entropy": loss, **parts}
 
+    def predictions(self, params: Any, images: Tensor) -> Tensor:
+        """The class that the network finds likeliest for each image: int64 [N]."""
+        return self._logits(params, images, self.precision.outer).argmax(dim=1)
+
     def _logits(self, params: Any, images: Tensor, dtype: str) -> Tensor:
         """Logits [N, classes], float32 whatever `dtype` the network runs in."""
         with self.precision.autocast(dtype, images.device):

@@ -179,6 +179,22 @@ def test_the_error_falls_with_the_rank_for_a_decaying_spectrum(basis, name):
 
 @settings(max_examples=10)
 @given(st.sampled_from(["sgd", "momentum"]), seeds)
+def test_a_decaying_spectrum_needs_few_directions(name, seed):
+    case = bent(2.0 ** -torch.arange(16) * 4, seed=seed)
+    optimizer, window = OPTIMIZERS[name](), (10, 30)
+    exact = reference(case, optimizer, window, seed)
+    few, more, all_of_them = (
+        relative_error(
+            solve(case, optimizer, window, unguarded(Krylov(rank, 0.0)), seed).grads, exact
+        )
+        for rank in (1, 6, 16)
+    )
+    assert more < few / 5
+    assert all_of_them < 1e-7
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(["sgd", "momentum"]), seeds)
 def test_the_rank_is_as_large_as_the_tolerance_needs(name, seed):
     case = bent(2.0 ** -torch.arange(40), seed=seed)
     optimizer, window = OPTIMIZERS[name](), (15, 35)

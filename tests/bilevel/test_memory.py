@@ -3,11 +3,14 @@
 import copy
 import gc
 import itertools
+import math
+import os
 import weakref
 
 import optree
 import problems
 import pytest
+import torch
 from problems import Fixed, seeded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +29,7 @@ from bilevel.estimators import (
     Reverse,
 )
 from bilevel.linear import Dense
+from bilevel.trajectory import affordable_spacing
 
 ESTIMATORS = [
     Reverse(),
@@ -166,3 +170,19 @@ def test_how_many_iterates_are_kept(every, count):
     )(case.outer, case.outer_batch)
     assert len(recording.trajectory.kept) == count
     assert min(recording.trajectory.kept) == 4
+
+
+def test_what_an_accelerator_keeps_on_the_host_may_take_more_of_it():
+    """11 million parameters under Adam: 132 MB an iterate, 300 of them 40 GB."""
+
+    def iterate(device):
+        params = torch.empty(11_000_000, device=device)
+        return bilevel.Iterate(params, (params, params))
+
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    spacing = affordable_spacing(iterate("meta"), 300, torch.device("cpu"))
+    taken = [(math.ceil(300 / k) + (k if k > 1 else 0)) * 132e6 for k in range(1, 19)]
+    affordable = [k for k, size in enumerate(taken, start=1) if size <= host / 4]
+    assert spacing == min([*affordable, 18])
+    # On a CPU the host's memory is where it is.
+    assert affordable_spacing(iterate("cpu"), 300, torch.device("cpu")) == 18

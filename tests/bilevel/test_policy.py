@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DTYPE, seeded
 
@@ -123,6 +123,25 @@ def test_windows_are_drawn_from_the_policy():
     assert set(counts) <= set(expected)
     assert p_value(counts, expected, draws) > 1e-4
     assert p_value(counts, dict.fromkeys(expected, 1 / steps), draws) < 1e-12
+
+
+@settings(max_examples=10)
+@given(st.integers(12, 30), st.integers(0, 3), seeds)
+def test_windows_are_drawn_from_the_policy_whatever_the_norms(steps, runs, seed):
+    arguments, draws = (5, 3, 1.0, 0.3, 1.0), 1000
+    policy, by_hand = WithinTrajectoryPolicy(*arguments), ByHand(steps, *arguments)
+    generator = seeded(seed)
+    for index in range(runs + 1):
+        state, norms = policy.state_dict(), norms_of_run(steps, seed % 1000 + index)
+        step(policy, norms, generator)
+        expected = by_hand.step(norms)[1]
+    counts = Counter()
+    for _ in range(draws):
+        policy.load_state_dict(state)
+        window = step(policy, norms, generator)
+        counts[window.start, window.stop] += 1
+    assert set(counts) <= set(expected)
+    assert p_value(counts, expected, draws) > 1e-6
 
 
 @given(cases(), seeds)

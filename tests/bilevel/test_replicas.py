@@ -80,6 +80,39 @@ def test_one_after_the_other_is_the_mean(name, optimizer, count, seed):
     assert found.stats.hessian_vector_products == 4 * count
 
 
+class Early(problems.Fixed):
+    """A window that ends before the run does, and is known only after it."""
+
+    def horizon(self, steps, generator):
+        return steps
+
+    def earliest_start(self, horizon):
+        return 0
+
+
+def test_only_the_first_replica_runs_past_the_window():
+    case = problems.make("mlp_distillation", 0)
+    drawn = []
+    draw = case.problem.inner_batch
+
+    def inner_batch(outer, step, *, generator):
+        drawn.append(step)
+        return draw(outer, step, generator=generator)
+
+    case.problem.inner_batch = inner_batch
+    optimizer = bilevel.optim.sgd(0.1)
+    made = bilevel.Hypergradient(case.problem, optimizer, 9, Early(1, 4), inner_replicas=3)
+    made(case.outer, case.outer_batch, seeded(0))
+    drawn.clear()
+    found = made(case.outer, case.outer_batch, seeded(0))
+    assert drawn.count(3) == 6  # recorded and differentiated
+    assert drawn.count(8) == 1
+    key = bilevel.Key.draw(seeded(0))
+    keys = [key, key.fold("replica", 1), key.fold("replica", 2)]
+    grads = [brute_force(case, optimizer, each, bilevel.Window(1, 4))[1] for each in keys]
+    assert relative_error(found.grads, mean_of(grads)) < 1e-8
+
+
 def test_the_mean_varies_less():
     """Its variance over seeds is that of one run divided by the number of replicas."""
     case = problems.make("mlp_distillation", 0)

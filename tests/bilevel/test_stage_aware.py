@@ -158,6 +158,17 @@ def test_windows_are_drawn_as_stated(position, width, anchor):
             assert p_value(counts, expected[other], draws) < 1e-12
 
 
+@settings(max_examples=15)
+@given(st.sampled_from(list(Stage)), st.sampled_from(OPTIONS), st.integers(10, 40), seeds)
+def test_windows_are_drawn_as_stated_whatever_the_norms(stage, options, steps, seed):
+    options = dict(zip(("position", "width", "anchor"), options, strict=True))
+    norms, draws = falling(steps, seed=seed % 1000), 1000
+    made, generator = schedule(stage, refresh=draws, **options), seeded(seed)
+    windows = [step(made, norms, generator)[2] for _ in range(draws)]
+    counts = Counter((window.start, window.stop) for window in windows)
+    assert p_value(counts, stated(norms, stage, 6, 3, **options), draws) > 1e-6
+
+
 def test_the_test_of_fit_rejects_a_wrong_temperature():
     norms, draws = falling(24, seed=3), 3000
     made = schedule(distribution=Softmax(temperature=1.2), refresh=100)

@@ -500,6 +500,13 @@ def test_real_images_can_be_paced_by_difficulty(
     assert here(train, [*arguments(tmp_path / "run"), *PACED]) == 0
     assert "scoring real images" in capsys.readouterr().err
     assert results_of(tmp_path / "run")["status"] == "complete"
+    more = [*arguments(tmp_path / "run", Distiller__outer_steps=OUTER_STEPS + 1), *PACED]
+    assert here(train, more) == 0
+    # The scores are kept, so that a resumed run draws from the same images.
+    assert "scoring real images" not in capsys.readouterr().err
+    (tmp_path / "run" / "difficulty.safetensors").write_bytes(b"{")
+    assert here(train, [*arguments(tmp_path / "run", Distiller__outer_steps=99), *PACED]) == 2
+    assert "difficulty.safetensors" in one_error(capsys)
     too_few = "--gin_param=DifficultyPacing.start = 0.01"
     assert here(train, [*arguments(tmp_path / "other"), *PACED, too_few]) == 2
     assert "start=0.01" in capsys.readouterr().err

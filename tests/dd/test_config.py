@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import bilevel
 from dd import config
@@ -14,7 +15,10 @@ DIGITS = str(GIN / "digits.gin")
 SMALL = ["Experiment.dataset = @digits()", "ConvNet.depth = 1", "ConvNet.width = 8"]
 
 each_shipped_file = pytest.mark.parametrize(
-    "path", sorted(GIN.rglob("*.gin")), ids=lambda path: str(path.relative_to(GIN))
+    "path",
+    # schedules.gin is for others to include.
+    [path for path in sorted(GIN.rglob("*.gin")) if path.name != "schedules.gin"],
+    ids=lambda path: str(path.relative_to(GIN)),
 )
 
 
@@ -37,6 +41,19 @@ def test_shipped_files_build(path: Path) -> None:
     assert isinstance(experiment, Experiment)
     assert experiment.dataset.name == "digits"
     assert sum(parameter.numel() for parameter in experiment.network.parameters()) > 0
+
+
+@each_shipped_file
+def test_shipped_files_make_synthetic_images_of_ten_classes(path: Path) -> None:
+    """Also those for two hundred or a thousand: a user may list fewer."""
+    experiment = config.load([str(path)], [*SMALL, "SyntheticDataset.patches_per_side = 2"])
+    synthetic = experiment.synthetic
+    labels = torch.arange(10).repeat_interleave(synthetic.images_per_class)
+    images = torch.randn(len(labels), 1, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    batch = synthetic.batch(synthetic.create(images, labels, 10, generator), generator)
+    assert batch[0].shape[1:] == (1, 8, 8)
+    assert len(batch[0]) == len(batch[1]) <= len(labels)
 
 
 @each_shipped_file

@@ -369,6 +369,7 @@ def first_images(experiment: Experiment) -> torch.Tensor:
         ("Distiller.average_decay = 1.0", "average_decay=1.0"),
         ("Experts.storage = 'float16'", "storage='float16'"),
         ("MatchExperts.experts = @Experts", "experts"),
+        ("Distiller.alignment = @PrototypeAlignment()", "alignment: MatchExperts makes no use"),
     ],
 )
 def test_wrong_settings_are_named(binding: str, message: str) -> None:
@@ -377,3 +378,11 @@ def test_wrong_settings_are_named(binding: str, message: str) -> None:
             [str(GIN / "cifar10_att_cpu.gin")],
             ["Experiment.dataset = @digits()", "sgd.lr = 0.1", binding],
         )
+
+
+def test_of_a_precision_matching_takes_tf32_alone() -> None:
+    base = ["Experiment.dataset = @digits()", "Distiller.precision = @Precision()"]
+    files = [str(GIN / "cifar10_att_cpu.gin")]
+    assert config.load(files, [*base, "Precision.tf32 = True"]).distiller.precision.tf32
+    with pytest.raises(config.ConfigError, match="precision: MatchExperts makes no use of it"):
+        config.load(files, [*base, "Precision.inner = 'bfloat16'"])

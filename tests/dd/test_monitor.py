@@ -39,7 +39,10 @@ def test_a_low_rank_hessian_shows_its_spectrum(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path)).Reload()
     names = {name for name in events.Tags()["scalars"] if name.startswith("low_rank/")}
     eigenvalues = [f"low_rank/eigenvalue_{index}" for index in range(4)]
-    assert names == {"low_rank/rank", "low_rank/evaluations", "low_rank/staleness", *eigenvalues}
+    assert names == {
+        *("low_rank/rank", "low_rank/evaluations", "low_rank/staleness", "low_rank/exact"),
+        *eigenvalues,
+    }
     found = [events.Scalars(name)[0].value for name in eigenvalues]
     assert found == pytest.approx([6, 5, 4, 3], rel=1e-3)
     assert events.Scalars("low_rank/rank")[0].value == 6

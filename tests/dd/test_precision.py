@@ -1,5 +1,7 @@
 """Lower precision is asked for, stays close, and leaves everything else float32."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from problems import seeded
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 import bilevel
 from dd.augmentation import NoAugmentation
 from dd.distiller import Distiller
+from dd.evaluation import Evaluator
 from dd.networks import ConvNet
 from dd.precision import Precision
 from dd.problems import MetaLoss
@@ -61,6 +64,31 @@ def test_the_default_and_the_memory_format_change_nothing() -> None:
 def test_a_value_that_cannot_work(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{argument}="):
         Precision(**{argument: value})  # type: ignore[arg-type]
+
+
+def test_evaluation_is_in_full_float32_and_leaves_the_flags_as_they_were() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    seen = []
+
+    class Network(torch.nn.Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+            return super().forward(images.flatten(1))
+
+    images, labels = torch.randn(6, 1, 1, 2, generator=seeded(0)), torch.arange(6) % 2
+    data = SimpleNamespace(
+        validation_images=images, validation_labels=labels, test_images=images, test_labels=labels
+    )
+    try:
+        Precision(tf32=True).set_global_flags()
+        evaluator = Evaluator(networks=1, steps=[1], validation_steps=1)
+        network, key = Network(2, 2), bilevel.Key(0)
+        evaluator.distilled(images, labels, network, data, key)  # type: ignore[arg-type]
+        evaluator.validation(images, labels, network, data, key)  # type: ignore[arg-type]
+        assert set(seen) == {"ieee"}
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def distiller(**changes: object) -> Distiller:

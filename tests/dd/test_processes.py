@@ -249,6 +249,28 @@ def test_one_process_can_go_on_where_two_stopped(
 
 
 @pytest.mark.slow
+def test_stages_are_those_of_the_first_process(tmp_path: Path) -> None:
+    """Its held-out accuracy ends them, in both, each once and in order."""
+    stages = [
+        "Distiller.truncation = @StageAware()",
+        "StageAware.window = 3",
+        "StageAware.width_range = 1",
+        "StageAware.transition = @ByMetric()",
+        "ByMetric.gain = (9.0, 9.0)",
+        "ByMetric.patience = (1, 1)",
+        "ByMetric.block = 1",
+    ]
+    words = [*arguments("run"), *(f"--gin_param={binding}" for binding in stages)]
+    running = two_processes(tmp_path, "-m", "dd.train", *words)
+    _, err = running.communicate(timeout=400)
+    assert running.returncode == 0, err
+    assert err.count("the early stage ends") == err.count("the middle stage ends") == 1
+    shown = scalars(tmp_path / "run", "schedule/stage")
+    assert sorted(shown.values()) == [*shown.values()]
+    assert set(shown.values()) == {0, 1, 2}
+
+
+@pytest.mark.slow
 def test_a_signal_stops_both_after_the_same_step(tmp_path: Path) -> None:
     running = two_processes(
         tmp_path, "-m", "dd.train", *arguments("run", Distiller__outer_steps=10**6)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import seeded
 from torch import Tensor, nn
@@ -91,16 +91,20 @@ def by_hand(
     real=st.integers(1, 6),
     copies=st.integers(1, 2),
     weight=st.floats(0.1, 10),
+    parts_wanted=st.sampled_from([("global",), ("global", "local"), ("local",)]),
     seed=seeds,
 )
 def test_the_value_is_that_of_loops_over_classes_and_patches(
-    n: int, real: int, copies: int, weight: float, seed: int
+    n: int, real: int, copies: int, weight: float, parts_wanted: tuple[str, ...], seed: int
 ) -> None:
+    assume(n > 1 or "global" in parts_wanted)
     network = conv_net()
     params = parameters(network, seed)
     given_real, synthetic = batch(real, seed), batch(copies * CLASSES, seed + 1)
-    value, parts = PrototypeAlignment(weight)(network, params, given_real, synthetic, CLASSES, n)
-    wanted = {"alignment_global": 1} if n == 1 else {"alignment_global": 1, "alignment_local": n}
+    alignment = PrototypeAlignment(weight, parts=parts_wanted)
+    value, parts = alignment(network, params, given_real, synthetic, CLASSES, n)
+    sizes = {"global": 1} if n == 1 else {"global": 1, "local": n}
+    wanted = {f"alignment_{part}": sizes[part] for part in parts_wanted if part in sizes}
     assert set(parts) == set(wanted)
     for name, patches in wanted.items():
         distance, scatter = by_hand(network, params, given_real, synthetic, patches)
@@ -277,6 +281,9 @@ def test_the_outer_loss_moves_the_parameters_by_its_cross_entropy_alone() -> Non
         ({"weight": "1"}, "weight='1'"),
         ({"layer": ""}, "layer=''"),
         ({"layer": 3}, "layer=3"),
+        ({"parts": []}, r"parts=\[\]: it must be a list"),
+        ({"parts": "global"}, "parts='global': it must be a list"),
+        ({"parts": ["locale"]}, "parts='locale': it must be one of 'global', 'local'"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments: dict[str, object], message: str) -> None:
@@ -287,6 +294,9 @@ def test_wrong_arguments_are_refused_by_name(arguments: dict[str, object], messa
 def test_a_layer_or_patches_that_the_network_does_not_have_are_refused() -> None:
     network = ConvNet(CLASSES, channels=2, image_size=8, depth=2, width=4)
     PrototypeAlignment().check(network, (2, 8, 8), 2)
+    PrototypeAlignment(parts=["local"]).check(network, (2, 8, 8), 2)
+    with pytest.raises(ValueError, match=r"parts=\('local',\): .*patches_per_side=1"):
+        PrototypeAlignment(parts=["local"]).check(network, (2, 8, 8), 1)
     for layer, n, message in (
         ("feature", 2, r"layer='feature': the network has features, features\.0"),
         ("classifier", 2, r"layer='classifier' cannot take images"),

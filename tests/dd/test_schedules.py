@@ -1,5 +1,6 @@
 """Truncation schedules in a distillation: metrics, resuming, TensorBoard, one-line switching."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,8 @@ def test_tensorboard_shows_the_windows_and_where_they_come_from(tmp_path: Path) 
     assert set(widths) <= set(range(2, 7))
     assert all(1 <= n <= INNER_STEPS for n in curve(shown, "schedule/effective_windows"))
     chances = shown.Histograms("schedule/start_probability")
-    assert [event.step for event in chances] == [3, 6, 9]
+    # Every third step is due, and shown with the next run that is recorded to its end.
+    assert [event.step for event in chances] == [1, 3, 7, 9]
     last = chances[-1].histogram_value
     expected = state.truncation.report()["start_probability"]
     assert isinstance(expected, torch.Tensor)
@@ -223,9 +225,16 @@ def test_tensorboard_shows_the_windows_and_where_they_come_from(tmp_path: Path) 
     }
     # The bucket of inner step t is (t, t + 1]; empty ones at the ends are not stored.
     assert all(heights.get(t + 1, 0.0) == pytest.approx(float(p)) for t, p in enumerate(expected))
-    norms = shown.Histograms("schedule/gradient_norm")[0].histogram_value
-    assert len(norms.bucket) <= INNER_STEPS
-    assert all(height > 0 for height in norms.bucket)
+    for event in shown.Histograms("schedule/gradient_norm"):
+        assert len(event.histogram_value.bucket) == INNER_STEPS
+        assert all(height > 0 for height in event.histogram_value.bucket)
+
+
+def test_profiles_are_of_whole_runs_whatever_the_refresh(tmp_path: Path) -> None:
+    distil(tmp_path, [*BY_FRACTION, "StageAware.refresh = 3"])
+    found = events(tmp_path).Histograms("schedule/gradient_norm")
+    assert len(found) >= 3
+    assert {len(event.histogram_value.bucket) for event in found} == {INNER_STEPS}
 
 
 @pytest.mark.parametrize("bindings", [BY_FRACTION, []], ids=["at", "rat"])
@@ -246,9 +255,21 @@ def test_the_loss_at_stop_is_that_of_the_last_differentiated_step(
 
 # Configuration.
 
-ONE_LINE = {
+SWITCHES = {
     "Distiller.truncation = @Full()": bilevel.truncation.Full,
+    "Distiller.truncation = @Last()": bilevel.truncation.Last,
     "Distiller.truncation = @RandomWindow()": bilevel.truncation.RandomWindow,
+    "Distiller.truncation = @StageAware()": bilevel.truncation.StageAware,
+    "Distiller.truncation = @WithinTrajectoryPolicy()": bilevel.truncation.WithinTrajectoryPolicy,
+}
+#: All but those of trajectory matching, which goes from the first step to the nearest or last.
+META_LOSS_FILES = sorted(
+    path.name
+    for path in GIN.glob("*.gin")
+    if path.name != "schedules.gin" and not re.search("att|mtt|experts", path.name)
+)
+ONE_LINE = {
+    **SWITCHES,
     "StageAware.transition = @ByFraction()": bilevel.truncation.StageAware,
     "StageAware.transition = @ByMetric()": bilevel.truncation.StageAware,
     "StageAware.distribution = @Softmax()": bilevel.truncation.StageAware,
@@ -263,6 +284,15 @@ def test_one_line_switches_the_schedule(name: str, binding: str) -> None:
     small = ["Experiment.dataset = @digits()", "ConvNet.depth = 2", "ConvNet.width = 8"]
     made = config.load([str(GIN / name)], [*small, binding])
     assert isinstance(made.distiller.truncation, ONE_LINE[binding])
+
+
+@pytest.mark.parametrize("binding", SWITCHES)
+@pytest.mark.parametrize("name", META_LOSS_FILES)
+def test_one_line_switches_any_file_s_schedule(name: str, binding: str) -> None:
+    small = ["Experiment.dataset = @digits()", "ConvNet.depth = 2", "ConvNet.width = 8"]
+    whole = ["Distiller.alignment = None", "SyntheticDataset.patches_per_side = 1"]
+    made = config.load([str(GIN / name)], [*small, *whole, binding])
+    assert isinstance(made.distiller.truncation, SWITCHES[binding])
 
 
 def test_what_an_included_file_sets_is_not_called_without_effect(tmp_path: Path) -> None:
