@@ -27,8 +27,8 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/pip install --quiet -e '.[benchmark]'
-	$(BIN)/python benchmarks/hypergradient.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/hypergradient.py --repeats 2 --json runs/bench/hypergradient.json
+	$(BIN)/python benchmarks/memory.py --json runs/bench/memory.json
 
 examples: .venv/installed
 	@for example in examples/*.py; do \
@@ -54,7 +54,7 @@ help:
 	@echo "make test-all  run every test, with more hypothesis examples"
 	@echo "make lint      check format, style and types"
 	@echo "make format    format and fix what can be fixed"
-	@echo "make bench     measure hypergradients against higher, and memory against its model"
+	@echo "make bench     measure hypergradients against higher, and memory against its model, in runs/bench"
 	@echo "make examples  run the six worked examples and print their tables"
 	@echo "make docs      build the documentation in site/, warnings as errors"
 	@echo "make clean     remove .venv and caches"
