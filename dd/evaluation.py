@@ -230,8 +230,9 @@ class Evaluator:
             if len(images) > self.batch_size:
                 chosen = torch.randint(
                     len(images), (self.batch_size,), generator=generator, device=generator.device
-                ).to(labels.device, non_blocking=True)
-            batch, targets = self.augmentation(images[chosen], generator), labels[chosen]
+                )
+            batch = self.augmentation(_rows(images, chosen), generator)
+            targets = _rows(labels, chosen)
             loss = F.cross_entropy(functional_call(network, params, (batch,)), targets)
             optimizer.zero_grad()
             loss.backward()
@@ -241,3 +242,10 @@ class Evaluator:
             if step in steps:
                 stages.append({k: value.detach().clone() for k, value in params.items()})
         return stages
+
+
+def _rows(source: Images, chosen: Tensor | slice) -> Tensor:
+    """`source[chosen]`, without waiting for the device of a tensor."""
+    if isinstance(source, Tensor) and isinstance(chosen, Tensor):
+        chosen = chosen.to(source.device, non_blocking=True)
+    return source[chosen]

@@ -64,7 +64,10 @@ class StoredImages:
         Those that are on their way to a GPU are put in page-locked memory, from which they are
         copied without waiting.
         """
-        rows = self._rows[index if isinstance(index, slice) else index.to(self._rows.device)]
+        if not isinstance(index, slice):
+            # Towards the device nobody need wait; an index from there must have arrived.
+            index = index.to(self._rows.device, non_blocking=index.device.type == "cpu")
+        rows = self._rows[index]
         if not (self.on_host and self.device.type == "cuda"):
             return self._pixels[rows]
         shape = (len(rows), *self._pixels.shape[1:])

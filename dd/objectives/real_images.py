@@ -62,7 +62,7 @@ class RealImages(Objective):
         path = job.folder / SCORES
         if path.exists():
             # A resumed run draws from the same images, also where training is not repeatable.
-            scores = read_tensors(path)[0]["scores"]
+            scores = read_tensors(path)[0].get("scores", labels[:0])
             if scores.shape != labels.shape:
                 raise DamagedFileError(
                     f"{path} has {len(scores)} scores for {len(labels)} training images"
