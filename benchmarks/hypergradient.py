@@ -26,7 +26,7 @@ Columns
     cpu seconds      Processor time of the same calls, of all threads: also the median. Where others
                      use the machine, this with --threads 1 is the one to trust.
     MB               Peak of the resident set during one call, above the resident set before it,
-                     each in a process of its own, and with one step before the window at most,
+                     each in a process of its own, and with ten steps before the window at most,
                      since those steps keep nothing. "Before" is: everything imported, the data and
                      the network in memory, and one plain step taken by `torch.optim.Adam`, the
                      same for all methods (it makes PyTorch load what any of them needs, more than
@@ -309,7 +309,7 @@ def memory_in_a_process(
         "windows": window,
         "width": width,
         "images": images,
-        "burn-in": min(args.burn_in, 1),
+        "burn-in": min(args.burn_in, 10),
         "threads": args.threads,
     }
     arguments = [f"--{name}={value}" for name, value in options.items()]
