@@ -28,7 +28,7 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/pip install --quiet -e '.[benchmark]'
 	$(BIN)/python benchmarks/hypergradient.py --windows 10 40 --repeats 2 --methods compiled --json runs/bench/hypergradient.json
-	$(BIN)/python benchmarks/memory.py --json runs/bench/memory.json
+	$(BIN)/python benchmarks/memory.py --threads 1 --json runs/bench/memory.json
 
 examples: .venv/installed
 	@for example in examples/*.py; do \
