@@ -106,13 +106,12 @@ def p_value(counts, expected, draws):
     return float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2, dtype=DTYPE)))
 
 
-def test_windows_are_drawn_from_the_policy():
-    """Goodness of fit after a few runs, and its power: a uniform end is rejected."""
-    arguments, steps, draws = (5, 3, 1.0, 0.3, 1.0), 16, 3000
+def drawn(steps, runs, draws, generator):
+    """How often each window is drawn in the last of some runs, and the stated probabilities."""
+    arguments = (5, 3, 1.0, 0.3, 1.0)
     policy, by_hand = WithinTrajectoryPolicy(*arguments), ByHand(steps, *arguments)
-    generator = seeded(2)
-    for seed in range(3):
-        state, norms = policy.state_dict(), norms_of_run(steps, seed)
+    for run in runs:
+        state, norms = policy.state_dict(), norms_of_run(steps, run)
         step(policy, norms, generator)
         expected = by_hand.step(norms)[1]
     counts = Counter()
@@ -121,6 +120,13 @@ def test_windows_are_drawn_from_the_policy():
         window = step(policy, norms, generator)
         counts[window.start, window.stop] += 1
     assert set(counts) <= set(expected)
+    return counts, expected
+
+
+def test_windows_are_drawn_from_the_policy():
+    """Goodness of fit after a few runs, and its power: a uniform end is rejected."""
+    steps, draws = 16, 3000
+    counts, expected = drawn(steps, range(3), draws, seeded(2))
     assert p_value(counts, expected, draws) > 1e-4
     assert p_value(counts, dict.fromkeys(expected, 1 / steps), draws) < 1e-12
 
@@ -128,19 +134,8 @@ def test_windows_are_drawn_from_the_policy():
 @settings(max_examples=10)
 @given(st.integers(12, 30), st.integers(0, 3), seeds)
 def test_windows_are_drawn_from_the_policy_whatever_the_norms(steps, runs, seed):
-    arguments, draws = (5, 3, 1.0, 0.3, 1.0), 1000
-    policy, by_hand = WithinTrajectoryPolicy(*arguments), ByHand(steps, *arguments)
-    generator = seeded(seed)
-    for index in range(runs + 1):
-        state, norms = policy.state_dict(), norms_of_run(steps, seed % 1000 + index)
-        step(policy, norms, generator)
-        expected = by_hand.step(norms)[1]
-    counts = Counter()
-    for _ in range(draws):
-        policy.load_state_dict(state)
-        window = step(policy, norms, generator)
-        counts[window.start, window.stop] += 1
-    assert set(counts) <= set(expected)
+    draws, first = 1000, seed % 1000
+    counts, expected = drawn(steps, range(first, first + runs + 1), draws, seeded(seed))
     assert p_value(counts, expected, draws) > 1e-6
 
 
