@@ -112,13 +112,8 @@ def device_allocations(device: torch.device) -> float:
     return float(torch.cuda.memory_stats().get("num_device_alloc", float("nan")))
 
 
-def mode(own: Any) -> str:
-    """Whether a hypergradient is compiled, and how much of it could not be."""
-    return mode_of(own.inner)
-
-
 def mode_of(inner: bilevel.InnerLoop) -> str:
-    """The same of an inner loop."""
+    """Whether its steps are compiled, and how many functions of them could not be."""
     compiler = inner.compiler
     if compiler is None:
         return "eager"
@@ -229,7 +224,7 @@ def against_higher(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                         "width": width,
                         "window": window,
                         "method": name,
-                        "mode": mode(made_for[name]) if name in made_for else "eager",
+                        "mode": mode_of(made_for[name].inner) if name in made_for else "eager",
                         "time / higher": f"{taken['seconds'] / base['seconds']:.2f}",
                         "memory / higher": shown(taken["MB"] / base["MB"], ".3f"),
                         "seconds": f"{taken['seconds']:.2f}",
@@ -296,7 +291,7 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "precision": name,
-                    "mode": mode(own),
+                    "mode": mode_of(own.inner),
                     "seconds": f"{taken['seconds']:.2f}",
                     "MB": shown(taken["MB"]),
                     "cosine to float64": f"{float(F.cosine_similarity(found, reference, 0)):.4f}",
@@ -378,7 +373,7 @@ def methods(device: torch.device, quick: bool) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": name,
-                "mode": mode(own),
+                "mode": mode_of(own.inner),
                 "seconds": f"{taken['seconds']:.2f}",
                 "MB": shown(taken["MB"]),
                 "allocations": shown(taken["allocations"]),
