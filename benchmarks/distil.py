@@ -15,10 +15,32 @@ from dd.progress import StopRequest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def distil(experiment: Experiment, data: PreparedData, seed: int, folder: Path) -> TrainingState:
-    """Distil once, with the settings of `experiment` but this seed; everything is in `folder`."""
+class StopAfter(StopRequest):
+    """As if Ctrl-C came after some outer steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._left = steps
+
+    @property
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def distil(
+    experiment: Experiment,
+    data: PreparedData,
+    seed: int,
+    folder: Path,
+    stop: StopRequest | None = None,
+) -> TrainingState:
+    """Distil, with the settings of `experiment` but this seed; everything is in `folder`.
+
+    Goes on from what is there, as far as `stop` lets it.
+    """
     job = experiment.job(data, folder, seed)
-    return experiment.distiller.distil(job, StopRequest(), "", lambda: None)
+    return experiment.distiller.distil(job, stop or StopRequest(), "", lambda: None)
 
 
 def accuracy(

@@ -1,10 +1,11 @@
-"""Truncation schedules and estimators side by side: accuracy against equal wall clock.
+"""Truncation schedules and estimators side by side: accuracy against equal time.
 
-Every method distils CIFAR-10 to one image per class for the same number of minutes, eager, from the
-same real images and the same initialisations by seed; the set is kept at every part of that time in
---parts. Each set is judged by fresh networks after 300 training steps on the whole test set: no
-number of steps and no set is chosen. Methods take turns within a seed, so that a slow moment of the
-machine hits all of them.
+Every method distils CIFAR-10 to one image per class for the time of --steps outer steps of
+RaT-BPTT, eager, from the same real images and the same initialisations by seed. What an outer step
+of each method costs is measured first, all in turns in one process, and decides how many of them it
+gets: so a slow moment of the machine changes no result, and a run can be repeated elsewhere. The
+set is judged at every part of that time in --parts, by fresh networks after 300 training steps on
+the whole test set: no number of steps and no set is chosen.
 
 Methods (T 60, W 20, unless it says otherwise)
     BPTT                  the whole run.
@@ -23,6 +24,8 @@ Methods (T 60, W 20, unless it says otherwise)
     python benchmarks/methods.py --data data --json results.json --plot results.png
 
 Every finished run is written at once; a rerun with the same --json goes on after the last one.
+Costs are in --costs, and measured if there is no such file. Several processes, each with seeds or
+methods and a --json of its own, share them, and are joined by --merge.
 """
 
 import argparse
@@ -38,7 +41,7 @@ from typing import Any
 import matplotlib
 import torch
 from common import table, write_json
-from distil import ROOT, accuracy, distil
+from distil import ROOT, StopAfter, accuracy, distil
 
 from bilevel.estimators import Adjoint, LowRank
 from bilevel.truncation import (
@@ -61,6 +64,8 @@ from dd.memory import keep_freed_memory
 from dd.objectives import RealImages
 
 STEPS, WINDOW, RANGE = 60, 20, 5
+#: Outer steps over which a cost is measured: in each stage a recording and four steps that use it.
+COST_STEPS = 15
 #: A temperature at which every inner step is as likely as any other.
 UNIFORM = 1e9
 
@@ -101,7 +106,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--steps", type=int, default=900, help="outer steps of RaT-BPTT")
+    parser.add_argument("--costs", type=Path, default=Path("runs/methods_costs.json"))
+    parser.add_argument("--cost-rounds", type=int, default=3)
     parser.add_argument("--parts", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--width", type=int, default=32, help="of the ConvNet-3")
     parser.add_argument("--real-batch", type=int, default=500)
@@ -121,11 +128,15 @@ def main() -> None:
     ]
     if options.merge is None:
         experiment, data = prepare(options)
+        if not options.costs.exists():
+            write_json(options.costs, [], measure_costs(experiment, data, options))
+        costs = json.loads(options.costs.read_text())["summary"]
         done = {(row["method"], row["seed"]) for row in rows}
         for seed in options.seeds:
             for method in options.methods:
                 if (method, seed) not in done:
-                    rows.append(measure(experiment, data, method, seed, options))
+                    steps = round(options.steps * costs["RaT-BPTT"] / costs[method])
+                    rows.append(measure(experiment, data, method, seed, steps, options))
                     write_json(options.json, rows, summary(rows))
                     print(rows[-1], flush=True)
     write_json(options.json, rows, summary(rows))
@@ -138,8 +149,8 @@ def prepare(options: Any) -> tuple[Experiment, PreparedData]:
     bindings = [
         f"cifar10.root = {options.data!r}",
         f"ConvNet.width = {options.width}",
-        f"Distiller.minutes = {options.minutes}",
-        f"Distiller.snapshot_minutes = {[p * options.minutes for p in options.parts if p < 1]}",
+        "Distiller.minutes = None",
+        "Distiller.snapshot_minutes = []",
         f"Distiller.real_batch = {options.real_batch}",
         "Distiller.precision = None",
         "Distiller.compile = False",
@@ -156,30 +167,55 @@ def prepare(options: Any) -> tuple[Experiment, PreparedData]:
     return experiment, replace(data, **few)
 
 
-def measure(
-    experiment: Experiment, data: PreparedData, method: str, seed: int, options: Any
-) -> dict[str, Any]:
-    """Distil once and judge the sets kept along the way."""
+def set_up(experiment: Experiment, method: str, steps: int, options: Any) -> None:
+    """Make the experiment's distiller one of this method, for so many outer steps."""
     distiller = experiment.distiller
     schedule, distiller.inner_steps, estimator, order = METHODS[method]
     distiller.truncation, distiller.estimator = schedule(), estimator()
     pacing = order and DifficultyPacing(options.paced_steps, order, networks=1, epochs=2)
     distiller.objective = RealImages(pacing)
+    distiller.outer_steps = steps
+
+
+def measure_costs(
+    experiment: Experiment, data: PreparedData, options: Any
+) -> dict[str, float | None]:
+    """Seconds of an outer step of every method, the least of some rounds in turns.
+
+    Each time over a short run through all three stages, whose shares of recordings are those of a
+    long one. Which real images are drawn costs nothing; their scores are not in the time.
+    """
+    least: dict[str, float | None] = {}
+    for _ in range(options.cost_rounds):
+        for method in METHODS:
+            set_up(experiment, method, COST_STEPS, options)
+            experiment.distiller.objective = RealImages()
+            with tempfile.TemporaryDirectory() as name:
+                state = distil(experiment, data, 0, Path(name))
+            found, before = state.seconds / COST_STEPS, least.get(method)
+            least[method] = found if before is None else min(found, before)
+    return least
+
+
+def measure(
+    experiment: Experiment, data: PreparedData, method: str, seed: int, steps: int, options: Any
+) -> dict[str, Any]:
+    """Distil once and judge the set along the way."""
+    set_up(experiment, method, steps, options)
+    evaluator = Evaluator(networks=options.networks, steps=[300])
+    found, seconds, done = {}, 0.0, 0
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        began = time.process_time()
-        state = distil(experiment, data, seed, folder)
-        seconds = time.process_time() - began
-        evaluator = Evaluator(networks=options.networks, steps=[300])
-        found = {}
-        for part in options.parts:
-            minutes = f"{part * options.minutes:g}_minutes.safetensors"
-            kept = DistilledSet.load(folder / (DISTILLED if part == 1 else f"snapshots/{minutes}"))
+        for part in sorted(options.parts):
+            until = round(part * steps)
+            began = time.process_time()
+            state = distil(experiment, data, seed, Path(name), StopAfter(until - done))
+            seconds, done = seconds + time.process_time() - began, state.step
+            kept = DistilledSet.load(Path(name) / DISTILLED)
             found[f"{part:g}"] = accuracy(kept, experiment.network, evaluator, data, seed)
     return {
         "method": method,
         "seed": seed,
-        "outer_steps": state.step,
+        "outer_steps": done,
         "cpu_seconds": seconds,
         "accuracy": found,
     }

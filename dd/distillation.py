@@ -148,7 +148,7 @@ class Distillation:
         state, job = self.state, self.job
         began = time.perf_counter()
         state.optimizer.zero_grad()
-        given, outer_batch = self.goal.inputs(state.step)
+        given, outer_batch = self.goal.inputs(state.step, state.truncation.stage)
         result = self.averaged.backward(
             {**state.outer, **given}, outer_batch, self.key.generator("outer", state.step)
         )

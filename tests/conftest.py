@@ -19,7 +19,12 @@ def _cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Also for what fixtures of a module compute, as sums depend on the number of threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
-    torch.set_num_threads(1)

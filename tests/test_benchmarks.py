@@ -121,7 +121,9 @@ def test_low_rank_benchmark_writes_a_sound_result(tmp_path):
 def test_methods_benchmark_writes_a_sound_result_and_goes_on_where_it_was(tmp_path):
     out, picture = tmp_path / "result.json", tmp_path / "plot.png"
     words = [sys.executable, str(ROOT / "benchmarks" / "methods.py"), "--json", str(out)]
-    words += ["--plot", str(picture), "--minutes", "0.03", "--parts", "0.5", "1"]
+    costs = tmp_path / "costs.json"
+    words += ["--plot", str(picture), "--costs", str(costs), "--cost-rounds", "1"]
+    words += ["--steps", "4", "--parts", "0.5", "1"]
     words += ["--networks", "1", "--width", "4", "--real-batch", "20", "--paced-steps", "2"]
     words += ["--gin_param=Experiment.dataset = @digits()", "--gin_param=ConvNet.depth = 1"]
     methods = ["AT width", "AT-BPTT low rank", "RaT easy first", "first 15"]
@@ -130,8 +132,10 @@ def test_methods_benchmark_writes_a_sound_result_and_goes_on_where_it_was(tmp_pa
         rows = json.loads(out.read_text())["rows"]
         assert len(rows) == count * len(seeds)
         assert len({(row["method"], row["seed"]) for row in rows}) == len(rows)
+    seconds = json.loads(costs.read_text())["summary"]
     for row in rows:
-        assert row["outer_steps"] >= 1
+        expected = round(4 * seconds["RaT-BPTT"] / seconds[row["method"]])
+        assert row["outer_steps"] == expected >= 1
         assert all(0 <= row["accuracy"][part] <= 1 for part in ("0.5", "1"))
     assert picture.read_bytes().startswith(b"\x89PNG")
 

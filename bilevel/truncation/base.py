@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
+from bilevel.truncation.transition import Stage
 
 
 class Truncation(ABC):
@@ -32,6 +33,11 @@ class Truncation(ABC):
     @abstractmethod
     def minimum_steps(self) -> int:
         """The least number of inner steps T that this schedule can work with."""
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage of the next outer step; None of a schedule without stages."""
+        return None
 
     @abstractmethod
     def horizon(self, steps: int, generator: torch.Generator) -> int:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from bilevel import Key, fresh_parameters
 from bilevel.distributed import rank
+from bilevel.truncation import Stage
 from dd.augmentation import Augmentation
 from dd.checks import check_choice, check_integer, check_number
 from dd.data.prepared import RealBatches
@@ -24,16 +25,18 @@ CHUNK = 500
 class DifficultyPacing:
     """Outer steps draw from a share of every class that grows from one end of its difficulty.
 
-        share(step) = start + (1 − start)·min(1, step/over_steps)
+        share(step)  = start + (1 − start)·min(1, step/over_steps)
+        share(stage) = start early, (start + 1)/2 in the middle, 1 late, without `over_steps`
 
     The difficulty of (x, y) is its EL2N score, E‖softmax(f_θ(x)) − onehot(y)‖₂, over networks
-    that were trained for a few epochs on the training images. They are trained when the run starts,
-    and again when it is resumed. No gain was measured on CIFAR-10: docs/truncation.md.
+    that were trained for a few epochs on the training images. They are trained when the run starts;
+    the scores are kept in its folder. No gain was measured on CIFAR-10: docs/truncation.md.
 
     Args:
-        over_steps: The outer step from which on all images are drawn from.
+        over_steps: The outer step from which on all images are drawn from; default: the share
+            follows the stages of the truncation schedule, which must have them (`StageAware`).
         order: "easy_first": the share has each class's lowest scores; "hard_first": its highest.
-        start: The share at step 0, in (0, 1].
+        start: The share at step 0, or in the early stage, in (0, 1].
         networks: Networks that the score is the mean of.
         epochs: For how long each is trained.
         batch_size: Images in a training step.
@@ -47,7 +50,7 @@ class DifficultyPacing:
 
     def __init__(
         self,
-        over_steps: int,
+        over_steps: int | None = None,
         order: str = "easy_first",
         start: float = 0.3,
         networks: int = 3,
@@ -56,7 +59,7 @@ class DifficultyPacing:
         lr: float = 1e-3,
     ) -> None:
         for name, value in (
-            ("over_steps", over_steps),
+            ("over_steps", 1 if over_steps is None else over_steps),
             ("networks", networks),
             ("epochs", epochs),
             ("batch_size", batch_size),
@@ -75,12 +78,25 @@ class DifficultyPacing:
         self.batch_size = batch_size
         self.lr = lr
 
-    def share(self, step: int) -> float:
-        """The share of every class that outer step `step` draws from."""
-        return self.start + (1 - self.start) * min(1.0, step / self.over_steps)
+    def share(self, step: int, stage: Stage | None) -> float:
+        """The share of every class that outer step `step`, in this stage, draws from.
 
-    def pool(self, scores: Tensor, labels: Tensor) -> Callable[[int], Tensor]:
-        """From an outer step to the indices it draws from, ascending.
+        Raises:
+            ValueError: Stages are to be followed, and there are none.
+        """
+        if self.over_steps is not None:
+            part = min(1.0, step / self.over_steps)
+        elif stage is not None:
+            part = stage / Stage.LATE
+        else:
+            raise ValueError(
+                "over_steps=None: the share would follow the stages of the truncation schedule, "
+                "which has none; give the outer step from which on all images are drawn from"
+            )
+        return self.start + (1 - self.start) * part
+
+    def pool(self, scores: Tensor, labels: Tensor) -> Callable[[int, Stage | None], Tensor]:
+        """From an outer step and its stage to the indices it draws from, ascending.
 
         Args:
             scores: Difficulties, [N].
@@ -89,7 +105,7 @@ class DifficultyPacing:
         positions = positions_within_class(
             scores if self.order == "easy_first" else -scores, labels
         )
-        return lambda step: (positions < self.share(step)).nonzero().squeeze(1)
+        return lambda step, stage: (positions < self.share(step, stage)).nonzero().squeeze(1)
 
     def scores(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import bilevel
+from bilevel.truncation import Stage
 
 if TYPE_CHECKING:
     from dd.distiller import Distiller
@@ -31,8 +32,13 @@ class Goal(ABC):
     problem: bilevel.Problem
 
     @abstractmethod
-    def inputs(self, step: int) -> tuple[Outer, Any]:
-        """Of outer step `step`: outer variables that are given, not learned; the outer batch."""
+    def inputs(self, step: int, stage: Stage | None) -> tuple[Outer, Any]:
+        """Of outer step `step`: outer variables that are given, not learned; the outer batch.
+
+        Args:
+            step: From 0.
+            stage: Of the truncation schedule, if it has stages.
+        """
 
     def held_out_accuracy(self, params: Any) -> float:
         """The metric `HELD_OUT`, for objectives whose `metrics` have it."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 import torch
 
 import bilevel
+from bilevel.truncation import Stage
 from dd.checks import check_instance, check_integer, check_number
 from dd.expert_training import Experts
 from dd.objectives.base import Goal, Objective, Outer
@@ -107,7 +108,7 @@ class _EndWhereExpertsWent(Goal):
         self.device = job.device
         self._mismatched: deque[bool] = deque(maxlen=MISMATCH_STEPS)
 
-    def inputs(self, step: int) -> tuple[Outer, None]:
+    def inputs(self, step: int, stage: Stage | None) -> tuple[Outer, None]:
         start, target = self.buffer.stretch(
             self.key.generator(step), self.settings.max_start, self.settings.target_after
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel.distributed import rank
+from bilevel.truncation import Stage
 from dd.checks import check_instance
 from dd.data.difficulty import DifficultyPacing
 from dd.data.prepared import RealBatches
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from dd.distiller import Distiller
     from dd.job import Job
 
+#: From an outer step and its stage to the indices of the images it may draw.
+Pool = Callable[[int, Stage | None], Tensor]
 #: Where in a run's folder the difficulty of every training image is.
 SCORES = "difficulty.safetensors"
 
@@ -31,6 +34,10 @@ class RealImages(Objective):
 
     Args:
         pacing: Which real images an outer step may draw; default: all of them.
+
+    Raises:
+        ConfigurationError: From `prepare`, if the pacing leaves fewer images than a batch has, or
+            follows stages and the truncation schedule has none.
     """
 
     metrics = ("loss", "accuracy", HELD_OUT, "progress")
@@ -49,9 +56,10 @@ class RealImages(Objective):
     def prepare(self, settings: Distiller, job: Job, key: bilevel.Key) -> Goal:
         return _LossOnRealImages(settings, job, key, self._pool(settings, job))
 
-    def _pool(self, settings: Distiller, job: Job) -> Callable[[int], Tensor] | None:
+    def _pool(self, settings: Distiller, job: Job) -> Pool | None:
         if self.pacing is None:
             return None
+        self.pacing.share(0, settings.truncation.stage)  # raises what cannot be at the start
         images, labels = job.data.train_images, job.data.train_labels
         smallest = int(self.pacing.start * len(labels))
         if smallest < settings.real_batch:
@@ -83,7 +91,7 @@ class _LossOnRealImages(Goal):
         settings: Distiller,
         job: Job,
         key: bilevel.Key,
-        pool: Callable[[int], Tensor] | None,
+        pool: Pool | None,
     ) -> None:
         self.problem = self._meta_loss = MetaLoss(
             job.network,
@@ -95,24 +103,34 @@ class _LossOnRealImages(Goal):
         )
         self.micro_batch = settings.real_micro_batch
         self.data = job.data
-        self.real = RealBatches(
-            job.data.train_images,
-            job.data.train_labels,
-            settings.real_batch,
-            job.augmentation,
-            key.fold("real"),
-            pool,
-        )
+        self.augmentation = job.augmentation
+        self.real_batch, self.pool, self.key = settings.real_batch, pool, key.fold("real")
+        self.stage = settings.truncation.stage
+        self.real = self._batches(self.stage)
         # Drawn, as a dataset may be ordered by class; fixed, so that a gain is not one of the draw.
         self.held_out = torch.randperm(
             len(job.data.validation_labels), generator=job.key.generator("held_out")
         )[: settings.held_out_batch].to(job.device)
 
-    def inputs(self, step: int) -> tuple[Outer, bilevel.MicroBatches]:
+    def inputs(self, step: int, stage: Stage | None) -> tuple[Outer, bilevel.MicroBatches]:
+        if stage != self.stage:
+            self.stage, self.real = stage, self._batches(stage)
         images, labels = self.real.at(step)
         pieces = [part.split(self.micro_batch) for part in (images, labels)]
         weights = [len(part) / len(labels) for part in pieces[1]]
         return {}, bilevel.MicroBatches(list(zip(*pieces, strict=True)), weights)
+
+    def _batches(self, stage: Stage | None) -> RealBatches:
+        """Made anew for every stage, as what is read ahead comes from the pool of the last one."""
+        pool = self.pool
+        return RealBatches(
+            self.data.train_images,
+            self.data.train_labels,
+            self.real_batch,
+            self.augmentation,
+            self.key,
+            None if pool is None else lambda step: pool(step, stage),
+        )
 
     @torch.no_grad()
     def held_out_accuracy(self, params: Any) -> float:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bilevel import Key
+from bilevel.truncation import Stage
 from dd.augmentation import NoAugmentation
 from dd.data import DifficultyPacing
 from dd.data.difficulty import error_norms, positions_within_class
@@ -40,13 +41,13 @@ def test_a_pool_grows_from_one_end_of_every_class_to_all(count, seed, start, ord
     pool = pacing.pool(scores, labels)
     before = set()
     for step in range(12):
-        now = set(pool(step).tolist())
+        now = set(pool(step, None).tolist())
         assert before <= now
         for label in labels.unique():
             members = (labels == label).nonzero().squeeze(1).tolist()
             inside = [i for i in members if i in now]
             outside = [i for i in members if i not in now]
-            wanted = len(members) * pacing.share(step)
+            wanted = len(members) * pacing.share(step, None)
             assert wanted - 1e-9 <= len(inside) <= wanted + 1  # share·n is rounded
             if inside and outside:
                 values = scores if order == "easy" else -scores
@@ -57,8 +58,15 @@ def test_a_pool_grows_from_one_end_of_every_class_to_all(count, seed, start, ord
 
 def test_share():
     pacing = DifficultyPacing(over_steps=4, start=0.2)
-    shares = [pacing.share(step) for step in (0, 1, 4, 100)]
+    shares = [pacing.share(step, Stage.EARLY) for step in (0, 1, 4, 100)]
     assert shares == pytest.approx([0.2, 0.4, 1.0, 1.0])
+
+
+def test_share_by_stage():
+    pacing = DifficultyPacing(start=0.2)
+    assert [pacing.share(7, stage) for stage in Stage] == pytest.approx([0.2, 0.6, 1.0])
+    with pytest.raises(ValueError, match=r"over_steps=None: .* has none"):
+        pacing.share(0, None)
 
 
 @given(seed=seeds, step=st.integers(0, 20), on_host=st.booleans())

@@ -16,9 +16,12 @@ import bilevel
 from bilevel.truncation import Stage
 from dd import config
 from dd.checkpoint import TrainingState
+from dd.data import DifficultyPacing
 from dd.data.prepared import PreparedData
 from dd.distillation import CHECKPOINT, Distillation
 from dd.experiment import Experiment
+from dd.files import read_tensors
+from dd.objectives.real_images import SCORES
 from dd.progress import StopRequest
 
 GIN = Path(__file__).parents[2] / "gin"
@@ -54,7 +57,21 @@ POLICY = [
     "WithinTrajectoryPolicy.window = 4",
     "WithinTrajectoryPolicy.width_range = 2",
 ]
-SCHEDULES = {"by metric": BY_METRIC, "by fraction": BY_FRACTION, "policy": POLICY}
+#: Real images whose share grows with the stages, read ahead of the steps.
+PACED = [
+    *BY_METRIC,
+    "Distiller.objective = @RealImages()",
+    "RealImages.pacing = @DifficultyPacing()",
+    "DifficultyPacing.networks = 1",
+    "DifficultyPacing.epochs = 1",
+    "Experiment.images_on = 'host'",
+]
+SCHEDULES = {
+    "by metric": BY_METRIC,
+    "by fraction": BY_FRACTION,
+    "policy": POLICY,
+    "paced by stage": PACED,
+}
 
 
 class StopAfter(StopRequest):
@@ -75,14 +92,14 @@ def experiment(*bindings: str) -> Experiment:
 
 
 @cache
-def prepared() -> PreparedData:
-    return experiment().prepare()
+def prepared(images_on: str = "device") -> PreparedData:
+    return experiment(f"Experiment.images_on = {images_on!r}").prepare()
 
 
 def distil(folder: Path, bindings: list[str], stop_after: int = 10**6) -> TrainingState:
     made = experiment(*bindings)
     return made.distiller.distil(
-        made.job(prepared(), folder), StopAfter(stop_after), "", lambda: None
+        made.job(prepared(made.images_on), folder), StopAfter(stop_after), "", lambda: None
     )
 
 
@@ -202,6 +219,37 @@ def test_a_schedule_that_does_not_ask_pays_for_no_held_out_accuracy(tmp_path: Pa
 def test_a_metric_that_is_not_supplied_is_refused_by_name() -> None:
     with pytest.raises(config.ConfigError, match=r"'held_out_acuracy'.*'held_out_accuracy'"):
         experiment(*BY_METRIC, "ByMetric.metric = 'held_out_acuracy'")
+
+
+# Real images by difficulty.
+
+
+def test_every_stage_draws_from_its_own_share_of_the_real_images(tmp_path: Path) -> None:
+    made = experiment(*PACED)
+    work = made.job(prepared("host"), tmp_path)
+    goal = Distillation(made.distiller, work, made.distiller._initial_state(work)).goal
+    pool = DifficultyPacing().pool(
+        read_tensors(tmp_path / SCORES)[0]["scores"], work.data.train_labels
+    )
+    real = work.data.train_images[torch.arange(len(work.data.train_labels))].flatten(1)
+    outside = []
+    for step in range(3 * len(Stage)):
+        stage = Stage(step // 3)
+        images = torch.cat([piece[0] for piece in goal.inputs(step, stage)[1].batches])
+        allowed = set(pool(step, stage).tolist())
+        same_image = (images.flatten(1)[:, None] == real).all(2)
+        assert same_image.any(1).all()
+        drawn = same_image.int().argmax(1).tolist()
+        assert set(drawn) <= allowed
+        outside.append(len(set(drawn) - set(pool(step, Stage.EARLY).tolist())))
+    assert outside[:3] == [0, 0, 0]
+    assert min(outside[3:]) > 0
+
+
+def test_a_share_by_stage_needs_a_schedule_with_stages(tmp_path: Path) -> None:
+    rat = [*PACED, "Distiller.truncation = @RandomWindow()"]
+    with pytest.raises(ValueError, match="over_steps=None"):
+        distil(tmp_path, rat)
 
 
 # TensorBoard.

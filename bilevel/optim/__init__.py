@@ -1,0 +1,38 @@
+r"""Differentiable optimizers as gradient transformations in TorchOpt's protocol.
+
+Each function returns a `torchopt.base.GradientTransformation`: a pair of pure functions
+`init(params)` and `update(grads, state, *, params, inplace)`, over any pytree of tensors. They
+chain with TorchOpt's own (`torchopt.chain`). Unlike those, they never write in place (`inplace` is
+accepted and has no effect), so they are safe under `torch.func` transforms and `torch.compile`,
+and every hyperparameter may be a tensor: a scalar, or anything that broadcasts against the
+parameters, with a gradient if it has to be learned.
+
+With `eps_root=0` each takes the same steps as its namesake in `torch.optim`. A square root has an
+infinite derivative at zero, so to differentiate through a step in which some gradient may vanish
+`eps_root` must be positive; the default of 1e-12 changes only coordinates whose gradients are
+below about 1e-6.
+
+Example:
+    >>> optimizer = bilevel.optim.sgd(lr=0.1, momentum=0.9)
+    >>> params = torch.ones(2)
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update(torch.tensor([1.0, 2.0]), state, params=params)
+    >>> params + updates
+    tensor([0.9000, 0.8000])
+"""
+
+from bilevel.optim.adagrad_family import AdagradState, RMSPropState, adagrad, rmsprop
+from bilevel.optim.adam_family import AdamState, adam, adamw
+from bilevel.optim.gradient_descent import SGDState, sgd
+
+__all__ = [
+    "AdagradState",
+    "AdamState",
+    "RMSPropState",
+    "SGDState",
+    "adagrad",
+    "adam",
+    "adamw",
+    "rmsprop",
+    "sgd",
+]
