@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bilevel import Key, fresh_parameters
+from bilevel import ConfigurationError, Key, fresh_parameters
 from bilevel.distributed import rank
 from bilevel.truncation import Stage
 from dd.augmentation import Augmentation
@@ -82,14 +82,14 @@ class DifficultyPacing:
         """The share of every class that outer step `step`, in this stage, draws from.
 
         Raises:
-            ValueError: Stages are to be followed, and there are none.
+            ConfigurationError: Stages are to be followed, and there are none.
         """
         if self.over_steps is not None:
             part = min(1.0, step / self.over_steps)
         elif stage is not None:
             part = stage / Stage.LATE
         else:
-            raise ValueError(
+            raise ConfigurationError(
                 "over_steps=None: the share would follow the stages of the truncation schedule, "
                 "which has none; give the outer step from which on all images are drawn from"
             )

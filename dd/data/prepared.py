@@ -54,7 +54,7 @@ def prepare(
 
     On the device, images are held as they are stored (uint8, most often) under an elementwise
     transform, which is applied to every batch anew, and transformed (float32) under any other:
-    whitening anew would cost 4 % of every outer loss and 15 % of every evaluation. On the host
+    whitening anew would cost 5 % of every outer loss and 15 % of every evaluation. On the host
     they stay as they are stored under any transform.
 
     Args:

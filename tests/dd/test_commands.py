@@ -507,6 +507,9 @@ def test_real_images_can_be_paced_by_difficulty(
     (tmp_path / "run" / "difficulty.safetensors").write_bytes(b"{")
     assert here(train, [*arguments(tmp_path / "run", Distiller__outer_steps=99), *PACED]) == 2
     assert "difficulty.safetensors" in one_error(capsys)
+    by_stage = [*PACED, "--gin_param=DifficultyPacing.over_steps = None"]
+    assert here(train, [*arguments(tmp_path / "stages"), *by_stage]) == 2
+    assert "over_steps=None" in capsys.readouterr().err
     too_few = "--gin_param=DifficultyPacing.start = 0.01"
     assert here(train, [*arguments(tmp_path / "other"), *PACED, too_few]) == 2
     assert "start=0.01" in capsys.readouterr().err
