@@ -1,7 +1,6 @@
 """Arguments as a user gives them, checked where they enter."""
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 from bilevel.errors import ConfigurationError
@@ -23,13 +22,6 @@ def check_positive(name: str, value: float, *, or_zero: bool = False) -> float:
     ):
         allowed = "of at least 0" if or_zero else "above 0"
         raise ConfigurationError(f"{name}={value!r}: it must be a finite number {allowed}")
-    return float(value)
-
-
-def check_number(name: str, value: Any, *, above: float) -> float:
-    """A finite number as given by a user, checked."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < inf:
-        raise ConfigurationError(f"{name}={value!r}: it must be a finite number above {above:g}")
     return float(value)
 
 

@@ -112,12 +112,14 @@ def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
     grads = optree.tree_map(
         lambda *leaves: torch.stack(leaves).mean(0), *(each.grads for each in results)
     )
+    low_rank = [each.stats.low_rank for each in results if each.stats.low_rank is not None]
     others = [each.stats.status for each in results if each.stats.status != "ok"]
     stats = replace(
         first.stats,
         status="; ".join(dict.fromkeys(others)) or "ok",
         hypergradient_norm=torch.nn.utils.get_total_norm(optree.tree_leaves(grads)),
         hessian_vector_products=sum(each.stats.hessian_vector_products for each in results),
+        low_rank=_over_all(low_rank) if low_rank else None,
     )
     return replace(
         first,
@@ -128,4 +130,15 @@ def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
             name: torch.stack([each.metrics[name] for each in results]).mean()
             for name in first.metrics
         },
+    )
+
+
+def _over_all(runs: Sequence[LowRankStats]) -> LowRankStats:
+    """The first run's spectrum, the passes of all, the worst staleness; exact if any run was."""
+    staleness = [each.staleness for each in runs if each.staleness is not None]
+    return LowRankStats(
+        runs[0].spectrum,
+        sum(each.evaluations for each in runs),
+        max(staleness, default=None),
+        any(each.exact for each in runs),
     )

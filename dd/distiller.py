@@ -151,6 +151,12 @@ class Distiller:
                 f"Eigenvectors.refresh_every={basis.refresh_every}: it must be 1, since every "
                 "outer step trains a fresh network, to which older eigenvectors do not belong"
             )
+        persistent = isinstance(estimator, bilevel.estimators.PersistentEvolutionStrategies)
+        if persistent or getattr(estimator, "warm_start", False):
+            raise ValueError(
+                f"estimator={type(estimator).__name__}: it goes on from what the outer step before "
+                "left, but every outer step trains a fresh network"
+            )
         if alignment is not None:
             check_instance(
                 "alignment", alignment, PrototypeAlignment, "@PrototypeAlignment() with ()"
@@ -213,8 +219,9 @@ class Distiller:
                 "folder that all of them can read"
             )
         distributed.broadcast_(state.outer.values())
+        distillation = Distillation(self, job, state)
         on_start()
-        Distillation(self, job, state).run(stop, config_text)
+        distillation.run(stop, config_text)
         return state
 
     @property

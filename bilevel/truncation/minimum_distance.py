@@ -4,7 +4,7 @@ from typing import Literal, final
 
 import torch
 
-from bilevel.errors import ConfigurationError
+from bilevel.checks import check_choice, check_integer
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
 
@@ -38,12 +38,8 @@ class MinimumDistance(Truncation):
     """
 
     def __init__(self, distance: Literal["l1", "squared_l2"] = "l1", minimum: int = 1) -> None:
-        if distance not in SIGNALS:
-            raise ConfigurationError(f"distance={distance!r}: it must be 'l1' or 'squared_l2'")
-        if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 1:
-            raise ConfigurationError(f"minimum={minimum!r}: it must be an integer of at least 1")
-        self.distance = distance
-        self.minimum = minimum
+        self.distance = check_choice("distance", distance, tuple(SIGNALS))
+        self.minimum = check_integer("minimum", minimum)
         self.signals = (SIGNALS[distance],)
 
     @property

@@ -78,6 +78,16 @@ class DifficultyPacing:
         self.batch_size = batch_size
         self.lr = lr
 
+    @property
+    def scoring(self) -> dict[str, float]:
+        """What the scores depend on beside the images, the network and the seed."""
+        return {
+            "networks": self.networks,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+        }
+
     def share(self, step: int, stage: Stage | None) -> float:
         """The share of every class that outer step `step`, in this stage, draws from.
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dd.distiller import Distiller
     from dd.job import Job
 
-#: Over how many of the latest outer steps the fraction of mismatches is taken.
+#: Over how many of the latest outer steps, since the program started, the fraction of mismatches is
+#: taken.
 MISMATCH_STEPS = 100
 
 

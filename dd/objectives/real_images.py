@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel.distributed import rank
+from bilevel.distributed import broadcast_, rank
 from bilevel.truncation import Stage
 from dd.checks import check_instance
 from dd.data.difficulty import DifficultyPacing
 from dd.data.prepared import RealBatches
-from dd.files import DamagedFileError, read_tensors, write_tensors
+from dd.files import DamagedFileError, as_json, read_tensors, write_tensors
 from dd.objectives.base import HELD_OUT, Goal, Objective, Outer
 from dd.problems import MetaLoss
 
@@ -67,21 +67,26 @@ class RealImages(Objective):
                 f"DifficultyPacing.start={self.pacing.start}: a share of {smallest} images is less "
                 f"than a batch, real_batch={settings.real_batch}"
             )
+        # Where training is not repeatable, all processes, and a resumed run, still draw from the
+        # same images: those of the first scores that process 0 computed.
         path = job.folder / SCORES
+        scored = {**job.description, "scoring": self.pacing.scoring}
         if path.exists():
-            # A resumed run draws from the same images, also where training is not repeatable.
-            scores = read_tensors(path)[0].get("scores", labels[:0])
-            if scores.shape != labels.shape:
+            tensors, metadata = read_tensors(path)
+            scores = tensors.get("scores", labels[:0]).to(labels.device)
+            if scores.shape != labels.shape or metadata != as_json(scored):
                 raise DamagedFileError(
-                    f"{path} has {len(scores)} scores for {len(labels)} training images"
+                    f"{path} has the difficulty of other images, or by another scoring; delete it "
+                    "to score these"
                 )
         else:
             scores = self.pacing.scores(
                 job.network, images, labels, job.augmentation, job.key.fold("difficulty")
             )
+            broadcast_([scores])
             if rank() == 0:
-                write_tensors(path, {"scores": scores}, {})
-        return self.pacing.pool(scores.to(labels.device), labels)
+                write_tensors(path, {"scores": scores}, scored)
+        return self.pacing.pool(scores, labels)
 
 
 @final

@@ -35,9 +35,9 @@ class PrototypeAlignment:
     Args:
         weight: λ > 0. The term's gradient reaches the images at once, and is far larger than what
             the cross-entropy's leaves behind a window: with λ = 1 nothing else is learned.
-        layer: Name of the network's layer that turns images into maps; "features" is all of a
-            ConvNet but its classifier. It is a layer of the inner network, with its θ_stop; other
-            feature extractors are not supported.
+        layer: Name of the layer of the network whose outputs are the maps, in a pass through all of
+            it; "features" is all of a ConvNet but its classifier. It is a layer of the inner
+            network, with its θ_stop; other feature extractors are not supported.
         parts: Which of L_global and L_local are in the sum: "global", "local" or both.
 
     Raises:
@@ -83,14 +83,16 @@ class PrototypeAlignment:
         if self.layer not in names:
             raise ValueError(f"layer={self.layer!r}: the network has {', '.join(names)}")
         params = dict(network.named_parameters())
-        try:
-            shape = tuple(self._maps(network, params, torch.zeros(1, *image_shape)).shape)
-        except RuntimeError as error:
-            raise ValueError(f"layer={self.layer!r} cannot take images: {error}") from error
-        if len(shape) != 4 or shape[2] % patches_per_side or shape[3] != shape[2]:
+        shape = tuple(self._maps(network, params, torch.zeros(1, *image_shape)).shape)
+        if len(shape) != 4 or shape[3] != shape[2]:
+            raise ValueError(
+                f"layer={self.layer!r}: it makes {list(shape[1:])} of an image; it must be a map, "
+                "[d, h, h]"
+            )
+        if shape[2] % patches_per_side:
             raise ValueError(
                 f"patches_per_side={patches_per_side}: the layer {self.layer!r} makes "
-                f"{list(shape[1:])} of an image; it must be [d, h, h] with h a multiple of that"
+                f"{list(shape[1:])} of an image, whose sides must be a multiple of that"
             )
 
     def __call__(
@@ -139,15 +141,18 @@ class PrototypeAlignment:
         return self.weight * torch.stack(list(parts.values())).sum(), parts
 
     def _maps(self, network: nn.Module, params: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """What the layer makes of images, [N, d, h, h], without a derivative in `params`."""
-        prefix = f"{self.layer}."
-        own = {
-            name.removeprefix(prefix): value.detach()
-            for name, value in params.items()
-            if name.startswith(prefix)
-        }
-        maps: Tensor = functional_call(network.get_submodule(self.layer), own, (images,))
-        return maps
+        """The layer's output as the network takes images, [N, d, h, h]; `params` are constants."""
+        outputs: list[Tensor] = []
+        constants = {name: value.detach() for name, value in params.items()}
+        layer = network.get_submodule(self.layer)
+        hook = layer.register_forward_hook(lambda module, given, output: outputs.append(output))
+        try:
+            functional_call(network, constants, (images,))
+        finally:
+            hook.remove()
+        if not outputs:
+            raise ValueError(f"layer={self.layer!r}: the network has it, but makes no use of it")
+        return outputs[-1]
 
 
 def _members(classes: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:

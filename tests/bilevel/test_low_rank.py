@@ -241,7 +241,7 @@ def test_nothing_is_mixed_where_no_batch_depends_on_the_outer_variables():
     assert result.stats.low_rank.evaluations == 2
 
 
-@pytest.mark.parametrize("options", [{"keep_every": 3}, {"keep_on": "cpu"}])
+@pytest.mark.parametrize("options", [{"keep_every": 3}, {"keep_every": 4, "keep_on": "cpu"}])
 def test_recomputed_iterates_make_no_difference(options):
     case, optimizer = problems.make("mlp_distillation", 0), OPTIMIZERS["adam"]()
     expected = solve(case, optimizer, (3, 13), unguarded(Krylov(), 3), keep_every=1)

@@ -113,6 +113,25 @@ def test_only_the_first_replica_runs_past_the_window():
     assert relative_error(found.grads, mean_of(grads)) < 1e-8
 
 
+def test_low_rank_numbers_are_those_of_all_runs():
+    case = problems.make("mlp_distillation", 0)
+    optimizer, krylov = bilevel.optim.sgd(0.1), bilevel.basis.Krylov(2, 0.0)
+
+    def stats(guard, count):
+        estimator = bilevel.estimators.LowRank(krylov, guard=guard)
+        return bilevel.Hypergradient(
+            case.problem, optimizer, 5, WINDOW, estimator, inner_replicas=count
+        )(case.outer, case.outer_batch, seeded(0)).stats.low_rank
+
+    one, three = stats(1e6, 1), stats(1e6, 3)
+    assert (three.evaluations, three.exact) == (3 * one.evaluations, False)
+    assert three.staleness > one.staleness
+    # The first run is below the guard, another is not.
+    mixed = stats((one.staleness + three.staleness) / 2, 3)
+    assert mixed.exact
+    assert not stats((one.staleness + three.staleness) / 2, 1).exact
+
+
 def test_the_mean_varies_less():
     """Its variance over seeds is that of one run divided by the number of replicas."""
     case = problems.make("mlp_distillation", 0)

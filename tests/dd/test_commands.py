@@ -505,8 +505,10 @@ def test_real_images_can_be_paced_by_difficulty(
     # The scores are kept, so that a resumed run draws from the same images.
     assert "scoring real images" not in capsys.readouterr().err
     (tmp_path / "run" / "difficulty.safetensors").write_bytes(b"{")
+    before = results_of(tmp_path / "run")
     assert here(train, [*arguments(tmp_path / "run", Distiller__outer_steps=99), *PACED]) == 2
     assert "difficulty.safetensors" in one_error(capsys)
+    assert results_of(tmp_path / "run") == before
     by_stage = [*PACED, "--gin_param=DifficultyPacing.over_steps = None"]
     assert here(train, [*arguments(tmp_path / "stages"), *by_stage]) == 2
     assert "over_steps=None" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import torch
 
 import bilevel
 from dd import config
+from dd.distiller import Distiller
 from dd.experiment import Experiment
 
 GIN = Path(__file__).parents[2] / "gin"
@@ -349,6 +350,20 @@ def test_eigenvectors_are_not_kept_from_network_to_network() -> None:
         "Eigenvectors.refresh_every = 20",
     )
     assert "Eigenvectors.refresh_every=20: it must be 1" in message
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        bilevel.estimators.Implicit(warm_start=True),
+        bilevel.estimators.PersistentEvolutionStrategies(0.1, 10),
+    ],
+)
+def test_estimators_that_go_on_from_the_step_before_are_refused(
+    estimator: bilevel.estimators.Estimator,
+) -> None:
+    with pytest.raises(ValueError, match=f"estimator={type(estimator).__name__}: it goes on"):
+        Distiller(10, 20, bilevel.truncation.Full(), bilevel.optim.sgd(0.1), estimator=estimator)
 
 
 def test_a_window_longer_than_the_inner_run_is_refused_with_both_numbers() -> None:

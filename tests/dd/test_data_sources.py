@@ -361,6 +361,26 @@ def test_image_folder_with_train_and_test(tmp_path: Path) -> None:
     assert (data.train_images[-1] == 77).all()
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_of_grey_keep_their_upper_eight(suffix: str, tmp_path: Path) -> None:
+    grey = (256 * np.arange(64, dtype=np.uint16) + 200).reshape(8, 8)
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "train" / name, 1)
+        write_images(tmp_path / "test" / name, 1)
+    Image.fromarray(grey).save(tmp_path / "train" / "cat" / f"a.{suffix}")
+    data = image_folder(tmp_path, image_size=8)
+    assert torch.equal(data.train_images[1], torch.arange(64).view(1, 8, 8).expand(3, 8, 8).byte())
+
+
+@pytest.mark.parametrize("pixels", [np.float32(0.5), np.int32(-3), np.int32(2**16)])
+def test_pixels_wider_than_sixteen_bits_are_refused(pixels: Any, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, 2)
+    Image.fromarray(np.full((8, 8), pixels)).save(tmp_path / "cat" / "a.tif")
+    with pytest.raises(ValueError, match=r"cat/a\.tif: its pixels are neither of 8 nor of 16 bits"):
+        image_folder(tmp_path, image_size=8, test_fraction=0.5)
+
+
 def test_image_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path: Path) -> None:
     # Red outside, green in the middle third: the centre crop of a 3:1 image is all green.
     picture = np.zeros((8, 24, 3), dtype=np.uint8)
@@ -397,7 +417,7 @@ def test_an_unreadable_image_is_named(content: bytes, tmp_path: Path) -> None:
 def test_image_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(DatasetNotFoundError, match=f"{tmp_path}/absent for train/<class>/"):
         image_folder(tmp_path / "absent", image_size=4)
-    with pytest.raises(ValueError, match="image_size is 0"):
+    with pytest.raises(ValueError, match="image_size=0: it must be an integer of at least 1"):
         image_folder(tmp_path, image_size=0)
     write_images(tmp_path / "train" / "cat", 2)
     with pytest.raises(DatasetNotFoundError, match="for test/ beside train/; add it, or pass"):

@@ -1,5 +1,6 @@
 """Images decoded once: what is read back, and what happens to a cache that cannot be right."""
 
+import json
 import os
 import shutil
 import threading
@@ -152,6 +153,12 @@ def other_manifest(array: Path, manifest: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"files": "', '"files": "0'))
 
 
+def manifest_without_a_size(array: Path, manifest: Path) -> None:
+    found = json.loads(manifest.read_text())
+    del found["bytes"]
+    manifest.write_text(json.dumps(found))
+
+
 def list_as_manifest(array: Path, manifest: Path) -> None:
     manifest.write_text("[]")
 
@@ -167,6 +174,7 @@ def list_as_manifest(array: Path, manifest: Path) -> None:
         damage_manifest,
         other_manifest,
         list_as_manifest,
+        manifest_without_a_size,
     ],
 )
 def test_a_damaged_cache_is_made_again_with_a_warning_of_one_line(
@@ -187,6 +195,21 @@ def test_a_damaged_cache_is_made_again_with_a_warning_of_one_line(
     assert str(array.parent) in record.getMessage()
     assert len(record.getMessage().splitlines()) == 1
     assert files(cache) == good
+
+
+def test_a_damaged_cache_needs_no_room_for_two(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read(root, cache).clone()
+    (array,) = cache.rglob("images.npy")
+    truncate(array, array.with_name("manifest.json"))
+    room = before.numel() - 1  # bytes, beside what is there now
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=room if array.exists() else room + before.numel())
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert torch.equal(read(root, cache), before)
 
 
 def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_left(

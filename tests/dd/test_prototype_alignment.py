@@ -133,6 +133,30 @@ def test_the_derivative_is_that_of_central_differences_at_constant_unit(n: int, 
     assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
+def test_a_layer_inside_is_taken_as_the_network_runs() -> None:
+    """Not fed with the images themselves: its value is that of the layers up to it."""
+    network = SmoothNetwork().double()
+    params = parameters(network)
+    up_to = SmoothNetwork().double()
+    up_to.features = network.features[:3]
+    up_to.classifier = nn.Linear(3 * 16, CLASSES).double()
+    first = {name: value for name, value in params.items() if name.startswith("features.0.")}
+    shared = {**dict(up_to.named_parameters()), **first}
+    real, synthetic = batch(5, 0), batch(CLASSES, 1)
+    inside = PrototypeAlignment(layer="features.2")
+    inside.check(SmoothNetwork(), (2, 8, 8), 2)
+    found, _ = inside(network, params, real, synthetic, CLASSES, 2)
+    expected, _ = PrototypeAlignment()(up_to, shared, real, synthetic, CLASSES, 2)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+def test_a_layer_that_the_network_does_not_run_is_refused() -> None:
+    network = conv_net()
+    network.unused = nn.Conv2d(2, 2, 1).double()
+    with pytest.raises(ValueError, match=r"layer='unused': .* no use of it"):
+        PrototypeAlignment(layer="unused").check(network.float(), (2, 8, 8), 2)
+
+
 @given(
     n=st.sampled_from([1, 2]),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
@@ -299,7 +323,7 @@ def test_a_layer_or_patches_that_the_network_does_not_have_are_refused() -> None
         PrototypeAlignment(parts=["local"]).check(network, (2, 8, 8), 1)
     for layer, n, message in (
         ("feature", 2, r"layer='feature': the network has features, features\.0"),
-        ("classifier", 2, r"layer='classifier' cannot take images"),
+        ("classifier", 2, r"layer='classifier': it makes \[3\] of an image"),
         ("features", 4, r"patches_per_side=4: .*'features' makes \[4, 2, 2\] of an image"),
         ("features", 3, r"patches_per_side=3: "),
     ):

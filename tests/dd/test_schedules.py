@@ -20,7 +20,7 @@ from dd.data import DifficultyPacing
 from dd.data.prepared import PreparedData
 from dd.distillation import CHECKPOINT, Distillation
 from dd.experiment import Experiment
-from dd.files import read_tensors
+from dd.files import DamagedFileError, read_tensors
 from dd.objectives.real_images import SCORES
 from dd.progress import StopRequest
 
@@ -246,9 +246,16 @@ def test_every_stage_draws_from_its_own_share_of_the_real_images(tmp_path: Path)
     assert min(outside[3:]) > 0
 
 
+def test_scores_of_something_else_are_refused(tmp_path: Path) -> None:
+    distil(tmp_path, PACED, 1)
+    (tmp_path / CHECKPOINT).unlink()
+    with pytest.raises(DamagedFileError, match=r"difficulty\.safetensors .* delete it"):
+        distil(tmp_path, [*PACED, "DifficultyPacing.epochs = 2"], 1)
+
+
 def test_a_share_by_stage_needs_a_schedule_with_stages(tmp_path: Path) -> None:
     rat = [*PACED, "Distiller.truncation = @RandomWindow()"]
-    with pytest.raises(ValueError, match="over_steps=None"):
+    with pytest.raises(bilevel.ConfigurationError, match="over_steps=None"):
         distil(tmp_path, rat)
 
 

@@ -72,6 +72,7 @@ def decoded_images(
                 except (OSError, DamagedFileError) as error:
                     _log.warning("warning: decoding the images again, because %s", error)
                 manifest.unlink()
+                array.unlink(missing_ok=True)  # there may be no room for two of them
             _decode(paths, array, shape, name)
             write_json(manifest, {**expected, "bytes": array.stat().st_size})
             return _open(array, manifest, expected)
@@ -101,8 +102,9 @@ def _open(array: Path, manifest: Path, expected: dict[str, Any]) -> Tensor:
     found = read_json(manifest)
     if not isinstance(found, dict) or {name: found.get(name) for name in expected} != expected:
         raise DamagedFileError(f"the manifest beside {array} describes other images")
-    if array.stat().st_size != found.get("bytes"):
-        raise DamagedFileError(f"{array} has {array.stat().st_size} bytes, not {found['bytes']}")
+    size, wanted = array.stat().st_size, found.get("bytes")
+    if size != wanted:
+        raise DamagedFileError(f"{array} has {size} bytes, not {wanted}")
     try:
         images = open_memmap(array, mode="r")
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -42,14 +43,15 @@ def decode_image(path: str, image_size: int) -> Tensor:
     """One image as RGB, uint8 [3, image_size, image_size]; may be called from any thread.
 
     The shorter side is resized to ``image_size`` (bilinear, antialiased) and the centre is
-    cropped; greyscale becomes RGB.
+    cropped; greyscale becomes RGB, its 16 bits, if it has so many, the upper 8 of them.
 
     Raises:
-        ValueError: if the file cannot be decoded; the message names it.
+        ValueError: if the file cannot be decoded, or its pixels are no integers of 8 or 16 bits;
+            the message names it.
     """
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            image = _eight_bits(file).convert("RGB")
     # Pillow reports damage as any of these, depending on the format.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot decode the image {path}: {error}") from error
@@ -57,3 +59,13 @@ def decode_image(path: str, image_size: int) -> Tensor:
         image, [image_size], functional.InterpolationMode.BILINEAR, antialias=True
     )
     return functional.pil_to_tensor(functional.center_crop(resized, [image_size, image_size]))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image, or if its pixels are wider than a byte, which `convert` would clip, scaled."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+        raise ValueError(f"its pixels are neither of 8 nor of 16 bits (mode {image.mode})")
+    return Image.fromarray((pixels // 256).astype(np.uint8))

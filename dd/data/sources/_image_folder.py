@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dd.checks import check_integer
 from dd.data.errors import DatasetNotFoundError
 from dd.data.image_dataset import ImageDataset
 from dd.data.sources._image_files import decode_image, list_class_folders
@@ -38,8 +39,7 @@ def image_folder(
         ValueError: if ``image_size`` is not positive, the classes of ``train/`` and ``test/``
             differ, a split is impossible, or an image cannot be decoded (the message names it).
     """
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    check_integer("image_size", image_size, 1)
     root = Path(root)
     subsets = [part for part in ("train", "test") if (root / part).is_dir()]
     if len(subsets) == 1:

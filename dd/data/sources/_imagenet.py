@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dd.checks import check_integer
 from dd.data.image_dataset import ImageDataset
 from dd.data.sources._decoded_images import decoded_images
 from dd.data.sources._image_files import list_class_folders
@@ -40,8 +41,7 @@ def imagenet(
             differ, or an image cannot be decoded (the message names it).
         OSError: if the cache cannot be written.
     """
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    check_integer("image_size", image_size, 1)
     root = Path(root)
     train_paths, train_labels, class_names = list_class_folders(root / "train", root, _LAYOUT)
     test_paths, test_labels, test_names = list_class_folders(root / "val", root, _LAYOUT)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dd.checks import check_integer
 from dd.data.errors import DatasetNotFoundError
 from dd.data.image_dataset import ImageDataset
 from dd.data.sources._decoded_images import decoded_images
@@ -44,8 +45,7 @@ def tiny_imagenet(
             sense, or an image cannot be decoded (the message names it).
         OSError: if the cache cannot be written.
     """
-    if image_size < 1:
-        raise ValueError(f"image_size is {image_size}; it must be at least 1")
+    check_integer("image_size", image_size, 1)
     root = Path(root)
     wnids = _lines(root, "wnids.txt")
     repeated = sorted({wnid for wnid in wnids if wnids.count(wnid) > 1})
