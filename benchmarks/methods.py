@@ -19,7 +19,9 @@ Methods (T 60, W 20, unless it says otherwise)
     AT-BPTT low rank      AT-BPTT with `LowRank()` in place of the exact adjoint.
     RaT easy first        RaT-BPTT on real images paced by difficulty, easy ones first.
     RaT hard first        the same, hard ones first. Scored by one network after two epochs, which
-                          is not in the time of either.
+                          is not in the time of any paced method.
+    AT easy first         AT-BPTT on real images paced by its stages, easy ones first.
+    AT hard first         the same, hard ones first.
 
     python benchmarks/methods.py --data data --json results.json --plot results.png
 
@@ -93,6 +95,8 @@ METHODS: dict[str, tuple[Callable[[], Any], int, Callable[[], Any], str | None]]
     "AT-BPTT low rank": (stage_aware, STEPS, LowRank, None),
     "RaT easy first": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, "easy_first"),
     "RaT hard first": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, "hard_first"),
+    "AT easy first": (stage_aware, STEPS, Adjoint, "easy_first"),
+    "AT hard first": (stage_aware, STEPS, Adjoint, "hard_first"),
 }
 
 
@@ -113,7 +117,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32, help="of the ConvNet-3")
     parser.add_argument("--real-batch", type=int, default=500)
     parser.add_argument("--networks", type=int, default=3, help="for each set")
-    parser.add_argument("--paced-steps", type=int, default=100, help="until all images are drawn")
+    parser.add_argument("--paced-steps", type=int, default=100, help="until RaT draws all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--merge", type=Path, nargs="*", help="only join these, and draw")
     options = parser.parse_args()
@@ -172,7 +176,10 @@ def set_up(experiment: Experiment, method: str, steps: int, options: Any) -> Non
     distiller = experiment.distiller
     schedule, distiller.inner_steps, estimator, order = METHODS[method]
     distiller.truncation, distiller.estimator = schedule(), estimator()
-    pacing = order and DifficultyPacing(options.paced_steps, order, networks=1, epochs=2)
+    pacing = None
+    if order is not None:
+        over_steps = options.paced_steps if distiller.truncation.stage is None else None
+        pacing = DifficultyPacing(over_steps, order, networks=1, epochs=2)
     distiller.objective = RealImages(pacing)
     distiller.outer_steps = steps
 
@@ -266,10 +273,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         parts = list(group[0]["accuracy"])
         points = [spread([row["accuracy"][part] for row in group]) for part in parts]
         axes.errorbar(
-            [float(part) * (1 + 0.006 * (index - 5)) for part in parts],
+            [float(part) * (1 + 0.006 * (index - 6)) for part in parts],
             [mean for mean, _ in points],
             [deviation for _, deviation in points],
-            marker="osd^v<>px*+"[index],
+            marker="osd^v<>px*+hH"[index],
             linestyle="--" if "first" in method else "-",
             capsize=3,
             label=method,

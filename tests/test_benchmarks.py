@@ -126,7 +126,7 @@ def test_methods_benchmark_writes_a_sound_result_and_goes_on_where_it_was(tmp_pa
     words += ["--steps", "4", "--parts", "0.5", "1"]
     words += ["--networks", "1", "--width", "4", "--real-batch", "20", "--paced-steps", "2"]
     words += ["--gin_param=Experiment.dataset = @digits()", "--gin_param=ConvNet.depth = 1"]
-    methods = ["AT width", "AT-BPTT low rank", "RaT easy first", "first 15"]
+    methods = ["AT width", "AT-BPTT low rank", "AT easy first", "first 15"]
     for count, seeds in ((3, ["0"]), (4, ["0", "1"])):
         benchmark([*words, "--methods", *methods[:count], "--seeds", *seeds])
         rows = json.loads(out.read_text())["rows"]
