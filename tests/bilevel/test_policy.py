@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from goodness_of_fit import p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DTYPE, seeded
@@ -97,13 +98,6 @@ def test_the_policy_follows_the_recursion(case, count, seed):
     torch.testing.assert_close(
         policy.state_dict()["reference"], torch.tensor(by_hand.reference, dtype=DTYPE)
     )
-
-
-def p_value(counts, expected, draws):
-    """Chi-square goodness of fit."""
-    statistic = sum((counts[w] - p * draws) ** 2 / (p * draws) for w, p in expected.items())
-    half_freedom = torch.tensor((len(expected) - 1) / 2, dtype=DTYPE)
-    return float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2, dtype=DTYPE)))
 
 
 def drawn(steps, runs, draws, generator):

@@ -7,6 +7,7 @@ from collections import Counter
 import problems
 import pytest
 import torch
+from goodness_of_fit import p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DTYPE, flat, relative_error, seeded
@@ -128,19 +129,6 @@ def stated(norms, stage, window, width_range, position, width, anchor):
         weights[place] = weights.get(place, 0.0) + math.exp(sign * x[t])
     total = sum(weights.values())
     return {place: weight / total for place, weight in weights.items()}
-
-
-def p_value(counts, expected, draws):
-    """Chi-square goodness of fit; cells expected fewer than five times are pooled."""
-    rare = {place for place, p in expected.items() if p * draws < 5}
-    cells = [(counts[place], p * draws) for place, p in expected.items() if place not in rare]
-    if rare:
-        cells.append((sum(counts[p] for p in rare), sum(expected[p] for p in rare) * draws))
-    if sum(count for count, _ in cells) < draws:
-        return 0.0  # something impossible was drawn
-    statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
-    half_freedom = torch.tensor((len(cells) - 1) / 2, dtype=DTYPE)
-    return float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2, dtype=DTYPE)))
 
 
 @pytest.mark.parametrize(("position", "width", "anchor"), OPTIONS)

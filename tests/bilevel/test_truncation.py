@@ -5,6 +5,7 @@ from collections import Counter
 import problems
 import pytest
 import torch
+from goodness_of_fit import p_value
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import seeded
@@ -67,10 +68,7 @@ def test_the_random_stop_is_uniform(width, steps, refresh):
     counts = Counter(stops[::refresh])
     places = range(width, steps + 1)
     assert set(counts) == set(places)
-    expected = draws / len(places)
-    statistic = sum((counts[place] - expected) ** 2 / expected for place in places)
-    half_freedom = torch.tensor((len(places) - 1) / 2, dtype=torch.float64)
-    assert float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2))) > 1e-4
+    assert p_value(counts, dict.fromkeys(places, 1 / len(places)), draws) > 1e-4
 
 
 @given(st.integers(1, 6), st.integers(1, 30), seeds)

@@ -13,7 +13,7 @@ from torchvision.transforms import functional
 
 from dd.data.errors import DatasetNotFoundError
 
-__all__ = ["decode_image", "list_class_folders"]
+__all__ = ["check_same_classes", "decode_image", "list_class_folders"]
 
 
 def list_class_folders(
@@ -37,6 +37,18 @@ def list_class_folders(
         ) from error
     paths = [path for path, _ in listing.samples]
     return paths, torch.tensor(listing.targets, dtype=torch.int64), tuple(listing.classes)
+
+
+def check_same_classes(
+    root: Path, names: tuple[str, ...], test_names: tuple[str, ...], test_folder: str
+) -> None:
+    """Raise ``ValueError`` unless ``train/`` and the test folder have the same classes."""
+    different = sorted(set(names) ^ set(test_names))
+    if different:
+        raise ValueError(
+            f"{root.absolute()}: train/ and {test_folder}/ must have the same classes; "
+            f"only one of them has {different[0]!r}"
+        )
 
 
 def decode_image(path: str, image_size: int) -> Tensor:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dd.checks import check_integer
 from dd.data.errors import DatasetNotFoundError
 from dd.data.image_dataset import ImageDataset
-from dd.data.sources._image_files import decode_image, list_class_folders
+from dd.data.sources._image_files import check_same_classes, decode_image, list_class_folders
 from dd.data.splitting import stratified_split
 
 __all__ = ["image_folder"]
@@ -52,12 +52,7 @@ def image_folder(
     if subsets:
         train_paths, train_labels, class_names = list_class_folders(root / "train", root, _LAYOUT)
         test_paths, test_labels, test_names = list_class_folders(root / "test", root, _LAYOUT)
-        if class_names != test_names:
-            different = sorted(set(class_names) ^ set(test_names))
-            raise ValueError(
-                f"{root.absolute()}: train/ and test/ must have the same classes; "
-                f"only one of them has {different[0]!r}"
-            )
+        check_same_classes(root, class_names, test_names, "test")
     else:
         paths, labels, class_names = list_class_folders(root, root, _LAYOUT)
         train, test = stratified_split(labels, test_fraction, seed, "test_fraction")

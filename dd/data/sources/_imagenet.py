@@ -7,7 +7,7 @@ from pathlib import Path
 from dd.checks import check_integer
 from dd.data.image_dataset import ImageDataset
 from dd.data.sources._decoded_images import decoded_images
-from dd.data.sources._image_files import list_class_folders
+from dd.data.sources._image_files import check_same_classes, list_class_folders
 
 __all__ = ["imagenet"]
 
@@ -45,12 +45,7 @@ def imagenet(
     root = Path(root)
     train_paths, train_labels, class_names = list_class_folders(root / "train", root, _LAYOUT)
     test_paths, test_labels, test_names = list_class_folders(root / "val", root, _LAYOUT)
-    if class_names != test_names:
-        different = sorted(set(class_names) ^ set(test_names))
-        raise ValueError(
-            f"{root.absolute()}: train/ and val/ must have the same classes; "
-            f"only one of them has {different[0]!r}"
-        )
+    check_same_classes(root, class_names, test_names, "val")
     name = root.absolute().name
     return ImageDataset(
         name=name,
