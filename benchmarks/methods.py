@@ -281,7 +281,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             capsize=3,
             label=method,
         )
-    axes.set(xlabel="part of the wall clock", ylabel="test accuracy, %, mean ± std of 3 seeds")
+    axes.set(xlabel="part of the time", ylabel="test accuracy, %, mean ± std over seeds")
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)
 
