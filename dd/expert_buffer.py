@@ -198,18 +198,20 @@ def check_shard(path: Path, description: Mapping[str, Any], shape: tuple[int, in
         raise DamagedFileError(f"{path} holds snapshots of shape {found}; the index says {shape}")
 
 
-def check_description(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise `DamagedFileError` naming the first thing in which experts are not what is wanted."""
+def check_description(
+    path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str = "experts"
+) -> None:
+    """Raise `DamagedFileError` naming the first thing in which `what` is not what is wanted."""
     for name, value in wanted.items():
         have = found.get(name)
         if name == "transform_of_a_fixed_image":
             if not _close(have, value):
                 raise DamagedFileError(
-                    f"{path}: these experts saw images behind another fitted "
+                    f"{path}: these {what} saw images behind another fitted "
                     f"{wanted['transform']} transform (another whitening, or fitted on other data)"
                 )
         elif have != value:
-            raise DamagedFileError(f"{path}: these experts have {name} {have}; wanted is {value}")
+            raise DamagedFileError(f"{path}: these {what} have {name} {have}; wanted is {value}")
 
 
 def checksum(path: Path) -> str:

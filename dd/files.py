@@ -56,11 +56,6 @@ def read_json(path: Path) -> Any:
         raise DamagedFileError(f"{path} is not valid JSON: {error}") from error
 
 
-def as_json(content: Any) -> Any:
-    """What `content` is once it has been written as JSON and read: tuples are lists, for one."""
-    return json.loads(json.dumps(content))
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and JSON-able metadata to a safetensors file, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -14,7 +14,8 @@ from bilevel.truncation import Stage
 from dd.checks import check_instance
 from dd.data.difficulty import DifficultyPacing
 from dd.data.prepared import RealBatches
-from dd.files import DamagedFileError, as_json, read_tensors, write_tensors
+from dd.expert_buffer import check_description
+from dd.files import DamagedFileError, read_tensors, write_tensors
 from dd.objectives.base import HELD_OUT, Goal, Objective, Outer
 from dd.problems import MetaLoss
 
@@ -74,10 +75,13 @@ class RealImages(Objective):
         if path.exists():
             tensors, metadata = read_tensors(path)
             scores = tensors.get("scores", labels[:0]).to(labels.device)
-            if scores.shape != labels.shape or metadata != as_json(scored):
+            try:
+                check_description(path, metadata, scored, "scores")
+            except DamagedFileError as error:
+                raise DamagedFileError(f"{path} does not fit, delete it: {error}") from error
+            if scores.shape != labels.shape:
                 raise DamagedFileError(
-                    f"{path} has the difficulty of other images, or by another scoring; delete it "
-                    "to score these"
+                    f"{path} has {len(scores)} scores for {len(labels)} training images"
                 )
         else:
             scores = self.pacing.scores(
