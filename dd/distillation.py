@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -68,7 +69,8 @@ class Distillation:
             compile=settings.compiles,
         )
         self.averaged = AveragedHypergradient(self.hypergradient)
-        self._profiles_due = True
+        #: Names of profiles that were shown since they were last due.
+        self._profiles_shown: set[str] = set()
         self._known_status = {"ok"}
 
     def run(self, stop: StopRequest, config_text: str) -> None:
@@ -169,14 +171,8 @@ class Distillation:
         monitor.scalars(state.step, self.goal.report(result))
         if HELD_OUT in metrics:
             monitor.scalars(state.step, {f"outer/{HELD_OUT}": metrics[HELD_OUT]})
-        monitor.schedule(
-            state.step,
-            {
-                **state.truncation.report(),
-                **{name: result.trace[name] for name in state.truncation.signals},
-            },
-            profiles=self._shows_profiles(result.trace.horizon),
-        )
+        signals = {name: result.trace[name] for name in state.truncation.signals}
+        monitor.schedule(state.step, self._due({**state.truncation.report(), **signals}))
         # Once of each kind: the rest of a status may have numbers that change every time.
         kind = result.stats.status.split(":")[0]
         if kind not in self._known_status:
@@ -186,13 +182,18 @@ class Distillation:
         if news is not None:
             progress.say(f"outer step {state.step}: {news}")
 
-    def _shows_profiles(self, horizon: int) -> bool:
-        """Whether to show profiles: once after every `image_every` steps, of a run to its end."""
-        self._profiles_due |= self.state.step % self.settings.image_every == 0
-        if horizon < self.settings.inner_steps or not self._profiles_due:
-            return False
-        self._profiles_due = False
-        return True
+    def _due(self, report: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+        """All numbers; a profile once after every `image_every` steps, as soon as it has all T."""
+        if self.state.step % self.settings.image_every == 0:
+            self._profiles_shown.clear()
+        due: dict[str, Tensor | float] = {}
+        for name, value in report.items():
+            if not isinstance(value, Tensor):
+                due[name] = value
+            elif len(value) == self.settings.inner_steps and name not in self._profiles_shown:
+                due[name] = value
+                self._profiles_shown.add(name)
+        return due
 
     def _follow_the_first(self) -> None:
         """Take over the first process's clock and the state of its schedule."""

@@ -1,4 +1,4 @@
-"""Training the expert networks whose trajectories MTT and ATT match."""
+"""Training expert networks on the real images, and keeping their trajectories."""
 
 from pathlib import Path
 from typing import Any, final
@@ -15,6 +15,7 @@ from dd.augmentation import DSA, Augmentation
 from dd.checks import check_choice, check_instance, check_integer, check_number
 from dd.data.prepared import PreparedData, RealBatches
 from dd.expert_buffer import ExpertBuffer, ExpertWriter
+from dd.networks import named_parameters_of
 from dd.progress import StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -173,13 +174,7 @@ class Experts:
         error = (snapshots - stored).square().sum(dim=1).mean().sqrt()
 
         def judged(params: Tensor) -> float:
-            parts = params.to(data.validation_images.device).split(
-                [parameter.numel() for parameter in network.parameters()]
-            )
-            named = {
-                name: part.view(parameter.shape)
-                for (name, parameter), part in zip(network.named_parameters(), parts, strict=True)
-            }
+            named = named_parameters_of(network, params.to(data.validation_images.device))
             return accuracy(network, named, data.validation_images, data.validation_labels)
 
         return {

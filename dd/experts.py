@@ -1,4 +1,4 @@
-"""Train expert networks for MTT and ATT: `python -m dd.experts --gin_file=…`."""
+"""Train expert networks: `python -m dd.experts --gin_file=…`."""
 
 import argparse
 import sys
@@ -6,7 +6,9 @@ import sys
 from bilevel import BilevelError
 from dd import config
 from dd.cli import INTERRUPTED, add_gin_arguments, fail, run
+from dd.distiller import Distiller
 from dd.expert_buffer import ExpertWriter
+from dd.expert_training import Experts
 from dd.files import DamagedFileError
 from dd.memory import keep_freed_memory
 from dd.objectives import MatchExperts
@@ -18,6 +20,9 @@ examples:
   python -m dd.experts --gin_file=gin/cifar10_att_cpu.gin --gin_param='Experts.count = 4'
   python -m dd.experts --gin_file=gin/att/cifar10_1.gin \\
       --gin_param="Experts.storage = 'bfloat16'"
+  python -m dd.experts --gin_file=gin/tiny_imagenet_psp_cpu.gin \\
+      --gin_param='PrototypeAlignment.experts = @Experts()' \\
+      --gin_param="Experts.folder = 'runs/experts'" --gin_param='Experts.count = 1'
 
 The same file then goes to python -m dd.train. Ctrl-C stops after the current snapshot; the same
 command goes on with the expert that was stopped.
@@ -29,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dd.experts",
         description="Train networks on the real images and keep their trajectories, which "
-        "trajectory matching (MTT, ATT) distils from.",
+        "trajectory matching (MTT, ATT) distils from, and on whose features an alignment may look.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,17 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         experiment = config.load(options.gin_file, options.gin_param)
-        objective = experiment.distiller.objective
-        if not isinstance(objective, MatchExperts):
+        experts = _experts(experiment.distiller)
+        if experts is None:
             return fail(
-                "this configuration matches no experts: set "
-                "Distiller.objective = @MatchExperts(), as gin/cifar10_att_cpu.gin does"
+                "this configuration has no use for experts: set "
+                "Distiller.objective = @MatchExperts(), as gin/cifar10_att_cpu.gin does, or "
+                "PrototypeAlignment.experts = @Experts()"
             )
         print(f"preparing {experiment.dataset!r}", flush=True)
         data = experiment.prepare()
-        print(f"writing to {objective.experts.folder}", flush=True)
+        print(f"writing to {experts.folder}", flush=True)
         with stop_on_signal() as stop:
-            writer = objective.experts.train(
+            writer = experts.train(
                 data,
                 experiment.network,
                 experiment.key.fold("experts"),
@@ -62,6 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
     _print(writer)
     return 0
+
+
+def _experts(distiller: Distiller) -> Experts | None:
+    if isinstance(distiller.objective, MatchExperts):
+        return distiller.objective.experts
+    return None if distiller.alignment is None else distiller.alignment.experts
 
 
 def _print(writer: ExpertWriter) -> None:

@@ -78,21 +78,21 @@ class Monitor:
         for name, value in scalars.items():
             self._writer.add_scalar(name, float(value), step)
 
-    def schedule(self, step: int, report: Mapping[str, Tensor | float], *, profiles: bool) -> None:
+    def schedule(self, step: int, report: Mapping[str, Tensor | float]) -> None:
         """Show what a truncation schedule sees and does.
 
         Args:
             step: Outer step.
-            report: Numbers, and non-negative profiles over the inner steps of shape [T].
-            profiles: Whether to show the profiles too, as histograms: the horizontal axis is the
-                inner step, the height the value there.
+            report: Numbers, and non-negative profiles over the inner steps of shape [T], which are
+                shown as histograms: the horizontal axis is the inner step, the height the value
+                there.
         """
         if self._writer is None:
             return
         for name, value in report.items():
             if not isinstance(value, Tensor):
                 self._writer.add_scalar(f"schedule/{name}", value, step)
-            elif profiles:
+            else:
                 heights = value.double().cpu()
                 at = torch.arange(len(heights), dtype=torch.float64)
                 self._writer.add_histogram_raw(

@@ -122,9 +122,15 @@ class SyntheticDataset:
         """The class of every image, whatever its label has become: int64 [K·I]."""
         return self.hard_labels(self._num_classes(outer), outer["images"].device)
 
+    def of_classes(self, outer: dict[str, Tensor], classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole images of some classes, int64 [k], and the class of each; differentiable."""
+        within = torch.arange(self.images_per_class, device=classes.device)
+        index = (classes[:, None] * self.images_per_class + within).flatten()
+        return self._chosen(outer, index), classes.repeat_interleave(self.images_per_class)
+
     def batch(self, outer: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A class-balanced mini-batch (images, labels), differentiable in `outer`."""
-        patches, labels = outer["images"], self.labels(outer)
+        labels = self.labels(outer)
         num_classes = self._num_classes(outer)
         classes = min(self.classes_per_step or num_classes, num_classes)
         per_class = self.batch_per_class or self.images_per_class
@@ -135,10 +141,8 @@ class SyntheticDataset:
         order = torch.rand(classes, self.images_per_class, generator=generator, device=device)
         within = order.argsort(dim=1)[:, :per_class]
         index = (chosen[:, None] * self.images_per_class + within).flatten()
-        index = index.to(patches.device, non_blocking=True)
-        by_image = patches.unflatten(0, (-1, self.patches_per_side**2))
-        images = compose_patches(by_image[index].flatten(0, 1), self.patches_per_side)
-        return images, labels[index]
+        index = index.to(labels.device, non_blocking=True)
+        return self._chosen(outer, index), labels[index]
 
     @torch.no_grad()
     def constrain_(self, outer: dict[str, Tensor]) -> None:
@@ -147,6 +151,10 @@ class SyntheticDataset:
             outer["labels"].clamp_(min=0)
         if self.projection == "every_step":
             self._project_(outer["images"])
+
+    def _chosen(self, outer: dict[str, Tensor], index: Tensor) -> Tensor:
+        by_image = outer["images"].unflatten(0, (-1, self.patches_per_side**2))
+        return compose_patches(by_image[index].flatten(0, 1), self.patches_per_side)
 
     def _num_classes(self, outer: dict[str, Tensor]) -> int:
         return len(outer["images"]) // (self.patches_per_side**2 * self.images_per_class)

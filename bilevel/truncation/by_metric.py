@@ -27,8 +27,8 @@ class _State:
 class ByMetric(Transition):
     """A stage ends when a metric has gained too little for too long.
 
-    The metric, larger being better, is averaged over blocks of outer steps. A block's gain is its
-    mean minus a reference; the stage ends after `patience` blocks in a row whose gain stayed below
+    The metric is averaged over blocks of outer steps. A block's gain is by how much its mean is
+    better than a reference; the stage ends after `patience` blocks in a row whose gain stayed below
     `gain`. The reference is the stage's first block, then the last block that reached the gain: so
     a stage goes on while it earns `gain` in every `patience` blocks.
 
@@ -41,6 +41,7 @@ class ByMetric(Transition):
         reference: "best", as above; or "previous": the block before, as the paper's wording and
             its released code have it. Over thousands of blocks a gain per block is noise, so it is
             the noise that then sets the length of a stage.
+        better: "larger" or "smaller". Default: "smaller" for the metric `loss`, else "larger".
 
     Raises:
         ConfigurationError: An argument outside its range.
@@ -57,6 +58,7 @@ class ByMetric(Transition):
         patience: Sequence[int] = (30, 25),
         block: int = 10,
         reference: str = "best",
+        better: str | None = None,
     ) -> None:
         for name, value in (("gain", gain), ("patience", patience)):
             if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -66,6 +68,9 @@ class ByMetric(Transition):
         self.gain = tuple(check_positive("gain", value) for value in gain)
         self.patience = tuple(check_integer("patience", value) for value in patience)
         self.block = check_integer("block", block)
+        if better is None:
+            better = "smaller" if metric == "loss" else "larger"
+        self.better = check_choice("better", better, ("larger", "smaller"))
         self.reference = check_choice("reference", reference, ("best", "previous"))
         self._state = _State()
 
@@ -87,7 +92,7 @@ class ByMetric(Transition):
             state.reference = mean
             return None
         wanted, patience = self.gain[self.stage], self.patience[self.stage]
-        state.gain = mean - reference
+        state.gain = mean - reference if self.better == "larger" else reference - mean
         state.stalled = 0 if state.gain >= wanted else state.stalled + 1
         if state.gain >= wanted or self.reference == "previous":
             state.reference = mean
@@ -97,7 +102,7 @@ class ByMetric(Transition):
         return (
             f"the {Stage(state.stage).name.lower()} stage ends and the {self.stage.name.lower()} "
             f"stage begins: for {patience} blocks of {self.block} outer steps {self.metric} has "
-            f"gained less than {wanted:g}; it is {mean:.4f}, {state.gain:+.4f} against "
+            f"gained less than {wanted:g}; it is {mean:.4f}, {mean - reference:+.4f} against "
             f"{reference:.4f}"
         )
 

@@ -2,8 +2,9 @@
 
 from dd.networks.alexnet import AlexNet
 from dd.networks.convnet import ConvNet
+from dd.networks.flat import named_parameters_of
 from dd.networks.resnet import ResNet18
 from dd.networks.vgg import VGG11
 from dd.networks.vit import ViT
 
-__all__ = ["VGG11", "AlexNet", "ConvNet", "ResNet18", "ViT"]
+__all__ = ["VGG11", "AlexNet", "ConvNet", "ResNet18", "ViT", "named_parameters_of"]

@@ -16,6 +16,7 @@ from dd.data.difficulty import DifficultyPacing
 from dd.data.prepared import RealBatches
 from dd.expert_buffer import check_description
 from dd.files import DamagedFileError, read_tensors, write_tensors
+from dd.networks import named_parameters_of
 from dd.objectives.base import HELD_OUT, Goal, Objective, Outer
 from dd.problems import MetaLoss
 
@@ -39,6 +40,8 @@ class RealImages(Objective):
     Raises:
         ConfigurationError: From `prepare`, if the pacing leaves fewer images than a batch has, or
             follows stages and the truncation schedule has none.
+        DamagedFileError, FileNotFoundError: From `prepare`, if an alignment takes the features of
+            experts, and they are damaged, others or not there.
     """
 
     metrics = ("loss", "accuracy", HELD_OUT, "progress")
@@ -109,7 +112,10 @@ class _LossOnRealImages(Goal):
             job.device,
             settings.alignment,
             settings.precision,
+            _extractor(settings, job),
         )
+        self.alignment, self.num_classes = settings.alignment, job.data.num_classes
+        self.alignment_key = key.fold("aligned")
         self.micro_batch = settings.real_micro_batch
         self.data = job.data
         self.augmentation = job.augmentation
@@ -127,6 +133,11 @@ class _LossOnRealImages(Goal):
         images, labels = self.real.at(step)
         pieces = [part.split(self.micro_batch) for part in (images, labels)]
         weights = [len(part) / len(labels) for part in pieces[1]]
+        if self.alignment is not None and self.alignment.classes_per_step is not None:
+            generator = self.alignment_key.generator(step)
+            aligned = torch.randperm(self.num_classes, generator=generator)
+            aligned = aligned[: self.alignment.classes_per_step].to(labels.device)
+            pieces.append((aligned,) * len(weights))
         return {}, bilevel.MicroBatches(list(zip(*pieces, strict=True)), weights)
 
     def _batches(self, stage: Stage | None) -> RealBatches:
@@ -149,3 +160,11 @@ class _LossOnRealImages(Goal):
             [self._meta_loss.predictions(params, part) for part in images.split(self.micro_batch)]
         )
         return float((predicted == labels).float().mean())
+
+
+def _extractor(settings: Distiller, job: Job) -> dict[str, Tensor] | None:
+    """The parameters of the expert whose features are aligned, if it is not the inner network's."""
+    if settings.alignment is None or settings.alignment.experts is None:
+        return None
+    experts = settings.alignment.experts.open(job.description)
+    return named_parameters_of(job.network, experts.snapshot(0, experts.snapshots).to(job.device))

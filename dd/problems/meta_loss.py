@@ -1,5 +1,6 @@
 """Distillation by the loss of the network that the synthetic set trains (the BPTT family)."""
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -21,8 +22,9 @@ class MetaLoss(bilevel.Problem):
         ℓ(θ, (x, y)) = cross-entropy of the network on augmented synthetic images x, labels y
         F(θ, φ)      = cross-entropy on a batch of (already augmented) real images, + alignment
 
-    Outer variables are those of `SyntheticDataset`; the outer batch is (images, labels). Reports
-    `accuracy` on the outer batch, a fraction, and with an alignment `cross_entropy` and its parts.
+    Outer variables are those of `SyntheticDataset`; the outer batch is (images, labels), and may
+    have the classes to align, int64 [k], as a third part. Reports `accuracy` on the outer batch, a
+    fraction, and with an alignment `cross_entropy` and its parts.
 
     Args:
         network: The module whose parameters are trained; only its structure is used.
@@ -31,6 +33,7 @@ class MetaLoss(bilevel.Problem):
         device: Where parameters live.
         alignment: A term that draws the synthetic images' features to those of the real ones.
         precision: Of the networks' arithmetic; default: float32.
+        extractor: Parameters of the network whose features are aligned; default: θ_stop.
 
     Source: the outer objective of Feng et al., arXiv 2311.07025, equation 1.
     """
@@ -43,6 +46,7 @@ class MetaLoss(bilevel.Problem):
         device: torch.device,
         alignment: PrototypeAlignment | None = None,
         precision: Precision | None = None,
+        extractor: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.network = network
         self.synthetic = synthetic
@@ -50,6 +54,7 @@ class MetaLoss(bilevel.Problem):
         self.device = device
         self.alignment = alignment
         self.precision = Precision() if precision is None else precision
+        self.extractor = extractor
 
     def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
         return bilevel.fresh_parameters(self.network, generator, device=self.device)
@@ -65,18 +70,21 @@ class MetaLoss(bilevel.Problem):
         return F.cross_entropy(self._logits(params, images, self.precision.inner), labels)
 
     def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        images, labels = batch
+        images, labels, *aligned = batch
         logits = self._logits(params, images, self.precision.outer)
         loss = F.cross_entropy(logits, labels)
         metrics = {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
         if self.alignment is None:
             return loss, metrics
+        num_classes = logits.shape[1]
+        classes = aligned[0] if aligned else torch.arange(num_classes, device=labels.device)
         alignment, parts = self.alignment(
             self.network,
-            params,
+            params if self.extractor is None else self.extractor,
             (images, labels),
-            (self.synthetic.images(outer), self.synthetic.classes(outer)),
-            logits.shape[1],
+            self.synthetic.of_classes(outer, classes),
+            classes,
+            num_classes,
             self.synthetic.patches_per_side,
         )
         return loss + alignment, {**metrics, "cross_entropy": loss, **parts}

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from dd.checks import check_choice, check_number
+from dd.checks import check_choice, check_instance, check_integer, check_number
+from dd.expert_training import Experts
 
 
 @final
@@ -30,15 +31,20 @@ class PrototypeAlignment:
 
     With `MicroBatches`, prototypes and V are those of each piece. As classes weigh by their share
     of it, the derivative is that of the whole batch but for V. The graph of all synthetic images
-    is in memory at once.
+    of the aligned classes is in memory at once: of ConvNet-4 of width 128, 6 MiB for an image of
+    64×64.
 
     Args:
         weight: λ > 0. The term's gradient reaches the images at once, and is far larger than what
             the cross-entropy's leaves behind a window: with λ = 1 nothing else is learned.
         layer: Name of the layer of the network whose outputs are the maps, in a pass through all of
-            it; "features" is all of a ConvNet but its classifier. It is a layer of the inner
-            network, with its θ_stop; other feature extractors are not supported.
+            it; "features" is all of a ConvNet but its classifier.
         parts: Which of L_global and L_local are in the sum: "global", "local" or both.
+        classes_per_step: How many random classes an outer step aligns; the sums over them are
+            scaled up, so that the term is that of all classes on average, but for V. Default: all.
+        experts: Take the features of the first of these networks, trained on the real images by
+            `python -m dd.experts`, after its last snapshot. Default: of the inner network, with its
+            θ_stop.
 
     Raises:
         ValueError: An argument outside its range.
@@ -52,6 +58,8 @@ class PrototypeAlignment:
         weight: float = 0.01,
         layer: str = "features",
         parts: Sequence[str] = ("global", "local"),
+        classes_per_step: int | None = None,
+        experts: Experts | None = None,
     ) -> None:
         check_number("weight", weight, above=0)
         if not isinstance(layer, str) or not layer:
@@ -60,9 +68,15 @@ class PrototypeAlignment:
             raise ValueError(f"parts={parts!r}: it must be a list of 'global' and 'local'")
         for part in parts:
             check_choice("parts", part, ("global", "local"))
+        if classes_per_step is not None:
+            check_integer("classes_per_step", classes_per_step, 1)
+        if experts is not None:
+            check_instance("experts", experts, Experts, "@Experts() with ()")
         self.weight = weight
         self.layer = layer
         self.parts = tuple(parts)
+        self.classes_per_step = classes_per_step
+        self.experts = experts
 
     def check(
         self, network: nn.Module, image_shape: tuple[int, ...], patches_per_side: int
@@ -101,6 +115,7 @@ class PrototypeAlignment:
         params: Mapping[str, Tensor],
         real: tuple[Tensor, Tensor],
         synthetic: tuple[Tensor, Tensor],
+        classes: Tensor,
         num_classes: int,
         patches_per_side: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,24 +123,25 @@ class PrototypeAlignment:
 
         Args:
             network: The module whose layer makes the features.
-            params: θ_stop, by name.
+            params: Of the network that makes them, by name.
             real: Images [N, C, H, W] and their classes, int64 [N].
-            synthetic: The same, of all that is learned.
+            synthetic: The same, of what is learned of the aligned classes.
+            classes: Those that are aligned, int64 [k], each once.
             num_classes: K.
             patches_per_side: n.
         """
         with torch.no_grad():
             real_maps = self._maps(network, params, real[0])
         maps = self._maps(network, params, synthetic[0])
-        shares = _members(real[1], num_classes, maps.dtype).mean(1)
+        shares = _members(real[1], classes, maps.dtype).mean(1) * (num_classes / len(classes))
 
         def distance(patches: int) -> Tensor:
             real_features, features = (
                 F.avg_pool2d(each, each.shape[2] // patches).flatten(1)
                 for each in (real_maps, maps)
             )
-            difference = _prototypes(real_features, real[1], num_classes) - _prototypes(
-                features, synthetic[1], num_classes
+            difference = _prototypes(real_features, real[1], classes) - _prototypes(
+                features, synthetic[1], classes
             )
             together = torch.cat([real_features, features.detach()])
             scatter = (together - together.mean(0)).square().sum(1).mean()
@@ -155,14 +171,14 @@ class PrototypeAlignment:
         return outputs[-1]
 
 
-def _members(classes: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """[K, N]: 1 where an image is of a class."""
+def _members(labels: Tensor, classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """[k, N]: 1 where an image is of a class."""
     # Not one_hot, which waits for the device to check its argument, and so cannot be compiled.
-    return (classes == torch.arange(num_classes, device=classes.device)[:, None]).to(dtype)
+    return (labels == classes[:, None]).to(dtype)
 
 
-def _prototypes(features: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """The mean of features [N, d] over each class: [K, d], 0 where there is none."""
+def _prototypes(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """The mean of features [N, d] over each class: [k, d], 0 where there is none."""
     # A matrix product, unlike index_add, adds up in the same order on every run.
-    members = _members(classes, num_classes, features.dtype)
+    members = _members(labels, classes, features.dtype)
     return members @ features / members.sum(1, keepdim=True).clamp_min(1)

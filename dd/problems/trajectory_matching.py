@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import bilevel
 from dd.augmentation import Augmentation
+from dd.networks import named_parameters_of
 from dd.synthetic import SyntheticDataset
 
 
@@ -53,14 +54,10 @@ class TrajectoryMatching(bilevel.Problem):
         self.synthetic = synthetic
         self.augmentation = augmentation
         self.rate = rate
-        self.shapes = {name: value.shape for name, value in network.named_parameters()}
+        self.names = [name for name, _ in network.named_parameters()]
 
     def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
-        parts = outer["start"].split([shape.numel() for shape in self.shapes.values()])
-        return {
-            name: part.view(shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        return named_parameters_of(self.network, outer["start"])
 
     def hyperparameters(self, outer: Any) -> dict[str, Tensor]:
         return {"lr": learned_rate(outer["rate"], self.rate)}
@@ -88,7 +85,7 @@ class TrajectoryMatching(bilevel.Problem):
         return reached @ reached / (begun @ begun), {"rate": self.hyperparameters(outer)["lr"]}
 
     def _flat(self, params: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([params[name].flatten() for name in self.shapes])
+        return torch.cat([params[name].flatten() for name in self.names])
 
 
 def learned_rate(variable: Tensor, start: float) -> Tensor:

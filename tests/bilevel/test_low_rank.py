@@ -5,15 +5,15 @@ import itertools
 import problems
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import DTYPE, Fixed, flat, randn, relative_error, seeded
 
 import bilevel
 from bilevel import ConfigurationError, NonFiniteError
-from bilevel.basis import Eigenvectors, Krylov
+from bilevel.basis import Anchor, Eigenvectors, Krylov
 from bilevel.estimators import Adjoint, LowRank
-from bilevel.linear import Lanczos
+from bilevel.linear import HessianOperator, Lanczos
 
 seeds = st.integers(0, 2**31)
 ANY = 10**6
@@ -337,10 +337,28 @@ def products(case, estimator, count, seed=0):
 
 def test_kept_eigenvectors_are_made_anew_after_so_many_calls_or_such_a_change():
     case = bent([1.0, 2.0, 3.0, 4.0, 5.0], quartic=0.1)
-    assert products(case, kept(), 5) == [20, 0, 0, 20, 0]
+    assert products(case, kept(), 5) == [21, 1, 1, 21, 1]  # one of each is Hu
     assert products(case, kept(every=1), 2) == [20, 20]
     changing = kept(every=100, change=0.01)
-    assert [products(case, changing, 1, seed)[0] for seed in (0, 0, 1, 1)] == [20, 0, 20, 0]
+    assert [products(case, changing, 1, seed)[0] for seed in (0, 0, 1, 1)] == [21, 1, 21, 1]
+
+
+@given(st.floats(-0.9, 3), seeds)
+def test_kept_eigenvectors_go_with_the_hessian_though_the_gradient_is_the_same(change, seed):
+    """One that is (1 + change)·H: kept where |change| is below refresh_change."""
+    curvatures = torch.linspace(1, 8, 5, dtype=DTYPE)
+    basis = Eigenvectors(5, refresh_every=100, refresh_change=0.2)
+    assume(abs(abs(change) - 0.2) > 1e-6)
+    vectors = [randn(5, generator=seeded(seed + index)) for index in range(2)]
+
+    def anchor(scale):
+        hessian = HessianOperator(lambda params: scale * curvatures * params, vectors[0])
+        return Anchor(hessian, *vectors, torch.ones(5, dtype=DTYPE), 10, seeded(seed))
+
+    basis.approximate(anchor(1.0))
+    found = basis.approximate(anchor(1 + change)).values.sort().values
+    scale = 1.0 if abs(change) < 0.2 else 1 + change
+    torch.testing.assert_close(found, scale * curvatures, rtol=1e-9, atol=1e-12)
 
 
 def test_kept_eigenvectors_are_saved_and_restored():

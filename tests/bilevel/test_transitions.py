@@ -79,6 +79,29 @@ def test_a_block_is_judged_by_its_mean():
     assert stages == [Stage.EARLY] * 7 + [Stage.MIDDLE]
 
 
+@given(by_metrics(), metrics)
+def test_a_metric_of_which_less_is_better_is_the_negative_of_one_of_which_more_is(rising, values):
+    configuration = {k: v for k, v in vars(rising).items() if k not in ("metrics", "_state")}
+    falling = ByMetric(**{**configuration, "better": "smaller"})
+    stages = observe(falling, [-value for value in values])
+    assert stages == observe(rising, values)
+    assert falling.report().get("gain") == rising.report().get("gain")
+
+
+def test_a_falling_loss_keeps_a_stage():
+    values = [3 - 0.2 * index for index in range(12)]
+    for name, options, goes_on in (
+        ("loss", {}, True),
+        ("error", {"better": "smaller"}, True),
+        ("error", {}, False),
+        ("loss", {"better": "larger"}, False),
+    ):
+        transition = ByMetric(name, patience=(3, 3), block=1, **options)
+        for value in values:
+            transition.update({name: value})
+        assert (transition.stage == Stage.EARLY) == goes_on
+
+
 def test_the_end_of_a_stage_is_reported_with_its_numbers():
     transition = ByMetric("accuracy", gain=(0.015, 0.01), patience=(2, 9), block=2)
     said = [transition.update({"accuracy": v}) for v in [0.25, 0.25, 0.26, 0.26, 0.254, 0.256]]
@@ -161,6 +184,7 @@ def test_a_metric_that_is_missing_or_no_number_is_named(transition, name):
         (lambda: ByMetric(patience=(0.5, 3)), "patience=0.5.*integer"),
         (lambda: ByMetric(block=0), "block=0.*at least 1"),
         (lambda: ByMetric(reference="first"), "reference='first'.*'best', 'previous'"),
+        (lambda: ByMetric(better="higher"), "better='higher'.*'larger', 'smaller'"),
         (lambda: ByFraction(0.5, 0.4), "middle=0.5, late=0.4"),
         (lambda: ByFraction(late=1.5), "late=1.5"),
         (lambda: ByFraction("a", "b"), "middle='a'"),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -42,6 +43,31 @@ def test_shipped_files_build(path: Path) -> None:
     assert isinstance(experiment, Experiment)
     assert experiment.dataset.name == "digits"
     assert sum(parameter.numel() for parameter in experiment.network.parameters()) > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny_imagenet.gin",
+        "tiny_imagenet_ipc1.gin",
+        "tiny_imagenet_psp_cpu.gin",
+        "imagenet.gin",
+        "imagenet_ipc10.gin",
+    ],
+)
+def test_shipped_files_with_patches_fit_images_of_64_by_64(name: str, tmp_path: Path) -> None:
+    numpy.savez(
+        tmp_path / "images.npz",
+        images=numpy.zeros((20, 64, 64, 3), numpy.uint8),
+        labels=numpy.arange(20) % 2,
+    )
+    arrays = ["Experiment.dataset = @arrays()", f"arrays.path = {str(tmp_path / 'images.npz')!r}"]
+    experiment = config.load([str(GIN / name)], arrays)
+    assert experiment.synthetic.patches_per_side == 4
+    assert experiment.distiller.alignment is not None
+    # Those for whole data sets align a few classes at a time: all would not fit on a GPU.
+    few = experiment.distiller.alignment.classes_per_step
+    assert few == (None if name == "tiny_imagenet_psp_cpu.gin" else 50)
 
 
 @each_shipped_file

@@ -1,5 +1,8 @@
 """Alignment by class prototypes: its value and derivatives against loops and differences."""
 
+import itertools
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -18,6 +21,7 @@ from dd.problems import MetaLoss, PrototypeAlignment
 from dd.synthetic import SyntheticDataset
 
 CLASSES = 3
+ALL = torch.arange(CLASSES)
 seeds = st.integers(0, 2**31)
 Batch = tuple[Tensor, Tensor]
 
@@ -53,7 +57,12 @@ def batch(count: int, seed: int, classes: int = CLASSES) -> Batch:
 
 
 def by_hand(
-    network: nn.Module, params: dict[str, Tensor], real: Batch, synthetic: Batch, n: int
+    network: nn.Module,
+    params: dict[str, Tensor],
+    real: Batch,
+    synthetic: Batch,
+    n: int,
+    aligned: Sequence[int] = range(CLASSES),
 ) -> tuple[float, float]:
     """(L·V, V) of features averaged over n×n patches, by loops over classes and patches."""
     weights = {k[len("features.") :]: v for k, v in params.items() if k.startswith("features.")}
@@ -74,7 +83,7 @@ def by_hand(
         everything = [feature[place] for part in made for feature in part]
         mean = torch.stack(everything).mean(0)
         scatter += sum(float(((each - mean) ** 2).sum()) for each in everything) / len(everything)
-        for label in range(CLASSES):
+        for label in aligned:
             members, copies = (
                 [feature[place] for feature, own in zip(part, labels, strict=True) if own == label]
                 for part, labels in zip(made, (real[1], synthetic[1]), strict=True)
@@ -102,7 +111,7 @@ def test_the_value_is_that_of_loops_over_classes_and_patches(
     params = parameters(network, seed)
     given_real, synthetic = batch(real, seed), batch(copies * CLASSES, seed + 1)
     alignment = PrototypeAlignment(weight, parts=parts_wanted)
-    value, parts = alignment(network, params, given_real, synthetic, CLASSES, n)
+    value, parts = alignment(network, params, given_real, synthetic, ALL, CLASSES, n)
     sizes = {"global": 1} if n == 1 else {"global": 1, "local": n}
     wanted = {f"alignment_{part}": sizes[part] for part in parts_wanted if part in sizes}
     assert set(parts) == set(wanted)
@@ -113,6 +122,29 @@ def test_the_value_is_that_of_loops_over_classes_and_patches(
 
 
 @settings(max_examples=10)
+@given(n=st.sampled_from([1, 2]), count=st.integers(1, CLASSES), seed=seeds)
+def test_some_classes_make_the_term_of_all_on_average(n: int, count: int, seed: int) -> None:
+    """But for the unit, which is that of the images at hand."""
+    network, synthetic = conv_net(), SyntheticDataset(images_per_class=2, patches_per_side=n)
+    params, real = parameters(network, seed), batch(7, seed)
+    outer = {"images": split_patches(batch(2 * CLASSES, seed + 1)[0], n)}
+
+    def term(classes: tuple[int, ...]) -> float:
+        aligned = torch.tensor(classes)
+        few = synthetic.of_classes(outer, aligned)
+        _, parts = PrototypeAlignment()(network, params, real, few, aligned, CLASSES, n)
+        distance, scatter = by_hand(network, params, real, few, n, classes)
+        found = float(list(parts.values())[-1])
+        assert found == pytest.approx(distance / scatter * CLASSES / count, rel=1e-9)
+        return found * scatter
+
+    drawn = [term(each) for each in itertools.permutations(range(CLASSES), count)]
+    everything = synthetic.images(outer), synthetic.classes(outer)
+    whole, _ = by_hand(network, params, real, everything, n)
+    assert sum(drawn) / len(drawn) == pytest.approx(whole, rel=1e-9)
+
+
+@settings(max_examples=10)
 @given(n=st.sampled_from([1, 2, 4]), seed=seeds)
 def test_the_derivative_is_that_of_central_differences_at_constant_unit(n: int, seed: int) -> None:
     network = SmoothNetwork().double()
@@ -120,7 +152,7 @@ def test_the_derivative_is_that_of_central_differences_at_constant_unit(n: int, 
     real, (images, classes) = batch(5, seed), batch(2 * CLASSES, seed + 1)
     direction = torch.randn(images.shape, dtype=torch.float64, generator=seeded(seed + 2))
     images = images.requires_grad_()
-    value, _ = PrototypeAlignment(3.0)(network, params, real, (images, classes), CLASSES, n)
+    value, _ = PrototypeAlignment(3.0)(network, params, real, (images, classes), ALL, CLASSES, n)
     (gradient,) = torch.autograd.grad(value, images)
     expected, step = 0.0, 1e-5
     for patches in {1, n}:
@@ -145,8 +177,8 @@ def test_a_layer_inside_is_taken_as_the_network_runs() -> None:
     real, synthetic = batch(5, 0), batch(CLASSES, 1)
     inside = PrototypeAlignment(layer="features.2")
     inside.check(SmoothNetwork(), (2, 8, 8), 2)
-    found, _ = inside(network, params, real, synthetic, CLASSES, 2)
-    expected, _ = PrototypeAlignment()(up_to, shared, real, synthetic, CLASSES, 2)
+    found, _ = inside(network, params, real, synthetic, ALL, CLASSES, 2)
+    expected, _ = PrototypeAlignment()(up_to, shared, real, synthetic, ALL, CLASSES, 2)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
 
 
@@ -173,7 +205,7 @@ def test_micro_batches_have_the_derivative_of_the_whole_but_for_their_unit(
 
     def gradient(real: Batch) -> Tensor:
         """Of the local part times its unit."""
-        _, parts = PrototypeAlignment()(network, params, real, (copies, classes), CLASSES, n)
+        _, parts = PrototypeAlignment()(network, params, real, (copies, classes), ALL, CLASSES, n)
         last = list(parts.values())[-1]
         unit = by_hand(network, params, real, (copies, classes), n)[1]
         return torch.autograd.grad(last, copies)[0] * unit
@@ -192,7 +224,9 @@ def test_the_unit_makes_it_independent_of_the_scale_of_features(factor: float) -
         for name, value in params.items()
     }
     values = [
-        PrototypeAlignment()(network, each, batch(5, 0), batch(CLASSES, 1), CLASSES, 2)[0].detach()
+        PrototypeAlignment()(network, each, batch(5, 0), batch(CLASSES, 1), ALL, CLASSES, 2)[
+            0
+        ].detach()
         for each in (params, scaled)
     ]
     torch.testing.assert_close(values[1], values[0], rtol=1e-9, atol=0)
@@ -202,7 +236,7 @@ def test_images_that_are_all_the_same_are_aligned() -> None:
     network = conv_net()
     images = torch.ones(6, 2, 8, 8, dtype=torch.float64)
     same = images, torch.arange(6) % CLASSES
-    value, _ = PrototypeAlignment()(network, parameters(network), same, same, CLASSES, 2)
+    value, _ = PrototypeAlignment()(network, parameters(network), same, same, ALL, CLASSES, 2)
     assert float(value) == 0
 
 
@@ -214,9 +248,9 @@ def test_it_vanishes_where_prototypes_agree_and_not_elsewhere(n: int) -> None:
     order = torch.randperm(6, generator=seeded(0))
     alignment = PrototypeAlignment(1.0)
     same = (images[order], labels[order])
-    assert float(alignment(network, params, (images, labels), same, CLASSES, n)[0]) < 1e-20
+    assert float(alignment(network, params, (images, labels), same, ALL, CLASSES, n)[0]) < 1e-20
     swapped = (images, (labels + 1) % CLASSES)
-    assert float(alignment(network, params, (images, labels), swapped, CLASSES, n)[0]) > 1e-3
+    assert float(alignment(network, params, (images, labels), swapped, ALL, CLASSES, n)[0]) > 1e-3
 
 
 def test_a_class_without_real_images_pulls_at_nothing() -> None:
@@ -224,7 +258,7 @@ def test_a_class_without_real_images_pulls_at_nothing() -> None:
     images, classes = batch(2 * CLASSES, 1)
     images = images.requires_grad_()
     value, _ = PrototypeAlignment()(
-        network, parameters(network), batch(4, 0, classes=2), (images, classes), CLASSES, 2
+        network, parameters(network), batch(4, 0, classes=2), (images, classes), ALL, CLASSES, 2
     )
     (gradient,) = torch.autograd.grad(value, images)
     moved = gradient.flatten(1).ne(0).any(1)
@@ -305,6 +339,8 @@ def test_the_outer_loss_moves_the_parameters_by_its_cross_entropy_alone() -> Non
         ({"weight": "1"}, "weight='1'"),
         ({"layer": ""}, "layer=''"),
         ({"layer": 3}, "layer=3"),
+        ({"classes_per_step": 0}, "classes_per_step=0"),
+        ({"experts": "runs/experts"}, r"experts.*@Experts\(\) with \(\)"),
         ({"parts": []}, r"parts=\[\]: it must be a list"),
         ({"parts": "global"}, "parts='global': it must be a list"),
         ({"parts": ["locale"]}, "parts='locale': it must be one of 'global', 'local'"),

@@ -270,8 +270,11 @@ def test_tensorboard_shows_the_windows_and_where_they_come_from(tmp_path: Path) 
     assert set(widths) <= set(range(2, 7))
     assert all(1 <= n <= INNER_STEPS for n in curve(shown, "schedule/effective_windows"))
     chances = shown.Histograms("schedule/start_probability")
-    # Every third step is due, and shown with the next run that is recorded to its end.
-    assert [event.step for event in chances] == [1, 3, 7, 9]
+    # Every third step is due. The chances are shown at once, also in the middle stage; the norms
+    # with the next run that is recorded to its end.
+    assert [event.step for event in chances] == [1, 3, 6, 9]
+    norms = shown.Histograms("schedule/gradient_norm")
+    assert [event.step for event in norms] == [1, 3, 7, 9]
     last = chances[-1].histogram_value
     expected = state.truncation.report()["start_probability"]
     assert isinstance(expected, torch.Tensor)
@@ -280,7 +283,7 @@ def test_tensorboard_shows_the_windows_and_where_they_come_from(tmp_path: Path) 
     }
     # The bucket of inner step t is (t, t + 1]; empty ones at the ends are not stored.
     assert all(heights.get(t + 1, 0.0) == pytest.approx(float(p)) for t, p in enumerate(expected))
-    for event in shown.Histograms("schedule/gradient_norm"):
+    for event in norms:
         assert len(event.histogram_value.bucket) == INNER_STEPS
         assert all(height > 0 for height in event.histogram_value.bucket)
 

@@ -11,7 +11,8 @@ import torch
 from fake_data import write_tiny_imagenet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dd import evaluate, train
+from dd import config, evaluate, train
+from dd import experts as train_experts
 from dd.distilled_set import DistilledSet
 from dd.files import read_tensors
 
@@ -45,12 +46,14 @@ def root(tmp_path: Path) -> Path:
     return write_tiny_imagenet(tmp_path / "tiny-imagenet-3")
 
 
-def arguments(root: Path, run_dir: Path, **changes: Any) -> list[str]:
+def arguments(
+    root: Path, run_dir: Path, file: str = "tiny_imagenet_psp_cpu.gin", **changes: Any
+) -> list[str]:
     bindings = {**TINY, "tiny_imagenet.root": str(root)}
     bindings |= {name.replace("__", "."): value for name, value in changes.items()}
     words = [f"--gin_param={name} = {value!r}" for name, value in bindings.items()]
     return [
-        f"--gin_file={GIN / 'tiny_imagenet_psp_cpu.gin'}",
+        f"--gin_file={GIN / file}",
         f"--run_dir={run_dir}",
         *words,
         "--gin_param=Experiment.transform = @kip_whitening",
@@ -63,9 +66,11 @@ def _no_malloc_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "keep_freed_memory", lambda: True)
 
 
-def test_a_run_in_patches(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["tiny_imagenet_psp_cpu.gin", "tiny_imagenet_ipc1.gin"])
+def test_a_run_in_patches(root: Path, tmp_path: Path, file: str) -> None:
     folder = tmp_path / "run"
-    assert train.main(arguments(root, folder)) == 0
+    small = {"StageAware__window": 2, "StageAware__width_range": 1, "StageAware__refresh": 2}
+    assert train.main(arguments(root, folder, file, **small)) == 0
 
     distilled = DistilledSet.load(folder / "distilled.safetensors")
     assert distilled.images.shape == (3, 3, 16, 16)
@@ -84,6 +89,53 @@ def test_a_run_in_patches(root: Path, tmp_path: Path) -> None:
         assert loss == pytest.approx(sum(parts), rel=1e-5)  # λ = 1
         assert all(part > 0 for part in parts)
     assert evaluate.main([str(folder), f"--json={tmp_path / 'results.json'}"]) == 0
+
+
+def test_a_few_classes_aligned_by_the_features_of_an_expert(root: Path, tmp_path: Path) -> None:
+    experts = [
+        "--gin_param=PrototypeAlignment.experts = @Experts()",
+        "--gin_param=PrototypeAlignment.classes_per_step = 2",
+        f"--gin_param=Experts.folder = {str(tmp_path / 'experts')!r}",
+        "--gin_param=Experts.count = 1",
+        "--gin_param=Experts.snapshots = 2",
+        "--gin_param=Experts.batch_size = 4",
+    ]
+    folder = tmp_path / "run"
+    command = [*arguments(root, folder), *experts]
+    assert train.main(command) == 2
+    assert not (folder / "distilled.safetensors").exists()
+    without_run_dir = [word for word in command if not word.startswith("--run_dir")]
+    assert train_experts.main(without_run_dir) == 0
+    assert train.main(command) == 0
+
+    # The last of its two snapshots makes the features, of two classes in every outer step.
+    shown = EventAccumulator(str(folder / "events"), size_guidance={"scalars": 0}).Reload()
+    experiment = config.load(
+        [str(GIN / "tiny_imagenet_psp_cpu.gin")],
+        [word.removeprefix("--gin_param=") for word in command if "gin_param" in word],
+    )
+    data = experiment.prepare()
+    job = experiment.job(data, tmp_path)
+    goal = experiment.distiller.objective.prepare(experiment.distiller, job, job.key)
+    snapshot = read_tensors(tmp_path / "experts" / "expert_0000.safetensors")[0]["snapshots"][2]
+    assert torch.equal(torch.cat([p.flatten() for p in goal.problem.extractor.values()]), snapshot)
+    outer = experiment.distiller._initial_state(job).outer
+    term, seen = 0.0, set()
+    for (images, labels, classes), weight in goal.inputs(0, None)[1]:
+        assert len(set(classes.tolist())) == 2
+        seen.add(tuple(classes.tolist()))
+        _, parts = experiment.distiller.alignment(
+            experiment.network,
+            goal.problem.extractor,
+            (images, labels),
+            experiment.synthetic.of_classes(outer, classes),
+            classes,
+            3,
+            4,
+        )
+        term += weight * float(parts["alignment_local"].detach())
+    assert len(seen) == 1
+    assert shown.Scalars("outer/alignment_local")[0].value == pytest.approx(term, rel=1e-4)
 
 
 def test_a_resumed_run_with_damaged_caches_equals_an_uninterrupted_one(
