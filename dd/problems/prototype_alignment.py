@@ -40,8 +40,9 @@ class PrototypeAlignment:
         layer: Name of the layer of the network whose outputs are the maps, in a pass through all of
             it; "features" is all of a ConvNet but its classifier.
         parts: Which of L_global and L_local are in the sum: "global", "local" or both.
-        classes_per_step: How many random classes an outer step aligns; the sums over them are
-            scaled up, so that the term is that of all classes on average, but for V. Default: all.
+        classes_per_step: How many random classes an outer step aligns, or all if there are fewer;
+            the sums over them are scaled up, so that the term is that of all classes on average,
+            but for V. Default: all.
         experts: Take the features of the first of these networks, trained on the real images by
             `python -m dd.experts`, after its last snapshot. Default: of the inner network, with its
             θ_stop.

@@ -308,14 +308,17 @@ def test_with_alignment_adjoint_equals_reverse(n: int, seed: int) -> None:
     assert not torch.allclose(adjoint.grads["images"], without.grads["images"])
 
 
-def test_with_alignment_the_outer_loss_can_be_traced_for_compilation() -> None:
+@pytest.mark.parametrize("aligned", [(), (torch.tensor([2, 0]),)], ids=["all", "some"])
+def test_with_alignment_the_outer_loss_can_be_traced_for_compilation(
+    aligned: tuple[Tensor, ...],
+) -> None:
     results = []
     for compile in (False, True):
         made, outer = problem(2, PrototypeAlignment())
         solve = bilevel.Hypergradient(made, bilevel.optim.sgd(0.1), steps=2, compile=compile)
         if compile:
             solve.inner.compiler = Compiler("eager")
-        results.append(solve(outer, batch(7, 11), seeded(0)))
+        results.append(solve(outer, (*batch(7, 11), *aligned), seeded(0)))
     eager, traced = results
     torch.testing.assert_close(traced.metrics, eager.metrics)
     torch.testing.assert_close(traced.grads["images"], eager.grads["images"], rtol=1e-9, atol=0)
