@@ -15,7 +15,8 @@ Methods (T 60, W 20, unless it says otherwise)
     AT position           AT-BPTT with a fixed width: only where the window lies is adapted.
     AT width              AT-BPTT with uniform positions: only the width is adapted, in 15 … 25.
     AT-BPTT               both, stages by thirds of the run, 5 outer steps a recording.
-    AT-BPTT++             the policy over inner steps.
+    AT-BPTT++             the policy over inner steps; the run's start cuts windows, as released.
+    AT-BPTT++ whole       the same with whole windows only.
     AT-BPTT low rank      AT-BPTT with `LowRank()` in place of the exact adjoint.
     RaT easy first        RaT-BPTT on real images paced by difficulty, easy ones first.
     RaT hard first        the same, hard ones first. Scored by one network after two epochs, which
@@ -91,7 +92,13 @@ METHODS: dict[str, tuple[Callable[[], Any], int, Callable[[], Any], str | None]]
         None,
     ),
     "AT-BPTT": (stage_aware, STEPS, Adjoint, None),
-    "AT-BPTT++": (lambda: WithinTrajectoryPolicy(WINDOW, RANGE), STEPS, Adjoint, None),
+    "AT-BPTT++": (
+        lambda: WithinTrajectoryPolicy(WINDOW, RANGE, partial_windows="cut"),
+        STEPS,
+        Adjoint,
+        None,
+    ),
+    "AT-BPTT++ whole": (lambda: WithinTrajectoryPolicy(WINDOW, RANGE), STEPS, Adjoint, None),
     "AT-BPTT low rank": (stage_aware, STEPS, LowRank, None),
     "RaT easy first": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, "easy_first"),
     "RaT hard first": (lambda: RandomWindow(WINDOW), STEPS, Adjoint, "hard_first"),
@@ -276,7 +283,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             [float(part) * (1 + 0.006 * (index - 6)) for part in parts],
             [mean for mean, _ in points],
             [deviation for _, deviation in points],
-            marker="osd^v<>px*+hH"[index],
+            marker="osd^v<>px*+hHD"[index],
             linestyle="--" if "first" in method else "-",
             capsize=3,
             label=method,

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_choice, check_integer, check_positive
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
@@ -24,12 +24,11 @@ class WithinTrajectoryPolicy(Truncation):
         β     = 2(ḡ − ḡ_min)/(ḡ_max − ḡ_min) − 1     (1 at first), with running extremes of ḡ
         π     = softmax(log π_ref + β·ĝ/λ)            π_ref uniform at first
         π_ref ← (1 − ρ)·π_ref + ρ·π
+        W*_t  = W − R + 2R·σ(Δ̂_t/τ_w), rounded
         t     ~ π,  the window's last step
-        W*    = W − R + 2R·σ(Δ̂_t/τ_w), rounded, at most t + 1
 
-    and the window is [t + 1 − W*, t + 1): windows that end early are narrower than W − R. Large
-    gradients are preferred while ḡ is near its running maximum, small ones near its minimum; there
-    are no stages.
+    and the window is [t + 1 − W*, t + 1). Large gradients are preferred while ḡ is near its running
+    maximum, small ones near its minimum; there are no stages.
 
     Args:
         window: W ≥ 1.
@@ -37,6 +36,9 @@ class WithinTrajectoryPolicy(Truncation):
         kl_weight: λ > 0, the weight of the divergence from π_ref; larger changes π less.
         reference_rate: ρ in (0, 1].
         width_temperature: τ_w > 0.
+        partial_windows: What becomes of a window that would begin before the run, t + 1 < W*_t:
+            "excluded", so that its t is not drawn; or "cut" to [0, t + 1), as released. Half of the
+            windows may then soon begin at step 0, of a few steps each: see docs/truncation.md.
 
     Raises:
         ConfigurationError: An argument outside its range.
@@ -54,6 +56,7 @@ class WithinTrajectoryPolicy(Truncation):
         kl_weight: float = 1.0,
         reference_rate: float = 0.05,
         width_temperature: float = 1.0,
+        partial_windows: str = "excluded",
     ) -> None:
         self.window = check_integer("window", window)
         self.width_range = check_integer("width_range", width_range, minimum=0)
@@ -64,6 +67,7 @@ class WithinTrajectoryPolicy(Truncation):
         if reference_rate > 1:
             raise ConfigurationError(f"reference_rate={reference_rate!r}: it must be at most 1")
         self.width_temperature = check_positive("width_temperature", width_temperature)
+        self.partial_windows = check_choice("partial_windows", partial_windows, ("excluded", "cut"))
         self._reference = torch.empty(0, dtype=torch.float64)
         self._extremes = torch.empty(0, dtype=torch.float64)
         self._shown: dict[str, float | Tensor] = {}
@@ -98,7 +102,7 @@ class WithinTrajectoryPolicy(Truncation):
         logits = self._reference.clamp_min(1e-8).log() + beta * standardize(norms) / self.kl_weight
         policy = torch.softmax(logits, dim=0)
         self._reference = self._reference.lerp(policy, self.reference_rate)
-        selection = self._selection(policy, changes(norms))
+        selection = self._selection(logits, changes(norms))
         self._shown = {"beta": beta, **selection.report()}
         return selection.draw(generator)
 
@@ -122,9 +126,15 @@ class WithinTrajectoryPolicy(Truncation):
             )
         self._reference, self._extremes, self._shown = reference, extremes, {}
 
-    def _selection(self, policy: Tensor, change: Tensor) -> Selection:
-        steps = len(policy)
+    def _selection(self, logits: Tensor, change: Tensor) -> Selection:
+        """Windows that end at any step, or only at those at which they are whole."""
+        steps = len(logits)
         share = torch.sigmoid(standardize(change) / self.width_temperature)
         widths = (self.window + self.width_range * (2 * share - 1)).round().to(torch.int64)
         stops = torch.arange(1, steps + 1)
-        return Selection(policy, stops - torch.minimum(widths, stops), stops, steps)
+        starts = stops - widths
+        if self.partial_windows == "cut":
+            starts = starts.clamp_min(0)
+        inside = starts >= 0
+        policy = torch.softmax(logits[inside], dim=0)
+        return Selection(policy, starts[inside], stops[inside], steps)

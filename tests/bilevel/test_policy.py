@@ -40,7 +40,8 @@ def z_scores(values):
 class ByHand:
     """The recursion in plain Python."""
 
-    def __init__(self, steps, window, width_range, weight, rate, temperature):
+    def __init__(self, steps, window, width_range, weight, rate, temperature, partial):
+        self.partial = partial
         self.reference, self.means = [1 / steps] * steps, []
         self.window, self.width_range = window, width_range
         self.weight, self.rate, self.temperature = weight, rate, temperature
@@ -64,19 +65,22 @@ class ByHand:
         for t, (p, z) in enumerate(zip(policy, z_scores(change), strict=True)):
             share = 1 / (1 + math.exp(-z / self.temperature))
             width = round(self.window - self.width_range + 2 * self.width_range * share)
-            width = min(width, t + 1)
-            windows[t + 1 - width, t + 1] = p
-        return beta, windows
+            if self.partial == "cut":
+                width = min(width, t + 1)
+            if width <= t + 1:
+                windows[t + 1 - width, t + 1] = p
+        total = sum(windows.values())
+        return beta, {window: p / total for window, p in windows.items()}
 
 
 @st.composite
 def cases(draw):
-    """(steps, window, R, λ, ρ, τ_w)."""
+    """(steps, window, R, λ, ρ, τ_w, what becomes of partial windows)."""
     window = draw(st.integers(1, 10))
     width_range = draw(st.integers(0, window - 1))
     steps = draw(st.integers(max(2, window + width_range), 30))
     weights = [draw(st.floats(0.3, 4)), draw(st.floats(0.01, 0.5)), draw(st.floats(0.3, 3))]
-    return steps, window, width_range, *weights
+    return steps, window, width_range, *weights, draw(st.sampled_from(["excluded", "cut"]))
 
 
 @given(cases(), st.integers(1, 6), seeds)
@@ -100,9 +104,9 @@ def test_the_policy_follows_the_recursion(case, count, seed):
     )
 
 
-def drawn(steps, runs, draws, generator):
+def drawn(steps, partial, runs, draws, generator):
     """How often each window is drawn in the last of some runs, and the stated probabilities."""
-    arguments = (5, 3, 1.0, 0.3, 1.0)
+    arguments = (5, 3, 1.0, 0.3, 1.0, partial)
     policy, by_hand = WithinTrajectoryPolicy(*arguments), ByHand(steps, *arguments)
     for run in runs:
         state, norms = policy.state_dict(), norms_of_run(steps, run)
@@ -117,44 +121,46 @@ def drawn(steps, runs, draws, generator):
     return counts, expected
 
 
-def test_windows_are_drawn_from_the_policy():
+@pytest.mark.parametrize("partial", ["excluded", "cut"])
+def test_windows_are_drawn_from_the_policy(partial):
     """Goodness of fit after a few runs, and its power: a uniform end is rejected."""
-    steps, draws = 16, 3000
-    counts, expected = drawn(steps, range(3), draws, seeded(2))
+    draws = 3000
+    counts, expected = drawn(16, partial, range(3), draws, seeded(2))
     assert p_value(counts, expected, draws) > 1e-4
-    assert p_value(counts, dict.fromkeys(expected, 1 / steps), draws) < 1e-12
+    assert p_value(counts, dict.fromkeys(expected, 1 / len(expected)), draws) < 1e-12
 
 
 @settings(max_examples=10)
-@given(st.integers(12, 30), st.integers(0, 3), seeds)
-def test_windows_are_drawn_from_the_policy_whatever_the_norms(steps, runs, seed):
+@given(st.integers(12, 30), st.sampled_from(["excluded", "cut"]), st.integers(0, 3), seeds)
+def test_windows_are_drawn_from_the_policy_whatever_the_norms(steps, partial, runs, seed):
     draws, first = 1000, seed % 1000
-    counts, expected = drawn(steps, range(first, first + runs + 1), draws, seeded(seed))
+    counts, expected = drawn(steps, partial, range(first, first + runs + 1), draws, seeded(seed))
     assert p_value(counts, expected, draws) > 1e-6
 
 
 @given(cases(), seeds)
-def test_windows_lie_inside_the_run_and_are_narrower_only_at_its_start(case, seed):
+def test_windows_lie_inside_the_run_and_are_narrower_only_where_its_start_cuts_them(case, seed):
     steps, window_width, width_range, *_ = case
     policy, generator = WithinTrajectoryPolicy(*case[1:]), seeded(seed)
     for index in range(5):
         window = step(policy, norms_of_run(steps, seed % 1000 + index), generator)
         assert 0 <= window.start < window.stop <= steps
         assert window.width <= window_width + width_range
-        assert window.width >= window_width - width_range or window.start == 0
+        cut = case[-1] == "cut" and window.start == 0
+        assert window.width >= window_width - width_range or cut
 
 
 def test_large_norms_are_preferred_at_the_running_maximum_and_small_ones_at_the_minimum():
     policy, generator = WithinTrajectoryPolicy(2, 0), seeded(0)
     falling = torch.logspace(1, -1, 20, dtype=DTYPE)
-    betas, ends = [], []
+    betas, starts = [], []
     for scale in (1.0, 3.0, 0.5, 1.75):
         step(policy, scale * falling, generator)
         shown = policy.report()
         betas.append(shown["beta"])
-        ends.append(float((shown["start_probability"] * torch.arange(20)).sum()))
+        starts.append(float((shown["start_probability"] * torch.arange(20)).sum()))
     assert betas == pytest.approx([1, 1, -1, 0])
-    assert ends[1] < ends[0] < ends[2]
+    assert starts[1] < starts[0] < starts[2]
 
 
 @given(cases(), seeds, st.integers(0, 5))
@@ -215,6 +221,7 @@ def test_a_diverging_run_is_named_and_leaves_the_policy_as_it_was():
         ({"kl_weight": 0}, "kl_weight=0"),
         ({"reference_rate": 1.5}, "reference_rate=1.5.*at most 1"),
         ({"width_temperature": -1.0}, r"width_temperature=-1\.0"),
+        ({"partial_windows": "kept"}, "partial_windows='kept'.*'excluded', 'cut'"),
     ],
     ids=str,
 )
