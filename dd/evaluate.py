@@ -21,6 +21,12 @@ CHANGEABLE = (
     "DCProtocol.",
     "FlipOrRotate",
     "DSA",
+    "Experiment.network",
+    "ConvNet.",
+    "ResNet18.",
+    "VGG11.",
+    "AlexNet.",
+    "ViT.",
     "Experiment.device",
     "Experiment.images_on",
     "cifar10.",
@@ -128,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         if changed:
             return fail(
                 f"the set was distilled with another configuration ({'; '.join(changed)}), so "
-                "test images could have been trained on: change only Evaluator's parameters"
+                "test images could have been trained on: change only parameters of the Evaluator "
+                "and of networks"
             )
         names = [name for name in options.architectures.split(",") if name]
         results = experiment.evaluate(

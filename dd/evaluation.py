@@ -189,25 +189,30 @@ class Evaluator:
         steps: Sequence[int],
         rate: float | None = None,
     ) -> Accuracy:
-        trained, validated = {}, {}
-        share = tqdm(
-            own_share(networks), desc=f"evaluating {name}", unit="network", disable=rank() > 0
-        )
-        for index in share:
-            network_key = key.fold(name, index)
-            stages = self._train(*training_set(network_key), network, network_key, steps, rate)
-            trained[index] = stages
-            validated[index] = torch.tensor(
-                [
-                    accuracy(network, params, data.validation_images, data.validation_labels)
-                    for params in stages
-                ]
-            )
+        trained, validated, values = {}, {}, {}
+        share, silent = list(own_share(networks)), rank() > 0
+        with tqdm(
+            desc=f"training on {name}",
+            total=len(share) * max(steps),
+            unit="step",
+            disable=silent,
+        ) as bar:
+            for index in share:
+                network_key = key.fold(name, index)
+                images, labels = training_set(network_key)
+                stages = self._train(images, labels, network, network_key, steps, rate, bar.update)
+                trained[index] = stages
+                validated[index] = torch.tensor(
+                    [
+                        accuracy(network, params, data.validation_images, data.validation_labels)
+                        for params in stages
+                    ]
+                )
         chosen = int(sum(collected(validated), torch.zeros(len(steps))).argmax())
-        values = {
-            index: accuracy(network, stages[chosen], data.test_images, data.test_labels)
-            for index, stages in trained.items()
-        }
+        tested = tqdm(trained.items(), desc=f"testing {name}", unit="network", disable=silent)
+        for index, stages in tested:
+            params = stages[chosen]
+            values[index] = accuracy(network, params, data.test_images, data.test_labels)
         return Accuracy(tuple(collected(values)), steps[chosen])
 
     def _train(
@@ -218,6 +223,7 @@ class Evaluator:
         key: Key,
         steps: Sequence[int],
         rate: float | None = None,
+        on_step: Callable[[], object] = lambda: None,
     ) -> list[dict[str, Tensor]]:
         """The parameters after each number in `steps` of training on (images, labels)."""
         params = fresh_parameters(network, key.generator("init"), device=images.device)
@@ -239,6 +245,7 @@ class Evaluator:
             optimizer.step()
             if schedule is not None:
                 schedule.step()
+            on_step()
             if step in steps:
                 stages.append({k: value.detach().clone() for k, value in params.items()})
         return stages
