@@ -1,6 +1,7 @@
 """`dd.evaluate`: other architectures, scores, comparisons, and sets that others made."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def test_a_set_is_judged_by_a_wider_network_than_it_was_distilled_with(
     small = ["--gin_param=ViT.width = 8", "--gin_param=ViT.depth = 1"]
     other = judged("--only=distilled", "--gin_param=Experiment.network = @ViT", *small)
     assert other["network"] == "ViT"
+
+
+def test_progress_counts_the_steps_of_training_and_the_networks_that_are_tested(
+    judged: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged("--only=distilled")
+    shown = capsys.readouterr().err
+    assert re.search(r"training on distilled: 100%.* 4/4 .*step", shown)
+    assert re.search(r"testing distilled: 100%.* 2/2 .*network", shown)
 
 
 @pytest.mark.parametrize(
