@@ -195,6 +195,7 @@ class Evaluator:
             desc=f"training on {name}",
             total=len(share) * max(steps),
             unit="step",
+            mininterval=0.5,
             disable=silent,
         ) as bar:
             for index in share:
