@@ -30,6 +30,8 @@ def empty_results(experiment: Experiment) -> dict[str, Any]:
         "images_per_class": experiment.synthetic.images_per_class,
         "accuracy": dict.fromkeys(TRAINING_SETS),
         "network": type(experiment.network).__name__,
+        # Tells widths apart: a set may be judged by another than it was distilled with.
+        "network_parameters": sum(value.numel() for value in experiment.network.parameters()),
         "architectures": {},
         "scores": None,
         "protocol": experiment.evaluator.protocol.name,

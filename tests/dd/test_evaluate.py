@@ -78,10 +78,11 @@ def test_a_set_is_judged_by_a_wider_network_than_it_was_distilled_with(
     judged: Callable[..., dict[str, Any]],
 ) -> None:
     same, wider = (
-        judged("--only=distilled", f"--gin_param=ConvNet.width = {width}")["accuracy"]["distilled"]
-        for width in (4, 8)
+        judged("--only=distilled", f"--gin_param=ConvNet.width = {width}") for width in (4, 8)
     )
-    assert same["values"] != wider["values"]
+    values = [found["accuracy"]["distilled"]["values"] for found in (same, wider)]
+    assert values[0] != values[1]
+    assert same["network_parameters"] < wider["network_parameters"]
     small = ["--gin_param=ViT.width = 8", "--gin_param=ViT.depth = 1"]
     other = judged("--only=distilled", "--gin_param=Experiment.network = @ViT", *small)
     assert other["network"] == "ViT"
