@@ -79,11 +79,16 @@ class ClipByNorm(Rule):
         # Squares of what is divided by the largest can neither overflow nor all vanish.
         largest = torch.stack([leaf.detach().abs().amax() for leaf in leaves if leaf.numel()]).max()
         scale = torch.where(largest > 0, largest, 1)
-        squared = torch.stack([(leaf / scale).square().sum() for leaf in leaves]).sum()
+        scaled = [leaf / scale for leaf in leaves]
+        squared = torch.stack([leaf.square().sum() for leaf in scaled]).sum()
         # The root of 0 has no derivative, not even where it is not used.
-        norm = scale * torch.where(largest > 0, squared, 1).sqrt()
-        factor = torch.where((largest > 0) & (norm > self.max_norm), self.max_norm / norm, 1)
-        clipped = [(leaf * factor).to(leaf.dtype) for leaf in leaves]
+        norm = torch.where(largest > 0, squared, 1).sqrt()
+        factor = self.max_norm / norm
+        active = (largest > 0) & (scale * norm > self.max_norm)
+        clipped = [
+            torch.where(active, (unit * factor).to(leaf.dtype), leaf)
+            for unit, leaf in zip(scaled, leaves, strict=True)
+        ]
         return optree.tree_unflatten(spec, clipped), state
 
     def on_vector(self, like: Any) -> Self:

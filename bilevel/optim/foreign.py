@@ -56,9 +56,9 @@ def check_differentiable(
     """Raise unless autograd's derivative of a transformation is the derivative of what it does.
 
     A few steps are taken in float64 from random points. What autograd says of them, along one
-    direction, is compared with a central difference along it. Where two steps of the difference
-    disagree, there is a kink or a jump between them, and the point says nothing: a rule that clips
-    at a bound or looks at signs is right as it is. What takes its norms under `no_grad`, or
+    direction, is compared with a central difference along it. Where differences over several
+    distances disagree, there is a kink or a jump between, and the point says nothing: a rule that
+    clips at a bound or looks at signs is right as it is. What takes its norms under `no_grad`, or
     detaches them, is wrong wherever it is asked.
 
     Args:
@@ -252,14 +252,11 @@ def _is_wrong_at(
         above, below = (_weighed(weights, updates(sign * step)) for sign in (1, -1))
         return float(above - below) / (2 * step)
 
-    size = abs(float(value.detach()))
-    for step in (1e-5, 1e-3):
-        fine = quotient(step / 2)
-        if abs(slope - fine) <= TOLERANCE * max(abs(fine), abs(slope)) + 1e-7 * size:
-            return False
-        if abs(quotient(step) - fine) <= TOLERANCE / 10 * abs(fine) + 1e-9 * size:
-            return True
-    return False
+    allowed = 1e-6 * abs(float(value.detach()))
+    near, *others = quotient(1e-5), quotient(5e-6), quotient(1e-8)
+    if abs(slope - near) <= TOLERANCE * max(abs(near), abs(slope)) + allowed:
+        return False
+    return all(abs(near - other) <= TOLERANCE / 10 * abs(near) + allowed / 10 for other in others)
 
 
 def _weighed(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
