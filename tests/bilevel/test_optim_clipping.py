@@ -108,5 +108,5 @@ def test_bounds_are_above_zero(make, bad):
 
 @pytest.mark.parametrize("bad", [{"a": 1.0}, torch.ones(3), [1.0]])
 def test_there_is_one_norm(bad):
-    with pytest.raises(bilevel.ConfigurationError, match="max_norm.*one number.*groups"):
+    with pytest.raises(bilevel.ConfigurationError, match=r"max_norm.*one number.*groups"):
         optim.clip_by_norm(bad)
