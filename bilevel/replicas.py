@@ -65,8 +65,8 @@ class Replicas(Problem):
         loss, metrics = torch.func.vmap(one)(params)
         return loss.mean(), {name: value.mean() for name, value in metrics.items()}
 
-    def hyperparameters(self, outer: Any) -> Any:
-        return self.problem.hyperparameters(outer)
+    def hyperparameters(self, outer: Any, step: int) -> Any:
+        return self.problem.hyperparameters(outer, step)
 
     def _split(self, generator: torch.Generator) -> list[torch.Generator]:
         key = Key.draw(generator)
