@@ -6,7 +6,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from bilevel.errors import ConfigurationError
+from bilevel.checks import check_choice
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.inner_hessian import InnerHessian
 from bilevel.estimators.recursion import BackwardRecursion, WindowEnd, pull_update
@@ -45,9 +45,7 @@ class Adjoint(Estimator):
     """
 
     def __init__(self, hvp: Literal["reverse", "forward"] = "reverse") -> None:
-        if hvp not in ("reverse", "forward"):
-            raise ConfigurationError(f"hvp={hvp!r}: it must be 'reverse' or 'forward'")
-        self.hvp = hvp
+        self.hvp = check_choice("hvp", hvp, ("reverse", "forward"))
 
     def __call__(
         self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any

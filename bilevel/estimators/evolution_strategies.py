@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.inner import InnerLoop
 from bilevel.outer import OuterVariables, outer_loss_value
@@ -45,7 +45,7 @@ class EvolutionStrategies(Estimator):
     uses_second_derivatives = False
 
     def __init__(self, sigma: float, pairs: int = 1) -> None:
-        self.sigma = check_positive("sigma", sigma)
+        self.sigma = check_number("sigma", sigma, above=0)
         self.pairs = check_integer("pairs", pairs)
 
     def __call__(

@@ -6,14 +6,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer
+from bilevel.checks import check_instance, check_integer
 from bilevel.estimators.base import Estimator, make_result
-from bilevel.estimators.implicit import (
-    check_solver,
-    last_batches,
-    remarks,
-    solver_stats,
-)
+from bilevel.estimators.implicit import last_batches, remarks, solver_stats
 from bilevel.inner import InnerLoop
 from bilevel.linear import LinearOperator, Neumann, Solver
 from bilevel.outer import OuterVariables
@@ -55,7 +50,8 @@ class FixedPoint(Estimator):
     """
 
     def __init__(self, solver: Solver | None = None, *, batches: int = 1) -> None:
-        self.solver = Neumann(1.0) if solver is None else check_solver(solver)
+        solver = Neumann(1.0) if solver is None else solver
+        self.solver = check_instance("solver", solver, Solver, "bilevel.linear.Neumann(1.0)")
         self.batches = check_integer("batches", batches)
 
     def __call__(

@@ -7,7 +7,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_flag, check_instance, check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.inner import InnerLoop
@@ -77,14 +77,15 @@ class Implicit(Estimator):
         warm_start: bool = False,
         tasks: int | None = None,
     ) -> None:
-        self.solver = ConjugateGradient() if solver is None else check_solver(solver)
+        solver = ConjugateGradient() if solver is None else solver
+        self.solver = check_instance("solver", solver, Solver, "bilevel.linear.ConjugateGradient()")
+        self.warm_start = check_flag("warm_start", warm_start)
         if warm_start and not self.solver.uses_start:
             raise ConfigurationError(
                 f"warm_start=True: {type(self.solver).__name__} does not iterate from a start"
             )
-        self.damping = check_positive("damping", damping, or_zero=True)
+        self.damping = check_number("damping", damping, minimum=0)
         self.batches = check_integer("batches", batches)
-        self.warm_start = warm_start
         self.tasks = None if tasks is None else check_integer("tasks", tasks)
         self._solution: Tensor | None = None
 
@@ -222,13 +223,3 @@ def solver_stats(solution: Solution) -> SolverStats:
     return SolverStats(
         solution.status, int(solution.iterations.max()), float(solution.residual.max())
     )
-
-
-def check_solver(solver: Any) -> Solver:
-    """A solver as given by a user, checked."""
-    if not isinstance(solver, Solver):
-        raise ConfigurationError(
-            f"solver={solver!r} is not a Solver: use one of bilevel.linear, such as "
-            "ConjugateGradient()"
-        )
-    return solver

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.basis import Anchor, Basis, Krylov, LowRankMatrix
-from bilevel.checks import check_integer, check_positive
-from bilevel.errors import ConfigurationError
+from bilevel.checks import check_instance, check_integer, check_number
 from bilevel.estimators.adjoint import Adjoint
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.inner_hessian import InnerHessian
@@ -72,13 +71,10 @@ class LowRank(Estimator):
     def __init__(
         self, basis: Basis | None = None, group_size: int = 8, guard: float | None = 0.6
     ) -> None:
-        if basis is not None and not isinstance(basis, Basis):
-            raise ConfigurationError(
-                f"basis={basis!r} is not a Basis: use one of bilevel.basis, such as Krylov()"
-            )
-        self.basis = Krylov() if basis is None else basis
+        basis = Krylov() if basis is None else basis
+        self.basis = check_instance("basis", basis, Basis, "bilevel.basis.Krylov()")
         self.group_size = check_integer("group_size", group_size)
-        self.guard = None if guard is None else check_positive("guard", guard)
+        self.guard = None if guard is None else check_number("guard", guard, above=0)
 
     def __call__(
         self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any

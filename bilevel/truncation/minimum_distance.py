@@ -40,7 +40,7 @@ class MinimumDistance(Truncation):
     def __init__(self, distance: Literal["l1", "squared_l2"] = "l1", minimum: int = 1) -> None:
         self.distance = check_choice("distance", distance, tuple(SIGNALS))
         self.minimum = check_integer("minimum", minimum)
-        self.signals = (SIGNALS[distance],)
+        self.signals = (SIGNALS[self.distance],)
 
     @property
     def minimum_steps(self) -> int:

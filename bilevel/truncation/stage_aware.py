@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_choice, check_integer
+from bilevel.checks import check_choice, check_instance, check_integer
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
@@ -78,15 +78,11 @@ class StageAware(Truncation):
                 f"width_range={width_range}: it must be below window={window}, or there would be "
                 "windows of width 0"
             )
-        if not isinstance(transition, Transition):
-            raise ConfigurationError(
-                f"transition={transition!r}: it must be a Transition such as ByMetric()"
-            )
-        self.distribution = Softmax() if distribution is None else distribution
-        if not isinstance(self.distribution, StepDistribution):
-            raise ConfigurationError(
-                f"distribution={distribution!r}: it must be a StepDistribution such as Softmax()"
-            )
+        check_instance("transition", transition, Transition, "bilevel.truncation.ByMetric()")
+        distribution = Softmax() if distribution is None else distribution
+        self.distribution = check_instance(
+            "distribution", distribution, StepDistribution, "bilevel.truncation.Softmax()"
+        )
         self.position = check_choice("position", position, ("paper", "mirrored"))
         self.width = check_choice("width", width, ("rank", "exp", "stage"))
         self.anchor = check_choice("anchor", anchor, ("start", "end"))

@@ -219,7 +219,7 @@ def test_a_diverging_run_is_named_and_leaves_the_policy_as_it_was():
         ({"window": 0}, "window=0"),
         ({"width_range": 4}, "width_range=4.*below window=4"),
         ({"kl_weight": 0}, "kl_weight=0"),
-        ({"reference_rate": 1.5}, "reference_rate=1.5.*at most 1"),
+        ({"reference_rate": 1.5}, r"reference_rate=1.5.*\(0, 1\]"),
         ({"width_temperature": -1.0}, r"width_temperature=-1\.0"),
         ({"partial_windows": "kept"}, "partial_windows='kept'.*'excluded', 'cut'"),
     ],
