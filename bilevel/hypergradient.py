@@ -17,7 +17,6 @@ from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
 from bilevel.result import HypergradientResult, mean
-from bilevel.trajectory import Window
 from bilevel.truncation import Full, Truncation
 
 
@@ -151,9 +150,9 @@ class Hypergradient:
             lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, outer
         )
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
-        horizon = self.truncation.horizon(self.steps, schedule_generator)
-        keep_from = self.truncation.earliest_start(horizon)
-        window: Window | None = None
+        plan = self.truncation.plan(self.steps, schedule_generator)
+        horizon = check_integer("Plan.horizon", plan.horizon, maximum=self.steps)
+        keep_from, window = plan.earliest_start, plan.window
         results = []
         for replica in range(self.inner_replicas):
             trajectory = self.inner.rollout(
@@ -161,7 +160,7 @@ class Hypergradient:
                 key.fold("replica", replica) if replica else key,
                 steps=self.steps,
                 horizon=horizon,
-                signals=self.truncation.signals,
+                signals=plan.signals,
                 keep_from=keep_from,
                 keep_every=self.keep_every,
                 keep_on=self.keep_on,
@@ -169,8 +168,8 @@ class Hypergradient:
             )
             if window is None:
                 window = self.truncation.select(trajectory.trace, schedule_generator)
-                # The other replicas need no more than that window of their runs.
-                horizon, keep_from = window.stop, window.start
+            # The other replicas need no more than that window of their runs.
+            horizon, keep_from = window.stop, window.start
             result = self.estimator(self.inner, trajectory.select(window), outer, outer_batch)
             _check_finite(result)
             results.append(result)

@@ -11,6 +11,7 @@ from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
 from bilevel.truncation.norms import changes, gradient_norms, standardize
+from bilevel.truncation.plan import Plan
 from bilevel.truncation.selection import Selection
 
 
@@ -47,8 +48,6 @@ class WithinTrajectoryPolicy(Truncation):
     optimisation. Its probe network is not needed: the norms are those of the run itself.
     """
 
-    signals = ("gradient_norm",)
-
     def __init__(
         self,
         window: int,
@@ -74,11 +73,8 @@ class WithinTrajectoryPolicy(Truncation):
     def minimum_steps(self) -> int:
         return self.window + self.width_range
 
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
-        return steps
-
-    def earliest_start(self, horizon: int) -> int:
-        return 0
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
+        return Plan(steps, signals=("gradient_norm",))
 
     def select(self, trace: Trace, generator: torch.Generator) -> Window:
         norms = gradient_norms(trace)

@@ -24,10 +24,9 @@ def norms_of_run(steps, seed):
 
 
 def step(policy, norms, generator):
-    horizon = policy.horizon(len(norms), generator)
-    trace = bilevel.Trace({"inner_loss": torch.zeros(horizon), "gradient_norm": norms})
-    assert horizon == len(norms)
-    assert policy.earliest_start(horizon) == 0
+    plan = policy.plan(len(norms), generator)
+    assert plan == bilevel.truncation.Plan(len(norms), signals=("gradient_norm",))
+    trace = bilevel.Trace({"inner_loss": torch.zeros(len(norms)), "gradient_norm": norms})
     return policy.select(trace, generator)
 
 
