@@ -75,6 +75,9 @@ class LowRank(Estimator):
         self.basis = check_instance("basis", basis, Basis, "bilevel.basis.Krylov()")
         self.group_size = check_integer("group_size", group_size)
         self.guard = None if guard is None else check_number("guard", guard, above=0)
+        self.carries_over = self.basis.carries_over
+        # One for all calls, since compiled graphs belong to the object whose method they are of.
+        self._adjoint = Adjoint()
 
     def __call__(
         self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
@@ -95,7 +98,7 @@ class LowRank(Estimator):
         products = anchor.hessian.products + (0 if staleness is None else 2)
         del anchor  # and the graph that it holds
         if hessian is None:
-            return Adjoint().through_window(
+            return self._adjoint.through_window(
                 inner,
                 trajectory,
                 outer,
