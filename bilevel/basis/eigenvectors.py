@@ -54,6 +54,8 @@ class Eigenvectors(Basis):
         self.power_iterations = check_integer("power_iterations", power_iterations, 0)
         self.refresh_every = check_integer("refresh_every", refresh_every)
         self.refresh_change = check_number("refresh_change", refresh_change, above=0)
+        if self.refresh_every > 1:
+            self.carries_over = f"its eigenvectors (refresh_every={self.refresh_every})"
         self._kept: dict[str, Any] = {}
 
     def approximate(self, anchor: Anchor) -> LowRankMatrix:

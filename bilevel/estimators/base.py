@@ -20,10 +20,14 @@ class Estimator(ABC):
     Attributes:
         uses_inner_gradients: Whether the run should keep g_t beside every iterate it keeps.
         uses_second_derivatives: Whether the inner loss must be differentiable twice.
+        carries_over: What a call takes over from the one before, in words; empty where calls have
+            nothing to do with each other. Whoever trains another inner problem in every outer step
+            has no use for an estimator that carries anything over.
     """
 
     uses_inner_gradients: bool = False
     uses_second_derivatives: bool = True
+    carries_over: str = ""
 
     @abstractmethod
     def __call__(

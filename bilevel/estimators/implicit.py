@@ -87,6 +87,8 @@ class Implicit(Estimator):
         self.damping = check_number("damping", damping, minimum=0)
         self.batches = check_integer("batches", batches)
         self.tasks = None if tasks is None else check_integer("tasks", tasks)
+        if self.warm_start:
+            self.carries_over = "the solution of its linear system (warm_start=True)"
         self._solution: Tensor | None = None
 
     def __call__(

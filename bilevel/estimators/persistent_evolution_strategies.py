@@ -56,6 +56,7 @@ class PersistentEvolutionStrategies(Estimator):
     """
 
     uses_second_derivatives = False
+    carries_over = "its particles"
 
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
         self.sigma = check_number("sigma", sigma, above=0)
