@@ -19,7 +19,6 @@ from bilevel.problem import Problem
 from bilevel.random import Key
 from bilevel.recording import GraphBudget, record
 from bilevel.result import HypergradientResult, mean
-from bilevel.trajectory import Window
 from bilevel.tree import named_leaves
 from bilevel.truncation import Full, Truncation
 
@@ -170,9 +169,9 @@ class Hypergradient:
         if self.inner.compiler is not None:
             self.inner.compiler.depends_on(constants_of(self.inner.problem))
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
-        horizon = self.truncation.horizon(self.steps, schedule_generator)
-        keep_from = self.truncation.earliest_start(horizon)
-        window: Window | None = None
+        plan = self.truncation.plan(self.steps, schedule_generator)
+        horizon = check_integer("Plan.horizon", plan.horizon, maximum=self.steps)
+        keep_from, window = plan.earliest_start, plan.window
         results = []
         for replica in range(self.inner_replicas):
             first_call = None if self._first_call_done else self._first_call()
@@ -185,7 +184,7 @@ class Hypergradient:
                     key.fold("replica", replica) if replica else key,
                     steps=self.steps,
                     horizon=horizon,
-                    signals=self.truncation.signals,
+                    signals=plan.signals,
                     keep_from=keep_from,
                     keep_every=self.keep_every,
                     keep_on=self.keep_on,

@@ -110,7 +110,9 @@ class InnerLoop:
 
     def hyperparameters(self, outer: Any, step: int) -> dict[str, Any]:
         """h(φ, t), checked."""
-        values = dict(self.problem.hyperparameters(outer, step)) if self._has_hyperparameters else {}
+        values = (
+            dict(self.problem.hyperparameters(outer, step)) if self._has_hyperparameters else {}
+        )
         if not values and not self._is_transformation:
             raise ConfigurationError(
                 f"optimizer is the function {getattr(self.optimizer, '__name__', '')}, but the "

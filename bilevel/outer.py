@@ -69,9 +69,7 @@ class OuterGradient:
             ground for an error.
     """
 
-    def __init__(
-        self, trajectory: Trajectory, *, twice: bool = True, certain: bool = True
-    ) -> None:
+    def __init__(self, trajectory: Trajectory, *, twice: bool = True, certain: bool = True) -> None:
         self._trajectory, self._twice, self._certain = trajectory, twice, certain
         self._inner = trajectory.inner
         self.variables = trajectory.variables

@@ -195,7 +195,9 @@ class _Method:
         )
         self._drops_generator = has_generator and not self._takes_generator
         try:
-            signature.bind(*(None,) * count, **({"generator": None} if self._takes_generator else {}))
+            signature.bind(
+                *(None,) * count, **({"generator": None} if self._takes_generator else {})
+            )
         except TypeError as error:
             arguments = list(inspect.signature(getattr(Problem, name)).parameters)[1:]
             raise ConfigurationError(

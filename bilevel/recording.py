@@ -143,7 +143,7 @@ def record(
             first_call.step(variables, key, first, iterate, inputs, step)
         if step >= keep_from and parts.wanted:
             inputs_kept[step] = inputs
-            parts.see(iterate, inputs, [x for x in optree.tree_leaves(inputs)])
+            parts.see(iterate, inputs, optree.tree_leaves(inputs))
             if not parts.wanted:
                 inputs_kept.clear()
         if in_graph:

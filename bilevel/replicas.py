@@ -6,8 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer
-from bilevel.errors import ConfigurationError
+from bilevel.checks import check_instance, check_integer
 from bilevel.problem import Problem
 from bilevel.random import Key
 
@@ -39,9 +38,7 @@ class Replicas(Problem):
     """
 
     def __init__(self, problem: Problem, count: int) -> None:
-        if not isinstance(problem, Problem):
-            raise ConfigurationError(f"problem is a {type(problem).__name__}, not a Problem")
-        self.problem = problem
+        self.problem = check_instance("problem", problem, Problem, "Replicas(MyProblem(), count=4)")
         self.count = check_integer("count", count)
 
     def init(self, outer: Any, *, generator: torch.Generator) -> Any:

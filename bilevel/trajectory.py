@@ -109,7 +109,7 @@ class Trajectory:
         first: (θ_0, s_0), on the graph of φ.
         kept: Iterates by step, those from which every other one is recomputed exactly.
         inputs: By step, what steps took of φ, on its graph, where that was kept.
-        graphs: By step, the iterates of a window that was recorded with its graph, θ_start … θ_stop.
+        graphs: By step, θ_start … θ_stop of a window that was recorded with its graph.
         no_graph: Why it was not, a sentence; empty where nobody asked.
         trace: Per-step signals.
         window: What is differentiated.

@@ -171,7 +171,7 @@ class Distillation:
         monitor.scalars(state.step, self.goal.report(result))
         if HELD_OUT in metrics:
             monitor.scalars(state.step, {f"outer/{HELD_OUT}": metrics[HELD_OUT]})
-        signals = {name: result.trace[name] for name in state.truncation.signals}
+        signals = {name: x for name, x in result.trace.items() if name != "inner_loss"}
         monitor.schedule(state.step, self._due({**state.truncation.report(), **signals}))
         # Once of each kind: the rest of a status may have numbers that change every time.
         kind = result.stats.status.split(":")[0]

@@ -318,14 +318,8 @@ class Fixed(bilevel.truncation.Truncation):
     def minimum_steps(self) -> int:
         return self.window.stop
 
-    def horizon(self, steps, generator):
-        return steps
-
-    def earliest_start(self, horizon):
-        return self.window.start
-
-    def select(self, trace, generator):
-        return self.window
+    def plan(self, steps, generator):
+        return bilevel.truncation.Plan(steps, self.window, self.window.start)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -26,6 +26,9 @@ class Estimator(ABC):
         runs_again: Whether it runs steps again for other φ, so that a batch which is not the same
             when it is made again would mislead it.
         uses_step_losses: Whether it can differentiate losses along the run.
+        carries_over: What a call takes over from the one before, in words; empty where calls have
+            nothing to do with each other. Whoever trains another inner problem in every outer step
+            has no use for an estimator that carries anything over.
     """
 
     uses_inner_gradients: bool = False
@@ -33,6 +36,7 @@ class Estimator(ABC):
     uses_graph: bool = False
     runs_again: bool = False
     uses_step_losses: bool = True
+    carries_over: str = ""
 
     @abstractmethod
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:

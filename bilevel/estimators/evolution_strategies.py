@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.outer import OuterGradient, outer_loss_value
 from bilevel.random import Key
@@ -45,7 +45,7 @@ class EvolutionStrategies(Estimator):
     runs_again = True
 
     def __init__(self, sigma: float, pairs: int = 1) -> None:
-        self.sigma = check_positive("sigma", sigma)
+        self.sigma = check_number("sigma", sigma, above=0)
         self.pairs = check_integer("pairs", pairs)
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
@@ -55,9 +55,12 @@ class EvolutionStrategies(Estimator):
 
         def judge(leaves: list[Tensor]) -> Tensor:
             segment = advance(trajectory, start, variables.like(leaves), window)
-            return segment.loss + outer_loss_value(
-                trajectory.inner, segment.iterate.params, segment.outer, outer_batch
-            )[0]
+            return (
+                segment.loss
+                + outer_loss_value(
+                    trajectory.inner, segment.iterate.params, segment.outer, outer_batch
+                )[0]
+            )
 
         samples: list[list[Tensor]] = []
         for pair in range(self.pairs):
@@ -89,9 +92,7 @@ class Segment(NamedTuple):
 
 
 @torch.no_grad()
-def advance(
-    trajectory: Trajectory, iterate: Iterate | None, outer: Any, window: Window
-) -> Segment:
+def advance(trajectory: Trajectory, iterate: Iterate | None, outer: Any, window: Window) -> Segment:
     """The steps of `window` from `iterate` with other outer variables and the same randomness.
 
     Without an iterate they start at (θ_0, s_0).

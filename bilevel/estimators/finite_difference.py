@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_positive
+from bilevel.checks import check_number
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.recursion import BackwardRecursion, WindowEnd, pull_update
 from bilevel.inner import InnerLoop
@@ -43,7 +43,7 @@ class FiniteDifference(Estimator):
     uses_second_derivatives = False
 
     def __init__(self, radius: float = 1e-2) -> None:
-        self.radius = check_positive("radius", radius)
+        self.radius = check_number("radius", radius, above=0)
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
         inner = trajectory.inner

@@ -6,9 +6,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer
+from bilevel.checks import check_instance, check_integer
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
-from bilevel.estimators.implicit import check_solver, last_inputs, remarks, solver_stats
+from bilevel.estimators.implicit import last_inputs, remarks, solver_stats
 from bilevel.linear import LinearOperator, Neumann, Solver
 from bilevel.result import HypergradientResult
 from bilevel.trajectory import Iterate, Trajectory
@@ -50,7 +50,8 @@ class FixedPoint(Estimator):
     uses_step_losses = False
 
     def __init__(self, solver: Solver | None = None, *, batches: int = 1) -> None:
-        self.solver = Neumann(1.0) if solver is None else check_solver(solver)
+        solver = Neumann(1.0) if solver is None else solver
+        self.solver = check_instance("solver", solver, Solver, "bilevel.linear.Neumann(1.0)")
         self.batches = check_integer("batches", batches)
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:

@@ -7,7 +7,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_flag, check_instance, check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.inner import InnerLoop, StepInputs
@@ -78,15 +78,18 @@ class Implicit(Estimator):
         warm_start: bool = False,
         tasks: int | None = None,
     ) -> None:
-        self.solver = ConjugateGradient() if solver is None else check_solver(solver)
+        solver = ConjugateGradient() if solver is None else solver
+        self.solver = check_instance("solver", solver, Solver, "bilevel.linear.ConjugateGradient()")
+        self.warm_start = check_flag("warm_start", warm_start)
         if warm_start and not self.solver.uses_start:
             raise ConfigurationError(
                 f"warm_start=True: {type(self.solver).__name__} does not iterate from a start"
             )
-        self.damping = check_positive("damping", damping, or_zero=True)
+        self.damping = check_number("damping", damping, minimum=0)
         self.batches = check_integer("batches", batches)
-        self.warm_start = warm_start
         self.tasks = None if tasks is None else check_integer("tasks", tasks)
+        if self.warm_start:
+            self.carries_over = "the solution of its linear system (warm_start=True)"
         self._solution: Tensor | None = None
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
@@ -211,13 +214,3 @@ def solver_stats(solution: Solution) -> SolverStats:
     return SolverStats(
         solution.status, int(solution.iterations.max()), float(solution.residual.max())
     )
-
-
-def check_solver(solver: Any) -> Solver:
-    """A solver as given by a user, checked."""
-    if not isinstance(solver, Solver):
-        raise ConfigurationError(
-            f"solver={solver!r} is not a Solver: use one of bilevel.linear, such as "
-            "ConjugateGradient()"
-        )
-    return solver

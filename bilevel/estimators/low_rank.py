@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.basis import Anchor, Basis, Krylov, LowRankMatrix
-from bilevel.checks import check_integer, check_positive
-from bilevel.errors import ConfigurationError
+from bilevel.checks import check_instance, check_integer, check_number
 from bilevel.estimators.adjoint import Adjoint
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.inner_hessian import InnerHessian
@@ -72,14 +71,13 @@ class LowRank(Estimator):
     def __init__(
         self, basis: Basis | None = None, group_size: int = 8, guard: float | None = 0.6
     ) -> None:
-        if basis is not None and not isinstance(basis, Basis):
-            raise ConfigurationError(
-                f"basis={basis!r} is not a Basis: use one of bilevel.basis, such as Krylov()"
-            )
-        self.basis = Krylov() if basis is None else basis
+        basis = Krylov() if basis is None else basis
+        self.basis = check_instance("basis", basis, Basis, "bilevel.basis.Krylov()")
         self.group_size = check_integer("group_size", group_size)
-        self.guard = None if guard is None else check_positive("guard", guard)
-        self._exact = Adjoint()
+        self.guard = None if guard is None else check_number("guard", guard, above=0)
+        self.carries_over = self.basis.carries_over
+        # One for all calls, since compiled graphs belong to the object whose method they are of.
+        self._adjoint = Adjoint()
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
         end = WindowEnd.of(trajectory, outer_batch)
@@ -98,7 +96,7 @@ class LowRank(Estimator):
         products = anchor.hessian.products + (0 if staleness is None else 2)
         del anchor  # and the graph that it holds
         if hessian is None:
-            return self._exact.through_window(
+            return self._adjoint.through_window(
                 trajectory,
                 end,
                 products_before=products,
@@ -137,9 +135,7 @@ class LowRank(Estimator):
             end.gradient.pull(
                 partition(inputs.hyperparameters, needs_gradient)[0], hyper_cotangents
             )
-            recursion.step_back(
-                step, cotangent + hessian(gradient_cotangent), state_cotangents
-            )
+            recursion.step_back(step, cotangent + hessian(gradient_cotangent), state_cotangents)
             total = total + gradient_cotangent
             if step == group[len(group) // 2]:
                 params, batch = iterate.params, inputs.batch

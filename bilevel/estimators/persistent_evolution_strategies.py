@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.estimators.evolution_strategies import (
@@ -57,9 +57,10 @@ class PersistentEvolutionStrategies(Estimator):
 
     uses_second_derivatives = False
     runs_again = True
+    carries_over = "its particles"
 
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
-        self.sigma = check_positive("sigma", sigma)
+        self.sigma = check_number("sigma", sigma, above=0)
         self.run_length = check_integer("run_length", run_length)
         self.pairs = check_integer("pairs", pairs)
         self._state: dict[str, Any] = {}

@@ -524,8 +524,8 @@ def test_states_of_others_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Implicit("cg"), "solver='cg' is not a Solver"),
-        (lambda: FixedPoint(3), "solver=3 is not a Solver"),
+        (lambda: Implicit("cg"), "solver is a str, not a Solver"),
+        (lambda: FixedPoint(3), "solver is an int, not a Solver"),
         (lambda: Implicit(damping=-1), "damping=-1: it must be a finite number of at least 0"),
         (lambda: Implicit(batches=0), "batches=0: it must be an integer of at least 1"),
         (lambda: FixedPoint(batches=True), "batches=True"),
