@@ -163,5 +163,10 @@ def _compare(folders: list[Path], plot: Path) -> int:
     return 0
 
 
+def command() -> int:
+    """The command as the shell calls it, by `dd-evaluate` or `python -m dd.evaluate`."""
+    return run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(command())

@@ -91,5 +91,10 @@ def _print(writer: ExpertWriter) -> None:
     )
 
 
+def command() -> int:
+    """The command as the shell calls it, by `dd-experts` or `python -m dd.experts`."""
+    return run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(command())

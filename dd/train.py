@@ -123,5 +123,10 @@ def _run(experiment: Experiment, folder: Path) -> int:
     return 0
 
 
+def command() -> int:
+    """The command as the shell calls it, by `dd-train` or `python -m dd.train`."""
+    return run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(command())
