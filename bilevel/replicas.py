@@ -6,8 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer
-from bilevel.errors import ConfigurationError
+from bilevel.checks import check_instance, check_integer
 from bilevel.problem import Problem
 from bilevel.random import Key
 
@@ -39,9 +38,7 @@ class Replicas(Problem):
     """
 
     def __init__(self, problem: Problem, count: int) -> None:
-        if not isinstance(problem, Problem):
-            raise ConfigurationError(f"problem is a {type(problem).__name__}, not a Problem")
-        self.problem = problem
+        self.problem = check_instance("problem", problem, Problem, "Replicas(MyProblem(), count=4)")
         self.count = check_integer("count", count)
 
     def init(self, outer: Any, *, generator: torch.Generator) -> Any:
@@ -65,8 +62,8 @@ class Replicas(Problem):
         loss, metrics = torch.func.vmap(one)(params)
         return loss.mean(), {name: value.mean() for name, value in metrics.items()}
 
-    def hyperparameters(self, outer: Any) -> Any:
-        return self.problem.hyperparameters(outer)
+    def hyperparameters(self, outer: Any, step: int) -> Any:
+        return self.problem.hyperparameters(outer, step)
 
     def _split(self, generator: torch.Generator) -> list[torch.Generator]:
         key = Key.draw(generator)

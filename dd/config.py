@@ -13,15 +13,17 @@ from torch import nn
 
 import bilevel
 import gin
-from dd import augmentation, data, networks, problems
-from dd.distiller import Distiller
-from dd.evaluation import Evaluator
+from dd import augmentation, data, networks
+from dd.distillation.settings import Distiller
+from dd.evaluation.evaluator import Evaluator
+from dd.evaluation.protocols import DCProtocol
 from dd.experiment import Experiment
-from dd.expert_training import Experts
 from dd.objectives import MatchExperts, RealImages
-from dd.precision import Precision
-from dd.protocols import DCProtocol
-from dd.synthetic import SyntheticDataset
+from dd.objectives.alignment import PrototypeAlignment
+from dd.objectives.difficulty import DifficultyPacing
+from dd.objectives.experts import Experts
+from dd.runtime.precision import Precision
+from dd.synthetic.dataset import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
@@ -33,7 +35,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Experts": Experts,
     "MatchExperts": MatchExperts,
     "RealImages": RealImages,
-    "DifficultyPacing": data.DifficultyPacing,
+    "DifficultyPacing": DifficultyPacing,
     "SyntheticDataset": SyntheticDataset,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,
@@ -70,7 +72,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Eigenvectors": bilevel.basis.Eigenvectors,
     "MovingAverageClip": bilevel.clip.MovingAverageClip,
     "MovingAverageRowClip": bilevel.clip.MovingAverageRowClip,
-    "PrototypeAlignment": problems.PrototypeAlignment,
+    "PrototypeAlignment": PrototypeAlignment,
     "sgd": bilevel.optim.sgd,
     "adam": bilevel.optim.adam,
     "adamw": bilevel.optim.adamw,

@@ -23,16 +23,23 @@ Example:
 
 from bilevel.optim.adagrad_family import AdagradState, RMSPropState, adagrad, rmsprop
 from bilevel.optim.adam_family import AdamState, adam, adamw
+from bilevel.optim.base import RoundedState, Rule, on_vector
+from bilevel.optim.composition import chain, freeze
 from bilevel.optim.gradient_descent import SGDState, sgd
 
 __all__ = [
     "AdagradState",
     "AdamState",
     "RMSPropState",
+    "RoundedState",
+    "Rule",
     "SGDState",
     "adagrad",
     "adam",
     "adamw",
+    "chain",
+    "freeze",
+    "on_vector",
     "rmsprop",
     "sgd",
 ]

@@ -8,7 +8,7 @@ import torch
 
 import bilevel
 from dd import config
-from dd.distiller import Distiller
+from dd.distillation.settings import Distiller
 from dd.experiment import Experiment
 
 GIN = Path(__file__).parents[2] / "gin"
