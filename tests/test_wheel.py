@@ -56,37 +56,59 @@ def test_the_wheel_holds_types_licence_and_every_recipe(wheel: Path) -> None:
     assert f"bilevel_dd-{bilevel.__version__}.dist-info/licenses/LICENSE" in names
 
 
-def test_a_recipe_runs_by_its_name_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
-    place, empty = tmp_path / "place", tmp_path / "empty"
-    empty.mkdir()
+@pytest.fixture(scope="module")
+def commands(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the commands of an environment that the wheel is installed in."""
+    place = tmp_path_factory.mktemp("place")
     venv.create(place)
     paths = sysconfig.get_paths("venv", {"base": str(place), "platbase": str(place)})
     # The dependencies are those of these tests. What a path file names is not searched for path
     # files, so a development install of this repository is not seen.
     installed = [path for path in sys.path if Path(path).name == "site-packages"]
     Path(paths["purelib"], "dependencies.pth").write_text("\n".join(installed))
-    install = [sys.executable, "-m", "pip", "--python", paths["scripts"] + "/python", "install"]
-    run(*install, "--quiet", "--no-deps", "--no-index", wheel, cwd=empty)
+    folder = Path(paths["scripts"])
+    pip = [sys.executable, "-m", "pip", "--python", folder / "python"]
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=place)
+    return folder
 
-    parameters = {
-        "Distiller.outer_steps": 2,
-        "Distiller.inner_steps": 4,
-        "window": 2,
-        "width_range": 1,
-        "Evaluator.networks": 1,
-        "Evaluator.steps": [2],
-        "Evaluator.full_data_networks": 0,
-    }
-    run(
-        f"{paths['scripts']}/dd-train",
-        "--gin_file=digits",
-        "--run_dir=run",
-        *(f"--gin_param={name} = {value}" for name, value in parameters.items()),
-        cwd=empty,
+
+def parameters(**values: object) -> list[str]:
+    """Arguments that set parameters; in their names, `__` stands for a dot."""
+    return [f"--gin_param={name.replace('__', '.')} = {text}" for name, text in values.items()]
+
+
+def test_every_command_runs_a_recipe_by_its_name_in_an_empty_folder(
+    commands: Path, tmp_path: Path
+) -> None:
+    tiny = parameters(
+        Distiller__outer_steps=2,
+        Distiller__inner_steps=4,
+        window=2,
+        width_range=1,
+        Evaluator__networks=1,
+        Evaluator__steps=[2],
+        Evaluator__full_data_networks=0,
     )
-    results = json.loads((empty / "run" / "results.json").read_text())
+    run(commands / "dd-train", "--gin_file=digits", "--run_dir=run", *tiny, cwd=tmp_path)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["outer_steps"] == 2
-    assert {path.name for path in empty.iterdir()} == {"run"}
+    assert results["accuracy"]["distilled"]["networks"] == 1
+
+    shown = run(commands / "dd-evaluate", "run", "--only=distilled", cwd=tmp_path)
+    assert "test accuracy on digits" in shown
+
+    tiny = parameters(
+        Experiment__dataset="@digits()",
+        Experiment__transform="@standardize",
+        ConvNet__depth=1,
+        Experts__count=1,
+        Experts__snapshots=6,
+        Experts__steps_between_snapshots=1,
+        Experts__folder="'experts'",
+    )
+    shown = run(commands / "dd-experts", "--gin_file=gin/cifar10_att_cpu.gin", *tiny, cwd=tmp_path)
+    assert "1 experts" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "experts"}
 
 
 def test_both_packages_have_one_version() -> None:
