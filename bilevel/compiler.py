@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.decompositions import DECOMPOSITIONS
 from bilevel.errors import CompileWarning
+from bilevel.held import Snapshot
 from bilevel.tree import is_differentiable
 
 #: Largest relative error of a compiled result against eager mode, by the result's dtype.
@@ -146,6 +147,11 @@ class Compiler:
         if fault:
             return refuse(fault)
         return lambda given: optree.tree_unflatten(structure, list(compiled(*tensors_of(given))))
+
+
+def constants_of(*holders: Any) -> Snapshot:
+    """What functions that are traced for these objects take from them as constants: all of it."""
+    return Snapshot(*holders)
 
 
 def _describe(leaf: Any) -> Hashable:

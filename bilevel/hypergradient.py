@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.checks import check_integer
+from bilevel.compiler import constants_of
 from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.first_call import FirstCall, missing_derivatives_named
@@ -169,7 +170,7 @@ class Hypergradient:
         key = Key.draw(generator)
         if self.inner.compiler is not None:
             if self._constants is None or not self._constants.unchanged():
-                self._constants = Snapshot(self.inner.problem, self.inner.optimizer)
+                self._constants = constants_of(self.inner.problem, self.inner.optimizer)
             self.inner.compiler.depends_on(self._constants)
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         plan = self.truncation.plan(self.steps, schedule_generator)
