@@ -38,7 +38,7 @@ from bilevel.truncation import (
 from dd import config
 from dd.data.prepared import PreparedData, RealBatches
 from dd.experiment import Experiment
-from dd.problems import MetaLoss
+from dd.objectives.real_images import MetaLoss
 
 GIN = Path(__file__).parents[1] / "gin" / "cifar10_cpu.gin"
 WINDOW, WIDTH_RANGE = 20, 5

@@ -23,6 +23,9 @@ from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult, LowRankStats, SolverStats, Stats
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
 
+#: Of both packages; `pyproject.toml` reads it here.
+__version__ = "0.2.0"
+
 __all__ = [
     "BilevelError",
     "CompileWarning",

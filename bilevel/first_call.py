@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ProblemError
+from bilevel.estimators.base import Estimator
 from bilevel.graph import differentiable_once, leaves_of
 from bilevel.inner import InnerLoop, StepInputs
 from bilevel.module import modules_held_by
@@ -37,16 +38,15 @@ class FirstCall:
 
     Args:
         inner: The inner loop.
-        twice: Whether the inner loss must be differentiable twice.
-        runs_again: Whether steps are run again for other φ.
+        estimator: What it needs decides what is checked.
 
     Attributes:
         remarks: Sentences for the status: modules whose parameters are held constant.
     """
 
-    def __init__(self, inner: InnerLoop, *, twice: bool, runs_again: bool) -> None:
+    def __init__(self, inner: InnerLoop, estimator: Estimator) -> None:
         self.remarks: list[str] = []
-        self._inner, self._twice, self._runs_again = inner, twice, runs_again
+        self._inner, self._estimator = inner, estimator
         self._modules = dict(modules_held_by(inner.problem))
         self._buffers = {
             f"{name}.{path}": buffer
@@ -149,14 +149,16 @@ class FirstCall:
                 "inner_loss does not depend on the params it is given; call the model through "
                 "torch.func.functional_call(module, params, inputs)"
             )
-        once = differentiable_once(loss) if self._twice else ""
+        once = differentiable_once(loss) if self._estimator.uses_second_derivatives else ""
         if once:
             raise ProblemError(
                 f"inner_loss uses {once}, whose backward is marked @once_differentiable: its "
                 "second derivative would be taken as zero; bilevel.estimators.FiniteDifference "
                 "needs none"
             )
-        if self._runs_again:
+        if self._estimator.differentiates_optimizer:
+            inner.check_optimizer(detach(inputs.hyperparameters))
+        if self._estimator.runs_again:
             outer = detach(variables.tree)
             start = partial(inner.start, outer, key, detach(inputs.hyperparameters))
             _check_repeatable("init", first.params, lambda: start().params)
@@ -173,8 +175,8 @@ class FirstCall:
             before = self._buffers.get(name)
             if before is not buffer or buffer._version != self._versions[name]:
                 raise ProblemError(
-                    f"{method} changes the buffer {type(self._inner.problem).__name__}.{name}, so a "
-                    "step that is run again would differ: put the module in eval mode, or make "
+                    f"{method} changes the buffer {type(self._inner.problem).__name__}.{name}, so "
+                    "a step that is run again would differ: put the module in eval mode, or make "
                     "the buffer a part of the parameters that init returns"
                 )
 
@@ -185,15 +187,13 @@ def _check_repeatable(method: str, made: Any, make: Callable[[], Any]) -> None:
     try:
         what = "" if _same(detach(made), make()) else "returned something else"
     except Exception as error:
-        what, cause = f"raised {type(error).__name__}", error
-    else:
-        cause = None
+        what = f"raised {type(error).__name__} ({error})"
     if what:
         raise ProblemError(
             f"{method}, called again with the same arguments, {what}. This estimator runs steps "
             "again for other outer variables: draw from the generator that the method is given, "
             "and choose examples by `step` (docs/contract.md)"
-        ) from cause
+        )
 
 
 def _went_round(method: str, leaf: Tensor, arguments: Any) -> str:
@@ -202,9 +202,9 @@ def _went_round(method: str, leaf: Tensor, arguments: Any) -> str:
         batch = arguments[1]
         return (
             "inner_loss depends on outer variables other than through tensors of its batch, where "
-            f"their derivative would be lost: {what}. Return it from inner_batch in a pytree (dict, "
-            f"list, tuple), which a {type(batch).__name__} may not be; or detach it if it is a "
-            "constant"
+            f"their derivative would be lost: {what}. Return it from inner_batch in a pytree "
+            f"(dict, list, tuple), which a {type(batch).__name__} may not be; or detach it if it "
+            "is a constant"
         )
     return (
         f"{method} depends on {what} and is not among its arguments, so its derivative would be "
@@ -264,7 +264,7 @@ _MISSING = (
 
 @contextmanager
 def missing_derivatives_named(estimator: object) -> Iterator[None]:
-    """Turn PyTorch's errors about an operation into a `ProblemError` with its name and a way out."""
+    """Turn PyTorch's errors about an operation into a `ProblemError` that says a way out."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
@@ -281,10 +281,10 @@ def missing_derivatives_named(estimator: object) -> Iterator[None]:
             found = re.search(pattern, text)
             if found:
                 raise ProblemError(
-                    f"the operation {found['name'].rstrip('.')} lacks a derivative that {name} needs "
-                    f"({_first(text)}). Write it in other operations, or choose an estimator that "
-                    "needs less: FiniteDifference takes first derivatives of the inner loss only, "
-                    "EvolutionStrategies takes none of the outer loss"
+                    f"the operation {found['name'].rstrip('.')} lacks a derivative that {name} "
+                    f"needs ({_first(text)}). Write it in other operations, or choose an estimator "
+                    "that needs less: FiniteDifference takes first derivatives of the inner loss "
+                    "only, EvolutionStrategies none of the outer loss"
                 ) from error
         raise
 

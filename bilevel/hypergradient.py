@@ -174,7 +174,7 @@ class Hypergradient:
         keep_from, window = plan.earliest_start, plan.window
         results = []
         for replica in range(self.inner_replicas):
-            first_call = None if self._first_call_done else self._first_call()
+            first_call = None if self._first_call_done else FirstCall(self.inner, self.estimator)
             examine = None if first_call is None else first_call.examine
             # Fused attention has no second derivative; its kernels made of other operations do.
             with missing_derivatives_named(self.estimator), sdpa_kernel(SDPBackend.MATH):
@@ -243,13 +243,6 @@ class Hypergradient:
         result = self(outer, outer_batch, generator)
         add_to_grad(leaves, result.grads)
         return result
-
-    def _first_call(self) -> FirstCall:
-        return FirstCall(
-            self.inner,
-            twice=self.estimator.uses_second_derivatives,
-            runs_again=self.estimator.runs_again,
-        )
 
 
 @final

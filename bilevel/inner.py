@@ -13,8 +13,8 @@ from bilevel.compiler import Compiler
 from bilevel.contract import check_hyperparameters, check_params, check_scalar
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.optim.base import on_vector
-from bilevel.optim.foreign import settle
-from bilevel.problem import Problem
+from bilevel.optim.foreign import check_differentiable, settle
+from bilevel.problem import Problem, overrides
 from bilevel.random import Key
 from bilevel.trajectory import Iterate
 from bilevel.tree import Layout, detach
@@ -79,11 +79,12 @@ class InnerLoop:
         self.problem = problem
         self.optimizer = optimizer
         self.compiler = Compiler() if compile else None
-        self.has_step_loss = _overrides(problem, "step_loss")
-        self.has_outer_loss = _overrides(problem, "outer_loss")
-        self._has_hyperparameters = _overrides(problem, "hyperparameters")
+        self.has_step_loss = overrides(problem, "step_loss")
+        self.has_outer_loss = overrides(problem, "outer_loss")
+        self._has_hyperparameters = overrides(problem, "hyperparameters")
         self._layout: Layout | None = None
         self._settled = False
+        self._finished: tuple[GradientTransformation, bool] | None = None
         self._examined: tuple[Examine | None, tuple[str, ...]] = (None, ())
         if self._is_transformation:
             self._settle(optimizer, torch.device("cpu"))
@@ -247,6 +248,17 @@ class InnerLoop:
         wanted = self._examined[0] is not None and method in self._examined[1]
         return torch.enable_grad() if wanted else nullcontext()
 
+    def check_optimizer(self, hyperparameters: Mapping[str, Any]) -> None:
+        """Try an optimizer from elsewhere: is its derivative that of what it computes?
+
+        Raises:
+            ConfigurationError: It is not, so that every hypergradient would be wrong.
+        """
+        if not self._transformation(hyperparameters)[1]:
+            made_of = None if self._is_transformation else hyperparameters
+            example = self._layout_now.example
+            check_differentiable(self.optimizer, example, hyperparameters=made_of)
+
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, as one compiled graph if this loop compiles.
 
@@ -268,6 +280,8 @@ class InnerLoop:
         self, hyperparameters: Mapping[str, Any]
     ) -> tuple[GradientTransformation, bool]:
         """(the optimizer, whether it is for the flat vector)."""
+        if self._finished is not None:
+            return self._finished
         transformation = self.optimizer
         if not self._is_transformation:
             try:
@@ -279,16 +293,14 @@ class InnerLoop:
                 ) from error
             self._settle(transformation, self._layout_now.device)
         of_vector = on_vector(transformation, self._layout_now.example)
-        return (transformation, False) if of_vector is None else (of_vector, True)
+        made = (transformation, False) if of_vector is None else (of_vector, True)
+        if self._is_transformation:
+            self._finished = made
+        return made
 
     def _settle(self, transformation: Any, device: torch.device) -> None:
         settle(transformation, device, check=not self._settled)
         self._settled = True
-
-
-def _overrides(problem: Problem, name: str) -> bool:
-    """Whether a problem has a method of its own where `Problem` has a default."""
-    return getattr(getattr(problem, name), "__func__", None) is not getattr(Problem, name)
 
 
 def _check_signature(problem: Problem) -> None:

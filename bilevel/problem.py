@@ -17,8 +17,9 @@ class Problem(ABC):
         minimise over φ    F(θ_stop(φ), φ) + Σ_t f_t(θ_{t+1}(φ), φ)
         where              θ_0 = init(φ),   θ_{t+1} = Φ(θ_t, s_t, ∇_θ ℓ(θ_t, B(φ, t)); h(φ, t))
 
-    with F the outer loss and f_t losses along the run, of which a problem has one or both. `φ` (`outer`) is a pytree of floating-point tensors, `θ` (`params`) is a pytree of
-    floating-point tensors of one dtype, `Φ` is the optimizer given to `Hypergradient`.
+    with F the outer loss and f_t losses along the run, of which a problem has one or both. `φ`
+    (`outer`) is a pytree of floating-point tensors, `θ` (`params`) is a pytree of floating-point
+    tensors of one dtype, `Φ` is the optimizer given to `Hypergradient`.
 
     The outer variables reach the inner loss only through the batch: whatever `inner_loss` needs of
     them, `inner_batch` puts there. Each method must be a pure function of its arguments: every
@@ -142,6 +143,11 @@ class Problem(ABC):
             hyperparameters=hyperparameters,
             signals=signals,
         )
+
+
+def overrides(problem: Problem, name: str) -> bool:
+    """Whether a problem has a method of its own where `Problem` has a default."""
+    return getattr(getattr(problem, name), "__func__", None) is not getattr(Problem, name)
 
 
 def _outer_itself(outer: Any, step: int) -> Any:

@@ -8,7 +8,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
-import optree
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from bilevel.inner import SIGNALS, InnerLoop, StepInputs
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
-from bilevel.tree import detach, needs_gradient, partition
+from bilevel.tree import detach, tensors_in
 
 
 @final
@@ -143,7 +142,7 @@ def record(
             first_call.step(variables, key, first, iterate, inputs, step)
         if step >= keep_from and parts.wanted:
             inputs_kept[step] = inputs
-            parts.see(iterate, inputs, optree.tree_leaves(inputs))
+            parts.see(iterate, inputs, inputs)
             if not parts.wanted:
                 inputs_kept.clear()
         if in_graph:
@@ -154,7 +153,7 @@ def record(
                 inner, on_graph, inputs, tuple(signals), constants if of_problem else None
             )
             after = on_graph.detached()
-            whole.see(iterate, inputs, [on_graph.params, *optree.tree_leaves(on_graph.state)])
+            whole.see(iterate, inputs, (on_graph.params, on_graph.state))
             if not whole.wanted:
                 graphs.clear()
         else:
@@ -198,8 +197,8 @@ def affordable_spacing(iterate: Iterate, count: int, kept_on: torch.device | Non
     the k of a recomputed segment; for what an accelerator keeps in the host's memory, a quarter of
     that. Where nothing is, k = ⌈√count⌉, which takes the least memory.
     """
-    leaves = [iterate.params, iterate.gradient, *optree.tree_leaves(iterate.state)]
-    size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    leaves = tensors_in((iterate.params, iterate.gradient, iterate.state))
+    size = sum(leaf.nbytes for leaf in leaves)
     device = iterate.params.device
     budget = 96 * 2**20
     if device.type == "cuda":
@@ -239,15 +238,15 @@ class _Keep:
         """Whether the next step's graph is to be made and held."""
         return self._decided is not False
 
-    def see(self, iterate: Iterate, inputs: StepInputs, outputs: Sequence[Any]) -> None:
-        """Decide, by the outputs of a step that was made with its graph, if it is not decided."""
+    def see(self, iterate: Iterate, inputs: StepInputs, made: Any) -> None:
+        """Decide, by the pytree that was made with its graph, if it is not decided."""
         if self._decided is not None:
             return
-        leaves = optree.tree_leaves((iterate.params, iterate.state, inputs))
-        signature = tuple((x.shape, x.dtype) for x in leaves if isinstance(x, Tensor))
+        leaves = tensors_in((iterate.params, iterate.state, inputs))
+        signature = tuple((x.shape, x.dtype) for x in leaves)
         device = iterate.params.device
         self._decided = self._budget.fits(self._kind, signature, self._count, device)
-        tensors = [output for output in outputs if isinstance(output, Tensor)]
+        tensors = tensors_in(made)
         if self._decided is None and self._before is not None:
             self._budget.measure(self._kind, signature, self._before, tensors)
             self._decided = self._budget.fits(self._kind, signature, self._count, device)

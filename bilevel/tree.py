@@ -42,6 +42,11 @@ def partition(
     return [leaf for leaf, is_chosen in zip(leaves, chosen, strict=True) if is_chosen], rebuild
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Every tensor of a pytree."""
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def detach(tree: Any) -> Any:
     """The same pytree with every tensor cut off its graph."""
     return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)

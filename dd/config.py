@@ -6,22 +6,24 @@ import io
 import re
 import tokenize
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import nn
 
 import bilevel
 import gin
-from dd import augmentation, data, networks, problems
-from dd.distiller import Distiller
-from dd.evaluation import Evaluator
+from dd import augmentation, data, networks
+from dd.distillation.settings import Distiller
+from dd.evaluation.evaluator import Evaluator
+from dd.evaluation.protocols import DCProtocol
 from dd.experiment import Experiment
-from dd.expert_training import Experts
 from dd.objectives import MatchExperts, RealImages
-from dd.precision import Precision
-from dd.protocols import DCProtocol
-from dd.synthetic import SyntheticDataset
+from dd.objectives.alignment import PrototypeAlignment
+from dd.objectives.difficulty import DifficultyPacing
+from dd.objectives.experts import Experts
+from dd.runtime.precision import Precision
+from dd.synthetic.dataset import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
@@ -33,7 +35,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Experts": Experts,
     "MatchExperts": MatchExperts,
     "RealImages": RealImages,
-    "DifficultyPacing": data.DifficultyPacing,
+    "DifficultyPacing": DifficultyPacing,
     "SyntheticDataset": SyntheticDataset,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,
@@ -70,7 +72,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Eigenvectors": bilevel.basis.Eigenvectors,
     "MovingAverageClip": bilevel.clip.MovingAverageClip,
     "MovingAverageRowClip": bilevel.clip.MovingAverageRowClip,
-    "PrototypeAlignment": problems.PrototypeAlignment,
+    "PrototypeAlignment": PrototypeAlignment,
     "sgd": bilevel.optim.sgd,
     "adam": bilevel.optim.adam,
     "adamw": bilevel.optim.adamw,
@@ -83,6 +85,10 @@ for _name, _target in CONFIGURABLES.items():
     if _name != "Experiment":
         gin.external_configurable(_target, _name)
 
+
+_PACKAGED = Path(__file__).parent / "recipes"
+#: The recipes that come with `dd`, beside this file in a wheel; the repository has them in gin/.
+RECIPES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "gin"
 
 #: Parameters that the named files and bindings set themselves, not those they include.
 _set_by_user: set[str] = set()
@@ -115,23 +121,20 @@ class ConfigError(Exception):
 def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     """Build the experiment that gin files and bindings describe.
 
+    A file is looked for in the working directory, then among the recipes of `dd`: from any
+    directory, "digits", "gin/digits" and "gin/digits.gin" are the same recipe.
+
     Raises:
         ConfigError: A file is missing, a name is misspelt, or a value cannot work.
     """
     gin.clear_config()
     _set_by_user.clear()
-    for name in files:
-        if not Path(name).is_file():
-            beside = sorted(path.name for path in Path(name).parent.glob("*.gin"))
-            raise ConfigError(
-                f"gin file {name} does not exist"
-                + (_nearest(Path(name).name, beside) if beside else "")
-            )
+    paths = [_found(name, Path()) for name in files]
     try:
-        for source in [*(Path(name).read_text() for name in files), *bindings]:
+        for source in [*(path.read_text() for path in paths), *bindings]:
             _set_by_user.update(re.findall(r"^\s*([\w./]+)\s*=", source, re.MULTILINE))
-        for name in files:
-            _parse(Path(name))
+        for path in paths:
+            _parse(path)
         gin.parse_config_files_and_bindings([], list(bindings))
         return _EXPERIMENT()
     except (
@@ -146,8 +149,28 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
         raise ConfigError(one_line(error)) from error
 
 
+def _found(name: str, folder: Path) -> Path:
+    recipe = PurePath(name)
+    if recipe.parts[:1] == ("gin",):
+        recipe = recipe.relative_to("gin")
+    for path in (folder / name, RECIPES / recipe):
+        for spelled in (path, Path(f"{path}.gin")):
+            if spelled.is_file():
+                return spelled
+    beside = sorted(path.name for path in (folder / name).parent.glob("*.gin"))
+    recipes = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.gin"))
+    near = difflib.get_close_matches(recipe.name, [*beside, *recipes], n=1)
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    elif beside:
+        hint = f"there are {', '.join(beside)}"
+    else:
+        hint = f"recipes are in {RECIPES}"
+    raise ConfigError(f"gin file {name} does not exist; {hint}")
+
+
 def _parse(path: Path) -> None:
-    """Parse a file; what it includes is looked for beside it, wherever one is."""
+    """Parse a file; what it includes is looked for beside it, wherever one is, then in `dd`."""
     begin = 0
     lines = path.read_text().splitlines()
 
@@ -161,9 +184,10 @@ def _parse(path: Path) -> None:
         if include:
             flush(number)
             begin = number + 1
-            target = path.absolute().parent / include[2]
-            if not target.is_file():
-                raise ConfigError(f"{path} includes {include[2]}, which is not beside it")
+            try:
+                target = _found(include[2], path.absolute().parent)
+            except ConfigError as error:
+                raise ConfigError(f"{path} includes {include[2]}: {error}") from error
             _parse(target)
     flush(len(lines))
 

@@ -5,15 +5,14 @@ import sys
 from pathlib import Path
 
 from dd import config
-from dd.cli import add_gin_arguments, fail, print_results, run
-from dd.comparison import comparison_plot, comparison_table, load_results
-from dd.distillation import DISTILLED
+from dd.cli import add_gin_arguments, fail, keep_freed_memory, print_results, run
+from dd.distillation.loop import DISTILLED
+from dd.evaluation.comparison import comparison_plot, comparison_table, load_results
+from dd.evaluation.foreign_set import PIXELS, TRANSFORMED
+from dd.evaluation.report import RESULTS, TRAINING_SETS
 from dd.experiment import CONFIG
-from dd.files import DamagedFileError, write_bytes
-from dd.foreign_set import PIXELS, TRANSFORMED
-from dd.memory import keep_freed_memory
-from dd.processes import one_first
-from dd.results import RESULTS, TRAINING_SETS
+from dd.runtime.files import DamagedFileError, write_bytes
+from dd.runtime.processes import one_first
 
 #: Parameters that change neither the split of the data nor the set.
 CHANGEABLE = (
@@ -164,5 +163,10 @@ def _compare(folders: list[Path], plot: Path) -> int:
     return 0
 
 
+def command() -> int:
+    """The command as the shell calls it, by `dd-evaluate` or `python -m dd.evaluate`."""
+    return run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(command())

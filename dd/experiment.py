@@ -10,23 +10,35 @@ from torch import nn
 
 import bilevel
 from bilevel.distributed import rank, world_size
-from dd.assessment import Assessment
 from dd.augmentation import Augmentation
-from dd.checks import check_callable, check_choice, check_instance, check_integer, check_number
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
-from dd.devices import chosen_device
-from dd.distillation import DISTILLED
-from dd.distilled_set import DistilledSet
-from dd.distiller import Distiller
-from dd.evaluation import Evaluator
-from dd.expert_buffer import describe
-from dd.files import write_text
-from dd.foreign_set import TRANSFORMED, load_foreign_set
-from dd.job import Job
-from dd.progress import StopRequest
-from dd.results import RESULTS, TRAINING_SETS, empty_results, versions, write_results
-from dd.synthetic import SyntheticDataset
+from dd.distillation.loop import DISTILLED
+from dd.distillation.settings import Distiller
+from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
+from dd.evaluation.foreign_set import TRANSFORMED, load_foreign_set
+from dd.evaluation.report import (
+    RESULTS,
+    TRAINING_SETS,
+    Assessment,
+    empty_results,
+    versions,
+    write_results,
+)
+from dd.objectives.base import Task
+from dd.objectives.expert_buffer import describe
+from dd.runtime.checks import (
+    check_callable,
+    check_choice,
+    check_instance,
+    check_integer,
+    check_number,
+)
+from dd.runtime.devices import chosen_device
+from dd.runtime.files import write_text
+from dd.runtime.stopping import StopRequest
+from dd.synthetic.dataset import SyntheticDataset
 
 CONFIG = "config.gin"
 
@@ -129,10 +141,10 @@ class Experiment:
             self.validation_fraction,
         )
 
-    def job(self, data: PreparedData, folder: Path, seed: int | None = None) -> Job:
+    def task(self, data: PreparedData, folder: Path, seed: int | None = None) -> Task:
         """What the distiller works on, in `folder`, from this experiment's seed or another one."""
         seed = self.seed if seed is None else seed
-        return Job(
+        return Task(
             data=data,
             network=self.network,
             augmentation=self.augmentation,
@@ -162,7 +174,7 @@ class Experiment:
             write_results(folder / RESULTS, results)
 
         try:
-            state = self.distiller.distil(self.job(data, folder), stop, config_text, begin)
+            state = self.distiller.distil(self.task(data, folder), stop, config_text, begin)
             results["outer_steps"] = state.step
             results["wall_clock_seconds"]["distilling"] = state.seconds
             if not stop.agreed():

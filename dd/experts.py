@@ -5,14 +5,13 @@ import sys
 
 from bilevel import BilevelError
 from dd import config
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, run
-from dd.distiller import Distiller
-from dd.expert_buffer import ExpertWriter
-from dd.expert_training import Experts
-from dd.files import DamagedFileError
-from dd.memory import keep_freed_memory
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, keep_freed_memory, run
+from dd.distillation.settings import Distiller
 from dd.objectives import MatchExperts
-from dd.progress import stop_on_signal
+from dd.objectives.expert_buffer import ExpertWriter
+from dd.objectives.experts import Experts
+from dd.runtime.files import DamagedFileError
+from dd.runtime.stopping import stop_on_signal
 
 EPILOG = """\
 examples:
@@ -92,5 +91,10 @@ def _print(writer: ExpertWriter) -> None:
     )
 
 
+def command() -> int:
+    """The command as the shell calls it, by `dd-experts` or `python -m dd.experts`."""
+    return run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(command())

@@ -8,14 +8,13 @@ from pathlib import Path
 from bilevel import BilevelError
 from bilevel.distributed import gather
 from dd import config
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
-from dd.distillation import CHECKPOINT, DISTILLED, PICTURE
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, keep_freed_memory, print_results, run
+from dd.distillation.loop import CHECKPOINT, DISTILLED, PICTURE
+from dd.evaluation.report import RESULTS
 from dd.experiment import CONFIG, Experiment
-from dd.files import DamagedFileError
-from dd.memory import keep_freed_memory
-from dd.processes import one_first
-from dd.progress import stop_on_signal
-from dd.results import RESULTS
+from dd.runtime.files import DamagedFileError
+from dd.runtime.processes import one_first
+from dd.runtime.stopping import stop_on_signal
 
 #: Parameters that may change when a run is resumed: how long it goes on, how it is judged, and
 #: where cached files are.
@@ -124,5 +123,10 @@ def _run(experiment: Experiment, folder: Path) -> int:
     return 0
 
 
+def command() -> int:
+    """The command as the shell calls it, by `dd-train` or `python -m dd.train`."""
+    return run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(command())

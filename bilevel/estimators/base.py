@@ -26,6 +26,7 @@ class Estimator(ABC):
         runs_again: Whether it runs steps again for other φ, so that a batch which is not the same
             when it is made again would mislead it.
         uses_step_losses: Whether it can differentiate losses along the run.
+        differentiates_optimizer: Whether it differentiates the optimizer's step.
         carries_over: What a call takes over from the one before, in words; empty where calls have
             nothing to do with each other. Whoever trains another inner problem in every outer step
             has no use for an estimator that carries anything over.
@@ -36,6 +37,7 @@ class Estimator(ABC):
     uses_graph: bool = False
     runs_again: bool = False
     uses_step_losses: bool = True
+    differentiates_optimizer: bool = True
     carries_over: str = ""
 
     @abstractmethod

@@ -95,7 +95,7 @@ def _check_same_end(again: Tensor, recorded: Tensor) -> None:
     size = torch.linalg.vector_norm(recorded)
     if bool(distance > torch.finfo(recorded.dtype).eps ** 0.5 * size):
         raise ProblemError(
-            "inner_batch or inner_loss is not the same when it is run again: the window, run again, "
+            "inner_batch or inner_loss is not the same when it is run again: the window then "
             f"ends {float(distance / size):.1e} of ‖θ‖ from where it was recorded "
             "(docs/contract.md)"
         )

@@ -68,6 +68,7 @@ class Implicit(Estimator):
     """
 
     uses_step_losses = False
+    differentiates_optimizer = False
 
     def __init__(
         self,

@@ -123,15 +123,14 @@ def pull(
     after: Iterate, at: Sequence[Tensor], cotangent: Tensor, state_cotangents: Sequence[Tensor]
 ) -> list[Tensor]:
     """(λ, μ) at (θ_{t+1}, s_{t+1}) pulled back to the tensors `at`, on which those depend."""
-    outputs = [after.params, *partition(after.state)[0]]
-    pairs = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, (cotangent, *state_cotangents), strict=True)
-        if output.requires_grad
-    ]
-    if not pairs:
+    outputs, cotangents = [], []
+    leaves = [after.params, *partition(after.state)[0]]
+    for output, given in zip(leaves, (cotangent, *state_cotangents), strict=True):
+        if output.requires_grad:
+            outputs.append(output)
+            cotangents.append(given)
+    if not outputs:
         return [torch.zeros_like(leaf) for leaf in at]
-    outputs, cotangents = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outputs, at, cotangents, materialize_grads=True))
 
 

@@ -14,7 +14,7 @@ from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_r
 
 
 class AdamState(NamedTuple):
-    """The step count, and moving averages of the gradient and of its square."""
+    """The step count, and unbiased moving averages of the gradient and of its square."""
 
     step: Tensor
     mean: Any
@@ -30,9 +30,10 @@ def adam(
 ) -> GradientTransformation:
     r"""Adam, as `torch.optim.Adam` when `eps_root=0`.
 
-    m ← β₁m + (1−β₁)g;   v ← β₂v + (1−β₂)g²;   θ ← θ − lr·m̂ / (√(v̂ + eps_root) + eps)
+    m̂ ← m̂ + w(β₁)(g − m̂);   v̂ ← v̂ + w(β₂)(g² − v̂);   θ ← θ − lr·m̂ / (√(v̂ + eps_root) + eps)
 
-    with m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ), the two corrections in float64.
+    with w(β) = (1−β)/(1−βᵗ) in float64. These are the paper's m/(1−β₁ᵗ) and v/(1−β₂ᵗ), in which
+    the derivative by a β would be a difference of large numbers.
 
     Args:
         lr: Step size, at least 0.
@@ -117,15 +118,15 @@ class Adam(Elementwise):
     ) -> tuple[Tensor, ...]:
         if not self.decoupled:
             grad = decayed(grad, param, self.weight_decay)
-        mean = self.beta1 * mean + (1 - self.beta1) * grad
-        square = self.beta2 * square + (1 - self.beta2) * (grad * grad)
-        root = torch.sqrt(square / _bias_correction(self.beta2, count) + self.eps_root)
-        update = -self.lr * mean / (_bias_correction(self.beta1, count) * (root + self.eps))
+        mean = mean + _weight(self.beta1, count) * (grad - mean)
+        square = square + _weight(self.beta2, count) * (grad * grad - square)
+        update = -self.lr * mean / (torch.sqrt(square + self.eps_root) + self.eps)
         if self.decoupled and not is_zero(self.weight_decay):
             update = update - self.lr * self.weight_decay * needed(param)
         return update, mean, square
 
 
-def _bias_correction(beta: float | Tensor, count: Tensor) -> Tensor:
-    """1 − βᵗ in float64: in fewer digits nearly all would cancel."""
-    return 1 - torch.pow(beta.double() if isinstance(beta, Tensor) else beta, count)
+def _weight(beta: float | Tensor, count: Tensor) -> Tensor:
+    """(1−β)/(1−βᵗ) in float64, since in fewer digits nearly all of 1−βᵗ would cancel."""
+    beta = beta.double() if isinstance(beta, Tensor) else beta
+    return (1 - beta) / (1 - torch.pow(beta, count))

@@ -9,9 +9,11 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torchopt.base import GradientTransformation
 
 from bilevel.errors import ConfigurationError
 from bilevel.optim.base import rule_of
+from bilevel.optim.groups import Groups
 from bilevel.tree import needs_gradient, partition
 
 #: Sizes of the gradients that are tried, so that a bound is once far above and once far below.
@@ -54,9 +56,9 @@ def check_differentiable(
     """Raise unless autograd's derivative of a transformation is the derivative of what it does.
 
     A few steps are taken in float64 from random points. What autograd says of them, along one
-    direction, is compared with a central difference along it. Where two steps of the difference
-    disagree, there is a kink or a jump between them, and the point says nothing: a rule that clips
-    at a bound or looks at signs is right as it is. What takes its norms under `no_grad`, or
+    direction, is compared with a central difference along it. Where differences over several
+    distances disagree, there is a kink or a jump between, and the point says nothing: a rule that
+    clips at a bound or looks at signs is right as it is. What takes its norms under `no_grad`, or
     detaches them, is wrong wherever it is asked.
 
     Args:
@@ -103,7 +105,7 @@ def check_differentiable(
 
 def parts_of(transformation: Any) -> Iterator[Any]:
     """The transformations that one is made of, down to those that are not made of others."""
-    parts = getattr(rule_of(transformation) or transformation, "transformations", ())
+    parts = _direct_parts(transformation)
     if not parts:
         yield transformation
     for part in parts:
@@ -111,16 +113,23 @@ def parts_of(transformation: Any) -> Iterator[Any]:
 
 
 def name_of(transformation: Any) -> str:
-    """What to call a transformation in a sentence."""
-    rule = rule_of(transformation)
+    """What to call a transformation in a sentence, with what it is made of."""
+    rule, update = rule_of(transformation), transformation.update
+    inside = [name_of(part) for part in _direct_parts(transformation)]
     if rule is not None:
-        return f"bilevel.optim.{type(rule).__name__}"
-    update = transformation.update
-    name = getattr(update, "__qualname__", type(update).__qualname__).split(".<locals>")[0]
-    cells = [cell.cell_contents for cell in getattr(update, "__closure__", None) or ()]
-    inside = [part for cell in cells if hasattr(cell, "update") for part in parts_of(cell)]
-    within = f" of ({', '.join(map(name_of, inside))})" if inside else ""
-    return f"{getattr(update, '__module__', '')}.{name}{within}"
+        name = f"bilevel.optim.{type(rule).__name__}"
+    elif inside:
+        name = type(transformation).__qualname__
+    else:
+        name = getattr(update, "__qualname__", type(update).__qualname__).split(".<locals>")[0]
+        name = f"{getattr(update, '__module__', '')}.{name}"
+        cells = [cell.cell_contents for cell in getattr(update, "__closure__", None) or ()]
+        inside += [name_of(cell) for cell in cells if isinstance(cell, GradientTransformation)]
+    return f"{name} of ({', '.join(inside)})" if inside else name
+
+
+def _direct_parts(transformation: Any) -> tuple[Any, ...]:
+    return getattr(rule_of(transformation) or transformation, "transformations", ())
 
 
 def _spend_first_call(transformation: Any, device: torch.device, *, check: bool) -> None:
@@ -179,11 +188,11 @@ def _check_pure(transformation: Any, like: Any) -> None:
 
 
 def _culprit(transformation: Any, like: Any) -> str:
-    """The name of the first part whose own derivative is wrong, else that of the whole."""
-    parts = list(parts_of(transformation))
-    for part in parts if len(parts) > 1 else []:
-        if _is_wrong(lambda _, part=part: part, like, []):  # type: ignore[misc]
-            return name_of(part)
+    """The name of the first part of a chain whose own derivative is wrong, else that of it all."""
+    if not isinstance(rule_of(transformation), Groups):
+        for part in _direct_parts(transformation):
+            if _is_wrong(lambda _, part=part: part, like, []):  # type: ignore[misc]
+                return _culprit(part, like)
     return name_of(transformation)
 
 
@@ -243,14 +252,11 @@ def _is_wrong_at(
         above, below = (_weighed(weights, updates(sign * step)) for sign in (1, -1))
         return float(above - below) / (2 * step)
 
-    size = abs(float(value.detach()))
-    for step in (1e-5, 1e-3):
-        fine = quotient(step / 2)
-        if abs(slope - fine) <= TOLERANCE * max(abs(fine), abs(slope)) + 1e-7 * size:
-            return False
-        if abs(quotient(step) - fine) <= TOLERANCE / 10 * abs(fine) + 1e-9 * size:
-            return True
-    return False
+    allowed = 1e-6 * abs(float(value.detach()))
+    near, *others = quotient(1e-5), quotient(5e-6), quotient(1e-8)
+    if abs(slope - near) <= TOLERANCE * max(abs(near), abs(slope)) + allowed:
+        return False
+    return all(abs(near - other) <= TOLERANCE / 10 * abs(near) + allowed / 10 for other in others)
 
 
 def _weighed(weights: list[Tensor], updates: list[Tensor]) -> Tensor:

@@ -24,6 +24,11 @@ def at_least_zero(name: str, value: Hyperparameter) -> Hyperparameter:
     return _checked(name, value, lambda number: number >= 0, "a number of at least 0")
 
 
+def above_zero(name: str, value: Hyperparameter) -> Hyperparameter:
+    """`value` with its numbers as floats, or `ConfigurationError` unless each is above 0."""
+    return _checked(name, value, lambda number: number > 0, "a number above 0")
+
+
 def decay_rate(name: str, value: Hyperparameter) -> Hyperparameter:
     """`value` with its numbers as floats, or `ConfigurationError` unless each is in [0, 1)."""
     return _checked(name, value, lambda number: 0 <= number < 1, "a number in [0, 1)")
@@ -56,6 +61,7 @@ def per_leaf(name: str, value: Hyperparameter, like: Any) -> list[float | Tensor
             raise ConfigurationError(
                 f"{name} has shape {tuple(each.shape)} for the parameters at {path!r}, of shape "
                 f"{tuple(leaf.shape)}: it must be a number, or broadcast against them"
+                + (f", or be one vector of all {size} entries" if len(leaves) > 1 else "")
             )
     return values
 
@@ -111,9 +117,9 @@ def _checked(
             raise ConfigurationError(f"{name}={leaf}: it must be {words}")
         return float(leaf)
 
-    if not optree.tree_leaves(value):
+    if not optree.tree_leaves(value, none_is_leaf=True):
         raise ConfigurationError(f"{name}={value!r}: it must be {words}")
-    return optree.tree_map(check, value)
+    return optree.tree_map(check, value, none_is_leaf=True)
 
 
 def _spread(name: str, value: Hyperparameter, like: Any, path: str) -> Iterator[float | Tensor]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bilevel
 from bilevel.truncation import Stage
+from dd.augmentation import Augmentation
+from dd.data.prepared import PreparedData
+from dd.evaluation.evaluator import Evaluator
+from dd.synthetic.dataset import SyntheticDataset
 
 if TYPE_CHECKING:
-    from dd.distiller import Distiller
-    from dd.job import Job
+    from dd.distillation.settings import Distiller
 
 Outer = dict[str, Tensor]
 
@@ -22,7 +27,24 @@ Outer = dict[str, Tensor]
 HELD_OUT = "held_out_accuracy"
 
 
-class Goal(ABC):
+@final
+@dataclass(frozen=True)
+class Task:
+    """What one distillation works on; everything but the outer loop's own settings."""
+
+    data: PreparedData
+    network: nn.Module
+    augmentation: Augmentation
+    synthetic: SyntheticDataset
+    evaluator: Evaluator
+    folder: Path
+    key: bilevel.Key
+    device: torch.device
+    provenance: dict[str, Any]
+    description: dict[str, Any]
+
+
+class PreparedObjective(ABC):
     """An objective at work on one dataset: a nested problem, and what each outer step adds to it.
 
     Attributes:
@@ -72,7 +94,7 @@ class Objective(ABC):
         """The outer optimizer; `rates` has one for `images` and one for `labels`."""
 
     @abstractmethod
-    def prepare(self, settings: Distiller, job: Job, key: bilevel.Key) -> Goal:
+    def prepare(self, settings: Distiller, task: Task, key: bilevel.Key) -> PreparedObjective:
         """What the outer loop calls, once at its start, with the randomness of this process."""
 
     def provenance(self, outer: Outer) -> dict[str, float]:

@@ -6,23 +6,27 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 import bilevel
 from bilevel.distributed import broadcast_, rank
 from bilevel.truncation import Stage
-from dd.checks import check_instance
-from dd.data.difficulty import DifficultyPacing
+from dd.augmentation import Augmentation
 from dd.data.prepared import RealBatches
-from dd.expert_buffer import check_description
-from dd.files import DamagedFileError, read_tensors, write_tensors
 from dd.networks import named_parameters_of
-from dd.objectives.base import HELD_OUT, Goal, Objective, Outer
-from dd.problems import MetaLoss
+from dd.objectives.alignment import PrototypeAlignment
+from dd.objectives.base import HELD_OUT, Objective, Outer, PreparedObjective, Task
+from dd.objectives.difficulty import DifficultyPacing
+from dd.objectives.expert_buffer import check_description
+from dd.runtime.checks import check_instance
+from dd.runtime.files import DamagedFileError, read_tensors, write_tensors
+from dd.runtime.precision import Precision
+from dd.synthetic.dataset import SyntheticDataset
 
 if TYPE_CHECKING:
-    from dd.distiller import Distiller
-    from dd.job import Job
+    from dd.distillation.settings import Distiller
 
 #: From an outer step and its stage to the indices of the images it may draw.
 Pool = Callable[[int, Stage | None], Tensor]
@@ -57,14 +61,14 @@ class RealImages(Objective):
             [{"params": [value], "lr": rates[name]} for name, value in outer.items()]
         )
 
-    def prepare(self, settings: Distiller, job: Job, key: bilevel.Key) -> Goal:
-        return _LossOnRealImages(settings, job, key, self._pool(settings, job))
+    def prepare(self, settings: Distiller, task: Task, key: bilevel.Key) -> PreparedObjective:
+        return _LossOnRealImages(settings, task, key, self._pool(settings, task))
 
-    def _pool(self, settings: Distiller, job: Job) -> Pool | None:
+    def _pool(self, settings: Distiller, task: Task) -> Pool | None:
         if self.pacing is None:
             return None
         self.pacing.share(0, settings.truncation.stage)  # raises what cannot be at the start
-        images, labels = job.data.train_images, job.data.train_labels
+        images, labels = task.data.train_images, task.data.train_labels
         smallest = int(self.pacing.start * len(labels))
         if smallest < settings.real_batch:
             raise bilevel.ConfigurationError(
@@ -73,8 +77,8 @@ class RealImages(Objective):
             )
         # Where training is not repeatable, all processes, and a resumed run, still draw from the
         # same images: those of the first scores that process 0 computed.
-        path = job.folder / SCORES
-        scored = {**job.description, "scoring": self.pacing.scoring}
+        path = task.folder / SCORES
+        scored = {**task.description, "scoring": self.pacing.scoring}
         if path.exists():
             tensors, metadata = read_tensors(path)
             scores = tensors.get("scores", labels[:0]).to(labels.device)
@@ -88,7 +92,7 @@ class RealImages(Objective):
                 )
         else:
             scores = self.pacing.scores(
-                job.network, images, labels, job.augmentation, job.key.fold("difficulty")
+                task.network, images, labels, task.augmentation, task.key.fold("difficulty")
             )
             broadcast_([scores])
             if rank() == 0:
@@ -97,35 +101,35 @@ class RealImages(Objective):
 
 
 @final
-class _LossOnRealImages(Goal):
+class _LossOnRealImages(PreparedObjective):
     def __init__(
         self,
         settings: Distiller,
-        job: Job,
+        task: Task,
         key: bilevel.Key,
         pool: Pool | None,
     ) -> None:
         self.problem = self._meta_loss = MetaLoss(
-            job.network,
-            job.synthetic,
-            job.augmentation,
-            job.device,
+            task.network,
+            task.synthetic,
+            task.augmentation,
+            task.device,
             settings.alignment,
             settings.precision,
-            _extractor(settings, job),
+            _extractor(settings, task),
         )
-        self.alignment, self.num_classes = settings.alignment, job.data.num_classes
+        self.alignment, self.num_classes = settings.alignment, task.data.num_classes
         self.alignment_key = key.fold("aligned")
         self.micro_batch = settings.real_micro_batch
-        self.data = job.data
-        self.augmentation = job.augmentation
+        self.data = task.data
+        self.augmentation = task.augmentation
         self.real_batch, self.pool, self.key = settings.real_batch, pool, key.fold("real")
         self.stage = settings.truncation.stage
         self.real = self._batches(self.stage)
         # Drawn, as a dataset may be ordered by class; fixed, so that a gain is not one of the draw.
         self.held_out = torch.randperm(
-            len(job.data.validation_labels), generator=job.key.generator("held_out")
-        )[: settings.held_out_batch].to(job.device)
+            len(task.data.validation_labels), generator=task.key.generator("held_out")
+        )[: settings.held_out_batch].to(task.device)
 
     def inputs(self, step: int, stage: Stage | None) -> tuple[Outer, bilevel.MicroBatches]:
         if stage != self.stage:
@@ -162,9 +166,94 @@ class _LossOnRealImages(Goal):
         return float((predicted == labels).float().mean())
 
 
-def _extractor(settings: Distiller, job: Job) -> dict[str, Tensor] | None:
+def _extractor(settings: Distiller, task: Task) -> dict[str, Tensor] | None:
     """The parameters of the expert whose features are aligned, if it is not the inner network's."""
     if settings.alignment is None or settings.alignment.experts is None:
         return None
-    experts = settings.alignment.experts.open(job.description)
-    return named_parameters_of(job.network, experts.snapshot(0, experts.snapshots).to(job.device))
+    experts = settings.alignment.experts.open(task.description)
+    return named_parameters_of(task.network, experts.snapshot(0, experts.snapshots).to(task.device))
+
+
+@final
+class MetaLoss(bilevel.Problem):
+    """Train a fresh network on the synthetic set; judge it by its loss on real images.
+
+        ℓ(θ, (x, y)) = cross-entropy of the network on augmented synthetic images x, labels y
+        F(θ, φ)      = cross-entropy on a batch of (already augmented) real images, + alignment
+
+    Outer variables are those of `SyntheticDataset`; the outer batch is (images, labels), and may
+    have the classes to align, int64 [k], as a third part. Reports `accuracy` on the outer batch, a
+    fraction, and with an alignment `cross_entropy` and its parts.
+
+    Args:
+        network: The module whose parameters are trained; only its structure is used.
+        synthetic: How inner batches are drawn.
+        augmentation: Applied to every inner batch.
+        device: Where parameters live.
+        alignment: A term that draws the synthetic images' features to those of the real ones.
+        precision: Of the networks' arithmetic; default: float32.
+        extractor: Parameters of the network whose features are aligned; default: θ_stop.
+
+    Source: the outer objective of Feng et al., arXiv 2311.07025, equation 1.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        synthetic: SyntheticDataset,
+        augmentation: Augmentation,
+        device: torch.device,
+        alignment: PrototypeAlignment | None = None,
+        precision: Precision | None = None,
+        extractor: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.network = network
+        self.synthetic = synthetic
+        self.augmentation = augmentation
+        self.device = device
+        self.alignment = alignment
+        self.precision = Precision() if precision is None else precision
+        self.extractor = extractor
+
+    def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
+        return bilevel.fresh_parameters(self.network, generator, device=self.device)
+
+    def inner_batch(
+        self, outer: Any, step: int, *, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = self.synthetic.batch(outer, generator)
+        return self.augmentation(images, generator), labels
+
+    def inner_loss(self, params: Any, batch: Any) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self._logits(params, images, self.precision.inner), labels)
+
+    def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels, *aligned = batch
+        logits = self._logits(params, images, self.precision.outer)
+        loss = F.cross_entropy(logits, labels)
+        metrics = {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+        if self.alignment is None:
+            return loss, metrics
+        num_classes = logits.shape[1]
+        classes = aligned[0] if aligned else torch.arange(num_classes, device=labels.device)
+        alignment, parts = self.alignment(
+            self.network,
+            params if self.extractor is None else self.extractor,
+            (images, labels),
+            self.synthetic.of_classes(outer, classes),
+            classes,
+            num_classes,
+            self.synthetic.patches_per_side,
+        )
+        return loss + alignment, {**metrics, "cross_entropy": loss, **parts}
+
+    def predictions(self, params: Any, images: Tensor) -> Tensor:
+        """The class that the network finds likeliest for each image: int64 [N]."""
+        return self._logits(params, images, self.precision.outer).argmax(dim=1)
+
+    def _logits(self, params: Any, images: Tensor, dtype: str) -> Tensor:
+        """Logits [N, classes], float32 whatever `dtype` the network runs in."""
+        with self.precision.autocast(dtype, images.device):
+            logits: Tensor = functional_call(self.network, params, (self.precision.stored(images),))
+        return logits.to(images.dtype)

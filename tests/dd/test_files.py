@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import bilevel
-from dd.checkpoint import TrainingState
 from dd.data import KIPWhitening, Standardize, ZCAWhitening
-from dd.distilled_set import DistilledSet
-from dd.files import (
+from dd.distillation.state import TrainingState
+from dd.evaluation.distilled_set import DistilledSet
+from dd.runtime.files import (
     DamagedFileError,
     read_json,
     read_tensors,

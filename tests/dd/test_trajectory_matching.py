@@ -18,9 +18,8 @@ import bilevel
 from bilevel.truncation import Full, MinimumDistance, Truncation
 from dd.augmentation import DSA, NoAugmentation
 from dd.networks import ConvNet
-from dd.problems import TrajectoryMatching
-from dd.problems.trajectory_matching import learned_rate
-from dd.synthetic import SyntheticDataset
+from dd.objectives.match_experts import TrajectoryMatching, learned_rate
+from dd.synthetic.dataset import SyntheticDataset
 
 Outer = dict[str, Tensor]
 
