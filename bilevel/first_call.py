@@ -19,8 +19,8 @@ from torch import Tensor
 from bilevel.errors import ProblemError
 from bilevel.estimators.base import Estimator
 from bilevel.graph import differentiable_once, leaves_of
+from bilevel.held import modules_held_by
 from bilevel.inner import InnerLoop, StepInputs
-from bilevel.module import modules_held_by
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
 from bilevel.result import HypergradientResult

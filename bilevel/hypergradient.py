@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.checks import check_integer
-from bilevel.compiler import constants_of
 from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.first_call import FirstCall, missing_derivatives_named
+from bilevel.held import Snapshot, modules_held_by
 from bilevel.inner import InnerLoop
-from bilevel.module import modules_held_by, refuse_running_statistics
+from bilevel.module import refuse_running_statistics
 from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
@@ -142,6 +142,7 @@ class Hypergradient:
             budget = check_integer("graph_budget", graph_budget, minimum=0)
         self.graph_budget = GraphBudget(budget)
         self._first_call_done = False
+        self._constants: Snapshot | None = None
         self.keep_on = None if keep_on is None else torch.device(keep_on)
 
     def __call__(
@@ -167,7 +168,9 @@ class Hypergradient:
         """
         key = Key.draw(generator)
         if self.inner.compiler is not None:
-            self.inner.compiler.depends_on(constants_of(self.inner.problem))
+            if self._constants is None or not self._constants.unchanged():
+                self._constants = Snapshot(self.inner.problem, self.inner.optimizer)
+            self.inner.compiler.depends_on(self._constants)
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         plan = self.truncation.plan(self.steps, schedule_generator)
         horizon = check_integer("Plan.horizon", plan.horizon, maximum=self.steps)
@@ -231,6 +234,10 @@ class Hypergradient:
         grads = optree.tree_leaves(result.grads)
         loss: Tensor = _Bridge.apply(result.loss, grads, *leaves)
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy starts with: everything but what belongs to this object's own calls."""
+        return {**self.__dict__, "_constants": None}
 
     def backward(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
