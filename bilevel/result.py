@@ -122,7 +122,7 @@ def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
         status="; ".join(dict.fromkeys(others)) or "ok",
         hypergradient_norm=torch.nn.utils.get_total_norm(optree.tree_leaves(grads)),
         hessian_vector_products=sum(each.stats.hessian_vector_products for each in results),
-        low_rank=_over_all(low_rank) if low_rank else None,
+        low_rank=_combined_low_rank(low_rank) if low_rank else None,
     )
     return replace(
         first,
@@ -136,7 +136,7 @@ def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
     )
 
 
-def _over_all(runs: Sequence[LowRankStats]) -> LowRankStats:
+def _combined_low_rank(runs: Sequence[LowRankStats]) -> LowRankStats:
     """The first run's spectrum, the passes of all, the worst staleness; exact if any run was."""
     staleness = [each.staleness for each in runs if each.staleness is not None]
     return LowRankStats(

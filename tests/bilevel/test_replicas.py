@@ -105,7 +105,7 @@ def test_only_the_first_replica_runs_past_the_window():
     made(case.outer, case.outer_batch, seeded(0))
     drawn.clear()
     found = made(case.outer, case.outer_batch, seeded(0))
-    assert drawn.count(3) == 3  # recorded, and differentiated from there
+    assert drawn.count(3) == 3
     assert drawn.count(8) == 1
     key = bilevel.Key.draw(seeded(0))
     keys = [key, key.fold("replica", 1), key.fold("replica", 2)]
