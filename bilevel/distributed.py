@@ -18,7 +18,7 @@ from bilevel.checks import check_instance
 from bilevel.errors import NonFiniteError, ProcessError
 from bilevel.hypergradient import Hypergradient
 from bilevel.outer import add_to_grad, leaves_with_grad
-from bilevel.result import HypergradientResult
+from bilevel.result import HypergradientResult, as_float
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ class AveragedHypergradient:
             raise
         names = sorted(result.metrics)
         grads, spec = optree.tree_flatten(result.grads)
-        tensors = [result.loss, *(result.metrics[name] for name in names), *grads]
+        tensors = [result.loss, *(as_float(result.metrics[name]) for name in names), *grads]
         layout = (tuple(names), tuple((tuple(t.shape), str(t.dtype)) for t in tensors))
         _check(gather(_Report(layout=layout)))
         loss, *rest = average(tensors)

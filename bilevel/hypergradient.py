@@ -1,5 +1,6 @@
 """The entry point: record, select, differentiate."""
 
+from dataclasses import replace
 from typing import Any, final
 
 import optree
@@ -203,7 +204,8 @@ class Hypergradient:
                     # The other replicas need no more than that window of their runs.
                     horizon, keep_from = window.stop, window.start
                 with self.inner.examined(examine, "outer_loss", "step_loss"):
-                    result = self.estimator(trajectory.select(window), outer_batch)
+                    chosen = replace(trajectory.select(window), replica=replica)
+                    result = self.estimator(chosen, outer_batch)
             _check_finite(result)
             self._first_call_done = True
             results.append(result if first_call is None else first_call.remarked(result))

@@ -170,13 +170,18 @@ class OuterGradient:
             status = (
                 f"the gradient of outer variables {names} is exactly zero through the window "
                 f"[{window.start}, {window.stop})"
-                + ("" if self._certain else ", as far as this estimator can see")
+                + ("" if self._knows_zero(suspects) else ", as far as this estimator can see")
             )
         grads = [
             torch.zeros_like(leaf) if grad is None else grad.to(leaf)
             for leaf, grad in zip(self.variables.leaves, self._sums, strict=True)
         ]
         return [grad.detach() for grad in grads], status
+
+    def _knows_zero(self, indices: Sequence[int]) -> bool:
+        """Whether these gradients are zero and not only too small for differences to see."""
+        no_path = all(self._sums[index] is None for index in indices)
+        return self._certain and (self._twice or no_path)
 
     def _pull_now(self) -> None:
         if self._outputs:

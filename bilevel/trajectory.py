@@ -114,6 +114,7 @@ class Trajectory:
         no_graph: Why it was not, a sentence; empty where nobody asked.
         trace: Per-step signals.
         window: What is differentiated.
+        replica: Which of several independent runs for one hypergradient this is, from 0.
     """
 
     inner: InnerLoop
@@ -127,6 +128,7 @@ class Trajectory:
     trace: Trace
     window: Window
     no_graph: str = ""
+    replica: int = 0
 
     @property
     def horizon(self) -> int:
