@@ -3,12 +3,12 @@
 import functools
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, final
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.decompositions import DECOMPOSITIONS
@@ -56,6 +56,10 @@ class Compiler:
         self._graphs: dict[tuple[Hashable, ...], Callable[[Sequence[Any]], Any]] = {}
         self._eager: set[Hashable] = set()
         self._context: Hashable = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy compiles its own graphs: those of this one belong to its functions."""
+        return {**self.__dict__, "_graphs": {}, "_eager": set(), "_context": None}
 
     @property
     def refused(self) -> int:
@@ -142,46 +146,6 @@ class Compiler:
         if fault:
             return refuse(fault)
         return lambda given: optree.tree_unflatten(structure, list(compiled(*tensors_of(given))))
-
-
-def constants_of(value: Any, depth: int = 4) -> Hashable:
-    """What a traced function would take from `value` as constants, in a form to compare.
-
-    Tensors by identity and version, so that a replaced one is noticed and one written to in place
-    is too; numbers and strings by value; modules, containers and other objects by what they hold.
-    """
-    if isinstance(value, Tensor):
-        return _Same(value), value._version
-    if value is None or isinstance(value, bool | int | float | str | torch.device | torch.dtype):
-        return value
-    if depth == 0:
-        return _Same(value)
-    if isinstance(value, nn.Module):
-        tensors = [*value.named_parameters(), *value.named_buffers()]
-        held = [("training", value.training), *tensors]
-    elif isinstance(value, Mapping):
-        held = [(str(name), each) for name, each in value.items()]
-    elif isinstance(value, list | tuple):
-        held = [(str(index), each) for index, each in enumerate(value)]
-    elif hasattr(value, "__dict__"):
-        held = list(vars(value).items())
-    else:
-        return _Same(value)
-    return type(value), tuple((name, constants_of(each, depth - 1)) for name, each in held)
-
-
-@final
-class _Same:
-    """Equal to what wraps the same object, which it keeps alive, so that no other gets its id."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 def _describe(leaf: Any) -> Hashable:

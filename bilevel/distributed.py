@@ -14,7 +14,8 @@ import optree
 import torch
 from torch import Tensor, distributed
 
-from bilevel.errors import ConfigurationError, NonFiniteError, ProcessError
+from bilevel.checks import check_instance
+from bilevel.errors import NonFiniteError, ProcessError
 from bilevel.hypergradient import Hypergradient
 from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.result import HypergradientResult
@@ -124,11 +125,9 @@ class AveragedHypergradient:
     """
 
     def __init__(self, hypergradient: Hypergradient) -> None:
-        if not isinstance(hypergradient, Hypergradient):
-            raise ConfigurationError(
-                f"hypergradient is a {type(hypergradient).__name__}, not a Hypergradient"
-            )
-        self.hypergradient = hypergradient
+        self.hypergradient = check_instance(
+            "hypergradient", hypergradient, Hypergradient, "Hypergradient(problem, optimizer, 10)"
+        )
 
     def __call__(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None

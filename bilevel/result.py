@@ -71,6 +71,8 @@ class Stats:
             outer variables, from the spread of its samples. A scalar tensor, of estimators that
             sample more than once.
         low_rank: How `LowRank` came to its result.
+        method: How the window was differentiated where there is a choice: by the "recorded graph",
+            or by the "recursion" and why.
     """
 
     status: str
@@ -81,6 +83,7 @@ class Stats:
     outer_loss_gap: Tensor | None = None
     standard_error: Tensor | None = None
     low_rank: LowRankStats | None = None
+    method: str = ""
 
 
 @dataclass(frozen=True)

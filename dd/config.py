@@ -6,7 +6,7 @@ import io
 import re
 import tokenize
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import nn
@@ -100,6 +100,10 @@ MOVED = {
 #: What a set is judged by: all its parameters may change when that is done again.
 JUDGES = (Evaluator, Protocol, Augmentation, nn.Module)
 
+_PACKAGED = Path(__file__).parent / "recipes"
+#: The recipes that come with `dd`, beside this file in a wheel; the repository has them in gin/.
+RECIPES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "gin"
+
 #: Parameters that the named files and bindings set themselves, not those they include.
 _set_by_user: set[str] = set()
 
@@ -131,23 +135,20 @@ class ConfigError(Exception):
 def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     """Build the experiment that gin files and bindings describe.
 
+    A file is looked for in the working directory, then among the recipes of `dd`: from any
+    directory, "digits", "gin/digits" and "gin/digits.gin" are the same recipe.
+
     Raises:
         ConfigError: A file is missing, a name is misspelt, or a value cannot work.
     """
     gin.clear_config()
     _set_by_user.clear()
-    for name in files:
-        if not Path(name).is_file():
-            beside = sorted(path.name for path in Path(name).parent.glob("*.gin"))
-            raise ConfigError(
-                f"gin file {name} does not exist"
-                + (_nearest(Path(name).name, beside) if beside else "")
-            )
+    paths = [_found(name, Path()) for name in files]
     try:
-        for source in [*(Path(name).read_text() for name in files), *bindings]:
+        for source in [*(path.read_text() for path in paths), *bindings]:
             _set_by_user.update(re.findall(r"^\s*([\w./]+)\s*=", source, re.MULTILINE))
-        for name in files:
-            _parse(Path(name))
+        for path in paths:
+            _parse(path)
         gin.parse_config_files_and_bindings([], list(bindings))
         return _EXPERIMENT()
     except (
@@ -162,8 +163,28 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
         raise ConfigError(one_line(error)) from error
 
 
+def _found(name: str, folder: Path) -> Path:
+    recipe = PurePath(name)
+    if recipe.parts[:1] == ("gin",):
+        recipe = recipe.relative_to("gin")
+    for path in (folder / name, RECIPES / recipe):
+        for spelled in (path, Path(f"{path}.gin")):
+            if spelled.is_file():
+                return spelled
+    beside = sorted(path.name for path in (folder / name).parent.glob("*.gin"))
+    recipes = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.gin"))
+    near = difflib.get_close_matches(recipe.name, [*beside, *recipes], n=1)
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    elif beside:
+        hint = f"there are {', '.join(beside)}"
+    else:
+        hint = f"recipes are in {RECIPES}"
+    raise ConfigError(f"gin file {name} does not exist; {hint}")
+
+
 def _parse(path: Path) -> None:
-    """Parse a file; what it includes is looked for beside it, wherever one is."""
+    """Parse a file; what it includes is looked for beside it, wherever one is, then in `dd`."""
     begin = 0
     lines = path.read_text().splitlines()
 
@@ -177,9 +198,10 @@ def _parse(path: Path) -> None:
         if include:
             flush(number)
             begin = number + 1
-            target = path.absolute().parent / include[2]
-            if not target.is_file():
-                raise ConfigError(f"{path} includes {include[2]}, which is not beside it")
+            try:
+                target = _found(include[2], path.absolute().parent)
+            except ConfigError as error:
+                raise ConfigError(f"{path} includes {include[2]}: {error}") from error
             _parse(target)
     flush(len(lines))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.basis.base import Anchor, Basis, LowRankMatrix
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.linear import Lanczos
 
 #: Below this exponent a growing direction is not followed further: e⁶⁰⁰ is still a number.
@@ -42,7 +42,7 @@ class Krylov(Basis):
 
     def __init__(self, max_rank: int = 12, tolerance: float = 1e-2) -> None:
         self.max_rank = check_integer("max_rank", max_rank)
-        self.tolerance = check_positive("tolerance", tolerance, or_zero=True)
+        self.tolerance = check_number("tolerance", tolerance, minimum=0)
 
     def approximate(self, anchor: Anchor) -> LowRankMatrix:
         root = anchor.response.sqrt()

@@ -7,16 +7,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.estimators.evolution_strategies import (
+    Segment,
     advance,
     draw_like,
+    end_of,
     set_to_mean,
 )
-from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables, outer_loss_value
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
@@ -56,66 +56,64 @@ class PersistentEvolutionStrategies(Estimator):
     """
 
     uses_second_derivatives = False
+    runs_again = True
+    differentiates_optimizer = False
+    carries_over = "its particles"
 
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
-        self.sigma = check_positive("sigma", sigma)
+        self.sigma = check_number("sigma", sigma, above=0)
         self.run_length = check_integer("run_length", run_length)
         self.pairs = check_integer("pairs", pairs)
         self._state: dict[str, Any] = {}
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        variables = OuterVariables(outer)
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        variables = trajectory.variables
         centre = [leaf.detach() for leaf in variables.leaves]
         if self._state.get("step", self.run_length) < self.run_length:
-            start, key, losses, particles, totals = self._continued(inner, variables, centre)
+            start, key, losses, particles, totals = self._continued(trajectory, centre)
         else:
             start, key = 0, trajectory.key
             losses = trajectory.trace["inner_loss"][:0]
             particles = [None] * (1 + 2 * self.pairs)
             totals = [torch.zeros(self.pairs, *x.shape, dtype=x.dtype).to(x) for x in centre]
         stop = min(start + trajectory.window.width, self.run_length)
+        run = replace(
+            trajectory, key=key, steps=self.run_length, window=Window(start, stop), inputs={}
+        )
         following = iter(particles)
         ends: list[Iterate] = []
 
-        def follow(leaves: list[Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            """Take the next particle to `stop`: (its inner losses, F, the metrics of F)."""
-            tree = variables.like(leaves)
-            end, losses = advance(inner, next(following), tree, key, start, stop)
-            ends.append(end)
-            return losses, *outer_loss_value(inner, end.params, tree, outer_batch)
+        def follow(leaves: list[Tensor]) -> Segment:
+            """Take the next particle to `stop`."""
+            segment = advance(run, next(following), variables.like(leaves), run.window)
+            ends.append(segment.iterate)
+            return segment
 
-        new_losses, loss, metrics = follow(centre)
+        segment = follow(centre)
+        losses = torch.cat([losses, segment.inner_losses])
+        end = end_of(run, segment, outer_batch)
         samples = []
         for pair in range(self.pairs):
             noise = draw_like(centre, key.fold("perturbation", start, pair))
             above, below = (
-                follow([leaf + sign * e for leaf, e in zip(centre, noise, strict=True)])[1]
+                end_of(
+                    run,
+                    follow([leaf + sign * e for leaf, e in zip(centre, noise, strict=True)]),
+                    outer_batch,
+                ).loss
                 for sign in (self.sigma, -self.sigma)
             )
             for total, e in zip(totals, noise, strict=True):
                 total[pair] += e
             samples.append([total[pair] * ((above - below) / (2 * self.sigma)) for total in totals])
-        error = set_to_mean(variables, samples)
-        losses = torch.cat([losses, new_losses])
+        error = set_to_mean(end.gradient, samples)
         result = make_result(
-            inner,
-            replace(
-                trajectory,
-                key=key,
-                steps=self.run_length,
-                trace=Trace({"inner_loss": losses}),
-                window=Window(start, stop),
-            ),
-            variables,
-            loss=loss,
-            metrics=metrics,
-            stop_params=ends[0].params,
+            replace(run, trace=Trace({"inner_loss": losses})),
+            end,
             hessian_vector_products=0,
             standard_error=error,
         )
-        finite = bool(torch.isfinite(result.stats.hypergradient_norm + loss))
+        finite = bool(torch.isfinite(result.stats.hypergradient_norm + result.loss))
         self._state = _packed(stop, key, losses, ends, totals) if finite else {}
         return result
 
@@ -132,14 +130,12 @@ class PersistentEvolutionStrategies(Estimator):
         self._state = dict(state)
 
     def _continued(
-        self, inner: InnerLoop, variables: OuterVariables, centre: list[Tensor]
+        self, trajectory: Trajectory, centre: list[Tensor]
     ) -> tuple[int, Key, Tensor, list[Iterate | None], list[Tensor]]:
         """(t, the key, the inner losses, the particles, ξ) of the run under way."""
         state = self._state
         key = Key(state["seed"], torch.device(state["device"]))
-        tree = variables.like(centre)
-        with torch.no_grad():
-            like = inner.start(tree, key, inner.hyperparameters(tree))
+        like = trajectory.first.detached()
         leaves, rebuild = _tensors(like)
         found = [
             {name: tuple(state[name].shape) for name in state if name.startswith(kind)}

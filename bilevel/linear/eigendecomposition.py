@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.linear.operator import LinearOperator
 from bilevel.linear.solver import Solver, System
@@ -87,7 +87,7 @@ class RandomizedEigendecomposition(Solver):
         self.rank = check_integer("rank", rank)
         self.oversampling = check_integer("oversampling", oversampling, 0)
         self.power_iterations = check_integer("power_iterations", power_iterations, 0)
-        self.tolerance = check_positive("tolerance", tolerance)
+        self.tolerance = check_number("tolerance", tolerance, above=0)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         check_low_rank(self, self.rank, system)

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.linear.eigendecomposition import check_low_rank, invert_low_rank
 from bilevel.linear.solver import Solver, System
 
@@ -40,7 +40,7 @@ class Nystrom(Solver):
 
     def __init__(self, rank: int, tolerance: float = 1.0) -> None:
         self.rank = check_integer("rank", rank)
-        self.tolerance = check_positive("tolerance", tolerance)
+        self.tolerance = check_number("tolerance", tolerance, above=0)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         check_low_rank(self, self.rank, system)

@@ -7,6 +7,7 @@ import torch
 from bilevel.checks import check_choice, check_integer
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
+from bilevel.truncation.plan import Plan
 
 #: The signal that a problem has to record for each choice of distance.
 SIGNALS = {"l1": "l1_distance", "squared_l2": "squared_l2_distance"}
@@ -40,20 +41,16 @@ class MinimumDistance(Truncation):
     def __init__(self, distance: Literal["l1", "squared_l2"] = "l1", minimum: int = 1) -> None:
         self.distance = check_choice("distance", distance, tuple(SIGNALS))
         self.minimum = check_integer("minimum", minimum)
-        self.signals = (SIGNALS[distance],)
 
     @property
     def minimum_steps(self) -> int:
         return self.minimum
 
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
-        return steps
-
-    def earliest_start(self, horizon: int) -> int:
-        return 0
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
+        return Plan(steps, signals=(SIGNALS[self.distance],))
 
     def select(self, trace: Trace, generator: torch.Generator) -> Window:
-        distances = trace[self.signals[0]][self.minimum - 1 :]
+        distances = trace[SIGNALS[self.distance]][self.minimum - 1 :]
         distances = torch.where(distances.isnan(), torch.inf, distances)
         nearest = (distances == distances.min()).nonzero().max()
         return Window(0, self.minimum + int(nearest))

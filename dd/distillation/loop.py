@@ -252,7 +252,7 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
     state.seconds += seconds
     told = {"loss": float(result.loss), **metrics, "progress": settings.progress(state)}
     sentence = state.truncation.update(told)
-    signals = {name: result.trace[name] for name in state.truncation.signals}
+    signals = {name: value for name, value in result.trace.items() if name != "inner_loss"}
     stepped = Stepped(
         step=state.step,
         seconds=seconds,

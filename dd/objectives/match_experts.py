@@ -184,7 +184,7 @@ class TrajectoryMatching(bilevel.Problem):
     def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
         return named_parameters_of(self.network, outer["start"])
 
-    def hyperparameters(self, outer: Any) -> dict[str, Tensor]:
+    def hyperparameters(self, outer: Any, step: int) -> dict[str, Tensor]:
         return {"lr": learned_rate(outer["rate"], self.rate)}
 
     def inner_batch(
@@ -207,7 +207,7 @@ class TrajectoryMatching(bilevel.Problem):
     def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         target = outer["target"]
         reached, begun = self._flat(params) - target, outer["start"] - target
-        return reached @ reached / (begun @ begun), {"rate": self.hyperparameters(outer)["lr"]}
+        return reached @ reached / (begun @ begun), {"rate": self.hyperparameters(outer, 0)["lr"]}
 
     def _flat(self, params: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([params[name].flatten() for name in self.names])

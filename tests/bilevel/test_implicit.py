@@ -60,9 +60,9 @@ def solve_each(case, optimizer, steps, estimators, seed=0):
     """(estimator, its result) on one and the same run."""
     inner = bilevel.InnerLoop(case.problem, optimizer)
     key = bilevel.Key.draw(seeded(seed))
-    trajectory = inner.rollout(case.outer, key, steps=steps, horizon=steps)
+    trajectory = bilevel.record(inner, case.outer, key, steps=steps)
     for estimator in estimators:
-        yield estimator, estimator(inner, trajectory, case.outer, case.outer_batch)
+        yield estimator, estimator(trajectory, case.outer_batch)
 
 
 def rate_and_steps(hessian, digits):
@@ -231,7 +231,7 @@ def test_they_agree_on_a_problem_that_is_not_quadratic(momentum, seed):
 class DecayingOptimizer(problems.Quadratic):
     """The penalty is in the optimizer: θ* = (A + wI)⁻¹Bφ, with w an outer variable as well."""
 
-    def hyperparameters(self, outer):
+    def hyperparameters(self, outer, step):
         return {"weight_decay": outer["decay"]}
 
 
@@ -524,8 +524,8 @@ def test_states_of_others_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Implicit("cg"), "solver='cg' is not a Solver"),
-        (lambda: FixedPoint(3), "solver=3 is not a Solver"),
+        (lambda: Implicit("cg"), "solver is a str, not a Solver"),
+        (lambda: FixedPoint(3), "solver is an int, not a Solver"),
         (lambda: Implicit(damping=-1), "damping=-1: it must be a finite number of at least 0"),
         (lambda: Implicit(batches=0), "batches=0: it must be an integer of at least 1"),
         (lambda: FixedPoint(batches=True), "batches=True"),

@@ -38,8 +38,8 @@ def test_the_whole_run_is_recorded_and_kept(steps, data):
     minimum = data.draw(st.integers(1, steps))
     schedule = MinimumDistance(minimum=minimum)
     assert schedule.minimum_steps == minimum
-    assert schedule.horizon(steps, seeded(0)) == steps
-    assert schedule.earliest_start(steps) == 0
+    expected = bilevel.truncation.Plan(steps, signals=("l1_distance",))
+    assert schedule.plan(steps, seeded(0)) == expected
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])

@@ -83,11 +83,11 @@ def test_one_after_the_other_is_the_mean(name, optimizer, count, seed):
 class Early(problems.Fixed):
     """A window that ends before the run does, and is known only after it."""
 
-    def horizon(self, steps, generator):
-        return steps
+    def plan(self, steps, generator):
+        return bilevel.truncation.Plan(steps)
 
-    def earliest_start(self, horizon):
-        return 0
+    def select(self, trace, generator):
+        return self.window
 
 
 def test_only_the_first_replica_runs_past_the_window():

@@ -57,7 +57,7 @@ def training_state(seed: int = 0, steps: int = 3) -> TrainingState:
 
 def advance(state: TrainingState, step: int) -> None:
     """One step that depends on everything that is saved."""
-    horizon = state.truncation.horizon(10, seeded(step))
+    horizon = state.truncation.plan(10, seeded(step)).horizon
     for value in state.outer.values():
         value.grad = value.detach() * horizon + torch.randn(value.shape, generator=seeded(step))
     assert state.clip is not None

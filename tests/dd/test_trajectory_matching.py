@@ -145,7 +145,7 @@ def test_of_tied_steps_the_later_is_differentiated(steps: int, distance: Any, se
     outer["labels"] = torch.zeros_like(outer["labels"]).requires_grad_()
     truncation = MinimumDistance(distance)
     result = solve(problem, outer, steps, seed, truncation)
-    assert len(result.trace[truncation.signals[0]].unique()) == 1
+    assert len(result.trace[f"{distance}_distance"].unique()) == 1
     stop, _, gradients = brute_force(problem, outer, steps, seed, truncation)
     assert result.window.stop == stop == steps
     assert float(result.grads["labels"].abs().max()) > 1e-6
