@@ -216,7 +216,7 @@ def affordable_spacing(iterate: Iterate, count: int, kept_on: torch.device | Non
 def _host_memory() -> int:
     """Bytes of memory in this machine; 0 where it cannot be asked for."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # noqa: TID251
     except (AttributeError, ValueError, OSError):  # Windows has no such call.
         return 0
 

@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with one_first():
             experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
-        saved = configuration.read_text()
+        saved = configuration.read_text("utf-8")
         # What the transform was fitted with is known only in training.
         changed = config.differences(saved, f"{saved}\n{config.text()}", CHANGEABLE)
         if changed:

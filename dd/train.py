@@ -93,7 +93,7 @@ def _run(experiment: Experiment, folder: Path) -> int:
     text = config.text()
     try:
         if (folder / CHECKPOINT).exists():
-            differences = config.differences((folder / CONFIG).read_text(), text, RESUMABLE)
+            differences = config.differences((folder / CONFIG).read_text("utf-8"), text, RESUMABLE)
             if differences:
                 return fail(
                     f"{folder} holds a run with another configuration ({'; '.join(differences)}): "
