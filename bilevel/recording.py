@@ -207,7 +207,7 @@ def affordable_spacing(iterate: Iterate, count: int, kept_on: torch.device | Non
 
     Cheap is 96 MiB on a CPU and 1/64 of an accelerator's memory, for the ⌈count / k⌉ kept ones and
     the k of a recomputed segment; for what an accelerator keeps in the host's memory, a quarter of
-    that. Where nothing is, k = ⌈√count⌉, which takes the least memory.
+    that, if its size is known. Where nothing is, k = ⌈√count⌉, which takes the least memory.
     """
     leaves = tensors_in((iterate.params, iterate.gradient, iterate.state))
     size = sum(leaf.nbytes for leaf in leaves)
@@ -216,13 +216,21 @@ def affordable_spacing(iterate: Iterate, count: int, kept_on: torch.device | Non
     if device.type == "cuda":
         budget = torch.cuda.get_device_properties(device).total_memory // 64
     if kept_on is not None and kept_on.type == "cpu" and device.type != "cpu":
-        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        budget = _host_memory() // 4 or budget
     least = max(1, math.ceil(math.sqrt(count)))
     for spacing in range(1, least):
         segment = spacing if spacing > 1 else 0
         if (math.ceil(count / spacing) + segment) * size <= budget:
             return spacing
     return least
+
+
+def _host_memory() -> int:
+    """Bytes of memory in this machine; 0 where it cannot be asked for."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # noqa: TID251
+    except (AttributeError, ValueError, OSError):  # Windows has no such call.
+        return 0
 
 
 @final

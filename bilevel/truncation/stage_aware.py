@@ -54,7 +54,7 @@ class StageAware(Truncation):
         ConfigurationError: An argument outside its range.
 
     The hypergradient is exact for its window; as an estimate of the full one it is biased, as
-    with every truncation. See docs/truncation.md for where the paper and its code differ.
+    with every truncation. See docs/papers.md for where the paper and its code differ.
 
     Source: Li et al., arXiv 2510.04838 (NeurIPS 2025), and its released code.
     """

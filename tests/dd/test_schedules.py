@@ -316,7 +316,7 @@ def test_the_loss_at_stop_is_that_of_the_last_differentiated_step(
 
 
 def test_the_released_schedule_of_the_documentation_builds() -> None:
-    page = (GIN.parent / "docs" / "truncation.md").read_text()
+    page = (GIN.parent / "docs" / "papers.md").read_text()
     (block,) = re.findall(r"on top of `gin/cifar10_at.gin`:\n\n```\n(.*?)```", page, re.DOTALL)
     small = ["Experiment.dataset = @digits()", "ConvNet.depth = 1", "ConvNet.width = 4"]
     made = config.load([str(GIN / "cifar10_at.gin")], [*small, *block.splitlines()])
