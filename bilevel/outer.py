@@ -89,8 +89,8 @@ class OuterGradient:
     def pull(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
         """φ̄ += VJP of `outputs`, which depend on φ, applied to `cotangents`, step after step.
 
-        Those of several steps are pulled back together, which saves one pass through the graph of
-        PyTorch's engine for each.
+        Where the recording kept their graphs, those of several steps are pulled back together,
+        which saves time; else every graph is let go at once.
         """
         for output, cotangent in zip(outputs, cotangents, strict=True):
             if output.requires_grad:
@@ -98,7 +98,8 @@ class OuterGradient:
                 self._cotangents.append(cotangent)
         self._waiting += 1
         size = sum(cotangent.nbytes for cotangent in self._cotangents)
-        if size > BLOCK_BYTES or self._waiting >= BLOCK_STEPS:
+        block = BLOCK_STEPS if self._trajectory.inputs else 1
+        if size > BLOCK_BYTES or self._waiting >= block:
             self._pull_now()
 
     def outer_loss_at(

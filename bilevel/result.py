@@ -142,7 +142,7 @@ def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
             solver=_worst(solvers) if solvers else None,
             outer_loss_gap=torch.stack(gaps).mean() if gaps else None,
             standard_error=torch.stack(variances).sum().sqrt() if len(results) > 1 else None,
-            low_rank=_over_all(low_rank) if low_rank else None,
+            low_rank=_combined_low_rank(low_rank) if low_rank else None,
         ),
         metrics=_mean_metrics([each.metrics for each in results]),
     )
@@ -185,7 +185,7 @@ def _worst(runs: Sequence[SolverStats]) -> SolverStats:
     return replace(worst, iterations=max(run.iterations for run in runs))
 
 
-def _over_all(runs: Sequence[LowRankStats]) -> LowRankStats:
+def _combined_low_rank(runs: Sequence[LowRankStats]) -> LowRankStats:
     """The first run's spectrum, the passes of all, the worst staleness; exact if any run was."""
     staleness = [each.staleness for each in runs if each.staleness is not None]
     return LowRankStats(

@@ -72,7 +72,8 @@ class Trace(Mapping[str, Tensor]):
     """Per-step scalars of a rollout by name, each of shape [horizon].
 
     `inner_loss` (ℓ at θ_t, t = 0 … horizon−1) is always there; the truncation schedule may ask for
-    more: `gradient_norm` (‖∇_θ ℓ‖₂ at θ_t), or any of `Problem.signals` (at θ_{t+1}).
+    more: `gradient_norm` (‖∇_θ ℓ‖₂ at θ_t), `outer_loss` (F at θ_{t+1}), or any of
+    `Problem.signals` (at θ_{t+1}).
     """
 
     signals: dict[str, Tensor]

@@ -315,7 +315,7 @@ def test_a_learned_start_has_no_effect_on_an_optimum_and_the_status_says_so():
 
 def test_a_learned_rate_has_no_effect_on_an_optimum():
     problem = type(
-        "Rated", (problems.Quadratic,), {"hyperparameters": lambda s, o: {"lr": o["lr"]}}
+        "Rated", (problems.Quadratic,), {"hyperparameters": lambda s, o, t: {"lr": o["lr"]}}
     )
     made = problems.make("quadratic", 0)
     problem = problem(made.problem.A, made.problem.B, made.problem.start)

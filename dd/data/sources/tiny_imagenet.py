@@ -10,6 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.sources.decoded_images import decoded_images
+from dd.runtime.changes import Anytime, Judging
 from dd.runtime.checks import check_integer
 
 __all__ = ["tiny_imagenet"]
@@ -19,9 +20,9 @@ _LAYOUT = "wnids.txt, train/<wnid>/images/ and val/ with val_annotations.txt of 
 
 
 def tiny_imagenet(
-    root: str | Path = "data/tiny-imagenet-200",
+    root: Judging[str | Path] = "data/tiny-imagenet-200",
     image_size: int = 64,
-    cache_folder: str | Path | None = None,
+    cache_folder: Anytime[str | Path | None] = None,
 ) -> ImageDataset:
     """Tiny-ImageNet-200: 100,000 training and 10,000 test images [3, 64, 64], uint8, 200 classes.
 
@@ -109,7 +110,7 @@ def _validation_images(root: Path, label_of: dict[str, int]) -> list[tuple[Path,
 def _class_names(root: Path, wnids: list[str]) -> tuple[str, ...]:
     """The first name of each class in ``words.txt``, or its wnid."""
     words = root / "words.txt"
-    entries = words.read_text().splitlines() if words.is_file() else []
+    entries = words.read_text("utf-8").splitlines() if words.is_file() else []
     names = dict(entry.split("\t", 1) for entry in entries if "\t" in entry)
     return tuple(names.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
 
@@ -121,7 +122,7 @@ def _labels(files: list[tuple[Path, int]]) -> Tensor:
 def _lines(root: Path, name: str) -> list[str]:
     if not (root / name).is_file():
         raise _not_found(root, _LAYOUT)
-    return [line.strip() for line in (root / name).read_text().splitlines() if line.strip()]
+    return [line.strip() for line in (root / name).read_text("utf-8").splitlines() if line.strip()]
 
 
 def _not_found(root: Path, expected: str) -> DatasetNotFoundError:
