@@ -59,7 +59,9 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "ViT": networks.ViT,
     "Full": bilevel.truncation.Full,
     "Last": bilevel.truncation.Last,
+    "LogUniform": bilevel.truncation.LogUniform,
     "MinimumDistance": bilevel.truncation.MinimumDistance,
+    "Pessimistic": bilevel.truncation.Pessimistic,
     "RandomWindow": bilevel.truncation.RandomWindow,
     "StageAware": bilevel.truncation.StageAware,
     "ByMetric": bilevel.truncation.ByMetric,
@@ -145,7 +147,7 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     _set_by_user.clear()
     paths = [_found(name, Path()) for name in files]
     try:
-        for source in [*(path.read_text() for path in paths), *bindings]:
+        for source in [*(path.read_text("utf-8") for path in paths), *bindings]:
             _set_by_user.update(re.findall(r"^\s*([\w./]+)\s*=", source, re.MULTILINE))
         for path in paths:
             _parse(path)
@@ -186,7 +188,7 @@ def _found(name: str, folder: Path) -> Path:
 def _parse(path: Path) -> None:
     """Parse a file; what it includes is looked for beside it, wherever one is, then in `dd`."""
     begin = 0
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8").splitlines()
 
     def flush(end: int) -> None:
         text = io.StringIO("\n" * begin + "\n".join(lines[begin:end]) + "\n")

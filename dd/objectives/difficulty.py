@@ -38,7 +38,7 @@ class DifficultyPacing:
 
     The difficulty of (x, y) is its EL2N score, E‖softmax(f_θ(x)) − onehot(y)‖₂, over networks
     that were trained for a few epochs on the training images. They are trained when the run starts;
-    the scores are kept in its folder. What was measured on CIFAR-10: docs/truncation.md.
+    the scores are kept in its folder. What was measured on CIFAR-10: docs/distil.md.
 
     Args:
         over_steps: The outer step from which on all images are drawn from; default: the share

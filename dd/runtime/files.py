@@ -51,7 +51,7 @@ def read_json(path: Path) -> Any:
         DamagedFileError: The file is no JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DamagedFileError(f"{path} is not valid JSON: {error}") from error
 

@@ -25,12 +25,13 @@ def joined() -> Iterator[None]:
     """Make the processes that `torchrun` started one group; without `torchrun`, do nothing.
 
     Of the standard output, only what the first process prints is seen. Tensors on CUDA devices
-    travel by NCCL, all else by Gloo.
+    travel by NCCL where there is one, all else by Gloo.
     """
-    if not distributed.is_torchelastic_launched():
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
     if is_first_process():
         yield

@@ -110,7 +110,7 @@ def _validation_images(root: Path, label_of: dict[str, int]) -> list[tuple[Path,
 def _class_names(root: Path, wnids: list[str]) -> tuple[str, ...]:
     """The first name of each class in ``words.txt``, or its wnid."""
     words = root / "words.txt"
-    entries = words.read_text().splitlines() if words.is_file() else []
+    entries = words.read_text("utf-8").splitlines() if words.is_file() else []
     names = dict(entry.split("\t", 1) for entry in entries if "\t" in entry)
     return tuple(names.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
 
@@ -122,7 +122,7 @@ def _labels(files: list[tuple[Path, int]]) -> Tensor:
 def _lines(root: Path, name: str) -> list[str]:
     if not (root / name).is_file():
         raise _not_found(root, _LAYOUT)
-    return [line.strip() for line in (root / name).read_text().splitlines() if line.strip()]
+    return [line.strip() for line in (root / name).read_text("utf-8").splitlines() if line.strip()]
 
 
 def _not_found(root: Path, expected: str) -> DatasetNotFoundError:
