@@ -150,11 +150,6 @@ class Distiller:
             processes=world_size(),
         )
 
-    def progress(self, state: TrainingState) -> float:
-        """What is done of the run, by steps or by time, whichever is further; at least 1 is all."""
-        by_time = 0.0 if self.minutes is None else state.seconds / (60 * self.minutes)
-        return max(state.step / self.outer_steps, by_time)
-
 
 def _checked_optimizer(optimizer: Any, objective: Objective) -> Any:
     is_made = hasattr(optimizer, "init") and hasattr(optimizer, "update")

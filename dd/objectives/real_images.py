@@ -126,6 +126,9 @@ class _LossOnRealImages(PreparedObjective):
             pieces.append((aligned,) * len(weights))
         return {}, bilevel.MicroBatches(list(zip(*pieces, strict=True)), weights)
 
+    def report(self, result: bilevel.HypergradientResult) -> dict[str, float]:
+        return {}
+
     def _batches(self, stage: Stage | None) -> RealBatches:
         """Made anew for every stage, as what is read ahead comes from the pool of the last one."""
         pool = self.pool

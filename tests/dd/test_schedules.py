@@ -16,7 +16,7 @@ import bilevel
 from bilevel.truncation import Stage
 from dd import config
 from dd.data.prepared import PreparedData
-from dd.distillation.loop import CHECKPOINT, Distillation, begin
+from dd.distillation.loop import CHECKPOINT, Distillation, begin, progress
 from dd.distillation.state import TrainingState
 from dd.experiment import Experiment
 from dd.objectives.difficulty import SCORES, DifficultyPacing
@@ -105,11 +105,11 @@ def test_by_fraction_goes_through_the_stages(tmp_path: Path) -> None:
 def test_progress_is_by_steps_or_by_time() -> None:
     distiller = experiment("Distiller.minutes = 2").distiller
     state = TrainingState({}, None, None, distiller.truncation, step=3, seconds=30.0)  # type: ignore[arg-type]
-    assert distiller.progress(state) == pytest.approx(3 / OUTER_STEPS)
+    assert progress(distiller, state) == pytest.approx(3 / OUTER_STEPS)
     state.seconds = 60.0
-    assert distiller.progress(state) == pytest.approx(0.5)
+    assert progress(distiller, state) == pytest.approx(0.5)
     state.seconds = 120.0
-    assert distiller.progress(state) == pytest.approx(1)
+    assert progress(distiller, state) == pytest.approx(1)
 
 
 def test_the_held_out_accuracy_is_that_of_the_network_at_the_window_s_end(tmp_path: Path) -> None:
@@ -308,6 +308,6 @@ def test_runs_of_any_length_distil(name: str, tmp_path: Path) -> None:
     bindings = [f"Distiller.truncation = @{name}()", f"{name}.minimum = 3"]
     state = distil(tmp_path, [*bindings, "LogUniform.window = None"], 2)
     assert state.step == 2
-    shown = events(tmp_path)
+    shown = shown_in(tmp_path)
     assert curve(shown, "window/start") == [0, 0]
     assert all(3 <= stop <= INNER_STEPS for stop in curve(shown, "window/stop"))
