@@ -1,5 +1,6 @@
 """The entry point: record, select, differentiate."""
 
+from dataclasses import replace
 from typing import Any, final
 
 import optree
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.checks import check_integer
+from bilevel.compiler import constants_of
 from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.first_call import FirstCall, missing_derivatives_named
@@ -169,7 +171,7 @@ class Hypergradient:
         key = Key.draw(generator)
         if self.inner.compiler is not None:
             if self._constants is None or not self._constants.unchanged():
-                self._constants = Snapshot(self.inner.problem, self.inner.optimizer)
+                self._constants = constants_of(self.inner.problem, self.inner.optimizer)
             self.inner.compiler.depends_on(self._constants)
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         plan = self.truncation.plan(self.steps, schedule_generator)
@@ -187,7 +189,8 @@ class Hypergradient:
                     key.fold("replica", replica) if replica else key,
                     steps=self.steps,
                     horizon=horizon,
-                    signals=plan.signals,
+                    signals=plan.signals if window is None else (),
+                    outer_batch=outer_batch,
                     keep_from=keep_from,
                     keep_every=self.keep_every,
                     keep_on=self.keep_on,
@@ -201,7 +204,8 @@ class Hypergradient:
                     # The other replicas need no more than that window of their runs.
                     horizon, keep_from = window.stop, window.start
                 with self.inner.examined(examine, "outer_loss", "step_loss"):
-                    result = self.estimator(trajectory.select(window), outer_batch)
+                    chosen = replace(trajectory.select(window), replica=replica)
+                    result = self.estimator(chosen, outer_batch)
             _check_finite(result)
             self._first_call_done = True
             results.append(result if first_call is None else first_call.remarked(result))

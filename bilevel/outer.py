@@ -89,8 +89,8 @@ class OuterGradient:
     def pull(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
         """φ̄ += VJP of `outputs`, which depend on φ, applied to `cotangents`, step after step.
 
-        Those of several steps are pulled back together, which saves one pass through the graph of
-        PyTorch's engine for each.
+        Where the recording kept their graphs, those of several steps are pulled back together,
+        which saves time; else every graph is let go at once.
         """
         for output, cotangent in zip(outputs, cotangents, strict=True):
             if output.requires_grad:
@@ -98,7 +98,8 @@ class OuterGradient:
                 self._cotangents.append(cotangent)
         self._waiting += 1
         size = sum(cotangent.nbytes for cotangent in self._cotangents)
-        if size > BLOCK_BYTES or self._waiting >= BLOCK_STEPS:
+        block = BLOCK_STEPS if self._trajectory.inputs else 1
+        if size > BLOCK_BYTES or self._waiting >= block:
             self._pull_now()
 
     def outer_loss_at(
@@ -169,13 +170,18 @@ class OuterGradient:
             status = (
                 f"the gradient of outer variables {names} is exactly zero through the window "
                 f"[{window.start}, {window.stop})"
-                + ("" if self._certain else ", as far as this estimator can see")
+                + ("" if self._knows_zero(suspects) else ", as far as this estimator can see")
             )
         grads = [
             torch.zeros_like(leaf) if grad is None else grad.to(leaf)
             for leaf, grad in zip(self.variables.leaves, self._sums, strict=True)
         ]
         return [grad.detach() for grad in grads], status
+
+    def _knows_zero(self, indices: Sequence[int]) -> bool:
+        """Whether these gradients are zero and not only too small for differences to see."""
+        no_path = all(self._sums[index] is None for index in indices)
+        return self._certain and (self._twice or no_path)
 
     def _pull_now(self) -> None:
         if self._outputs:

@@ -16,10 +16,13 @@ from bilevel.errors import ConfigurationError
 from bilevel.first_call import FirstCall
 from bilevel.graph import saved_storages
 from bilevel.inner import SIGNALS, InnerLoop, StepInputs
-from bilevel.outer import OuterVariables
+from bilevel.outer import OuterVariables, outer_loss_value
 from bilevel.random import Key
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
 from bilevel.tree import detach, tensors_in
+
+#: The per-step signal that takes the outer batch: F at θ_{t+1}.
+OUTER_LOSS = "outer_loss"
 
 
 @final
@@ -76,6 +79,7 @@ def record(
     steps: int,
     horizon: int | None = None,
     signals: Sequence[str] = (),
+    outer_batch: Any = None,
     keep_from: int = 0,
     keep_every: int | None = None,
     keep_on: torch.device | None = None,
@@ -92,8 +96,9 @@ def record(
         key: The randomness of this run.
         steps: The length T of a full run.
         horizon: How many steps to run, 1 … `steps`; default: all of them.
-        signals: Names of per-step scalars to record beside `inner_loss`: of `SIGNALS`, or of those
-            that the problem supplies.
+        signals: Names of per-step scalars to record beside `inner_loss`: of `SIGNALS`, of those
+            that the problem supplies, or "outer_loss", F at θ_{t+1}.
+        outer_batch: The batch of that outer loss.
         keep_from: The first iterate that a window may start from.
         keep_every: Keep every k-th iterate from there on; the others are recomputed. Default:
             `affordable_spacing`.
@@ -117,7 +122,12 @@ def record(
     with torch.enable_grad(), inner.examined(examine, "init", "hyperparameters"):
         first = inner.start(variables.tree, key, inner.hyperparameters(variables.tree, 0))
     iterate = first.detached()
-    of_problem = set(signals) - set(SIGNALS)
+    step_signals = tuple(name for name in signals if name != OUTER_LOSS)
+    of_problem = set(step_signals) - set(SIGNALS)
+    if OUTER_LOSS in signals and not inner.has_outer_loss:
+        raise ConfigurationError(
+            f"signal {OUTER_LOSS!r}: {type(inner.problem).__name__} has no outer_loss"
+        )
     if of_problem:
         _check_signals(inner, of_problem, iterate.params, constants)
     if keep_every is None:
@@ -150,7 +160,7 @@ def record(
                 on_graph = _on_graph(first if step == 0 else iterate)
             graphs[step] = on_graph
             on_graph, gradient, scalars = step_with_graph(
-                inner, on_graph, inputs, tuple(signals), constants if of_problem else None
+                inner, on_graph, inputs, step_signals, constants if of_problem else None
             )
             after = on_graph.detached()
             whole.see(iterate, inputs, (on_graph.params, on_graph.state))
@@ -162,10 +172,12 @@ def record(
                 iterate.params,
                 iterate.state,
                 detach(inputs),
-                tuple(signals),
+                step_signals,
                 constants if of_problem else None,
             )
             after = Iterate(params, state)
+        if OUTER_LOSS in signals:
+            scalars[OUTER_LOSS] = outer_loss_value(inner, after.params, constants, outer_batch)[0]
         if step >= keep_from and (step - keep_from) % keep_every == 0:
             iterate = replace(iterate, gradient=gradient) if keep_gradients else iterate
             kept[step] = iterate if keep_on is None else iterate.to(keep_on)
@@ -298,7 +310,7 @@ def _check_signals(inner: InnerLoop, names: set[str], params: Tensor, outer: Any
     unknown = names - set(supplied)
     if unknown:
         raise ConfigurationError(
-            f"unknown signals {sorted(unknown)}; known: {sorted({*SIGNALS, *supplied})}"
+            f"unknown signals {sorted(unknown)}; known: {sorted({*SIGNALS, OUTER_LOSS, *supplied})}"
         )
     for name in sorted(names):
         check_scalar(supplied[name], f"signals()[{name!r}]")

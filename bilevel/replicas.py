@@ -10,6 +10,7 @@ from bilevel.checks import check_instance, check_integer
 from bilevel.contract import check_scalar
 from bilevel.problem import Problem, overrides
 from bilevel.random import Key
+from bilevel.result import as_float
 
 
 @final
@@ -66,10 +67,11 @@ class Replicas(Problem):
         def one(params: Any) -> tuple[Tensor, dict[str, Tensor]]:
             value = self.problem.outer_loss(params, outer, batch)
             assert value is not None, "looked at when this was made"
-            return (value[0], dict(value[1])) if isinstance(value, tuple) else (value, {})
+            loss, metrics = value if isinstance(value, tuple) else (value, {})
+            return loss, {name: torch.as_tensor(metric) for name, metric in metrics.items()}
 
         loss, metrics = torch.func.vmap(one)(params)
-        return loss.mean(), {name: value.mean() for name, value in metrics.items()}
+        return loss.mean(), {name: as_float(value).mean(0) for name, value in metrics.items()}
 
     def _step_losses(
         self, params: Any, outer: Any, step: int, *, generator: torch.Generator

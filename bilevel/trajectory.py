@@ -72,7 +72,8 @@ class Trace(Mapping[str, Tensor]):
     """Per-step scalars of a rollout by name, each of shape [horizon].
 
     `inner_loss` (ℓ at θ_t, t = 0 … horizon−1) is always there; the truncation schedule may ask for
-    more: `gradient_norm` (‖∇_θ ℓ‖₂ at θ_t), or any of `Problem.signals` (at θ_{t+1}).
+    more: `gradient_norm` (‖∇_θ ℓ‖₂ at θ_t), `outer_loss` (F at θ_{t+1}), or any of
+    `Problem.signals` (at θ_{t+1}).
     """
 
     signals: dict[str, Tensor]
@@ -113,6 +114,7 @@ class Trajectory:
         no_graph: Why it was not, a sentence; empty where nobody asked.
         trace: Per-step signals.
         window: What is differentiated.
+        replica: Which of several independent runs for one hypergradient this is, from 0.
     """
 
     inner: InnerLoop
@@ -126,6 +128,7 @@ class Trajectory:
     trace: Trace
     window: Window
     no_graph: str = ""
+    replica: int = 0
 
     @property
     def horizon(self) -> int:

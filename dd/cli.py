@@ -1,14 +1,13 @@
-"""What the commands share: arguments, errors and the table of results."""
+"""What the commands share: arguments, errors and the table of results.
+
+Importing it costs nothing: help and mistakes in arguments are told before PyTorch is imported.
+"""
 
 import argparse
 import ctypes
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import bilevel
-from bilevel.distributed import rank, world_size
-from dd.runtime.processes import joined
 
 #: Exit status after Ctrl-C, as the shell has it.
 INTERRUPTED = 130
@@ -38,8 +37,9 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> Non
 
 def fail(message: str) -> int:
     """Print a one-line error; returns the exit status for a usage error."""
-    where = f" in process {rank()} of {world_size()}" if rank() else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    from dd.runtime.processes import which_process
+
+    print(f"error{which_process()}: {message}", file=sys.stderr)
     return 2
 
 
@@ -48,14 +48,18 @@ def run(command: Callable[[], int]) -> int:
 
     That is, when Ctrl-C comes outside the parts that handle it, or when another process is gone.
     """
+    from bilevel import ProcessError
+    from dd.runtime.processes import is_first_process, joined
+
+    keep_freed_memory()
     try:
         with joined():
             return command()
     except KeyboardInterrupt:
-        if rank() == 0:
+        if is_first_process():
             print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
-    except bilevel.ProcessError as error:
+    except ProcessError as error:
         return fail(str(error))
 
 

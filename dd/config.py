@@ -14,14 +14,16 @@ from torch import nn
 import bilevel
 import gin
 from dd import augmentation, data, networks
+from dd.augmentation import Augmentation
 from dd.distillation.settings import Distiller
 from dd.evaluation.evaluator import Evaluator
-from dd.evaluation.protocols import DCProtocol
+from dd.evaluation.protocols import DCProtocol, Protocol
 from dd.experiment import Experiment
 from dd.objectives import MatchExperts, RealImages
 from dd.objectives.alignment import PrototypeAlignment
 from dd.objectives.difficulty import DifficultyPacing
 from dd.objectives.experts import Experts
+from dd.runtime.changes import WHEN_JUDGED
 from dd.runtime.precision import Precision
 from dd.synthetic.dataset import SyntheticDataset
 
@@ -57,7 +59,9 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "ViT": networks.ViT,
     "Full": bilevel.truncation.Full,
     "Last": bilevel.truncation.Last,
+    "LogUniform": bilevel.truncation.LogUniform,
     "MinimumDistance": bilevel.truncation.MinimumDistance,
+    "Pessimistic": bilevel.truncation.Pessimistic,
     "RandomWindow": bilevel.truncation.RandomWindow,
     "StageAware": bilevel.truncation.StageAware,
     "ByMetric": bilevel.truncation.ByMetric,
@@ -85,6 +89,18 @@ for _name, _target in CONFIGURABLES.items():
     if _name != "Experiment":
         gin.external_configurable(_target, _name)
 
+
+#: What parameters of version 0.1 are called now.
+MOVED = {
+    **{
+        f"Distiller.{name}": f"RealImages.{name}"
+        for name in ("real_batch", "real_micro_batch", "held_out_batch", "alignment", "precision")
+    },
+    "Precision.tf32": "Distiller.tf32",
+}
+
+#: What a set is judged by: all its parameters may change when that is done again.
+JUDGES = (Evaluator, Protocol, Augmentation, nn.Module)
 
 _PACKAGED = Path(__file__).parent / "recipes"
 #: The recipes that come with `dd`, beside this file in a wheel; the repository has them in gin/.
@@ -222,6 +238,11 @@ def one_line(error: BaseException) -> str:
     )
     if parameter:
         owner, name = parameter[1].split(".")[-1], parameter[2]
+        moved = MOVED.get(f"{owner}.{name}")
+        if moved is not None:
+            return f"{owner}.{name} is now {moved}" + (
+                " (with Distiller.objective = @RealImages())" if "RealImages" in moved else ""
+            )
         known = [
             p
             for p in inspect.signature(CONFIGURABLES[owner]).parameters
@@ -245,13 +266,41 @@ def one_line(error: BaseException) -> str:
     return f"{inside[1]}: {gist}" if inside else gist
 
 
-def differences(old: str, new: str, allowed: tuple[str, ...]) -> list[str]:
-    """What two operative configurations disagree in, beyond names that start with `allowed`."""
+def saved_text(path: Path) -> str:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: The run is of version 0.1.
+        OSError: It cannot be read.
+    """
+    saved = path.read_text()
+    if not MOVED.keys().isdisjoint(parameters(saved)):
+        raise ConfigError(
+            f"{path.parent} holds a run of version 0.1, which cannot be resumed or judged again; "
+            "its distilled set can be judged as that of another run, by --set"
+        )
+    return saved
+
+
+def changeable(mark: str) -> set[str]:
+    """The parameters that carry a mark of `dd.runtime.changes`."""
+    names = set()
+    for name, target in CONFIGURABLES.items():
+        judges = isinstance(target, type) and issubclass(target, JUDGES)
+        for parameter in inspect.signature(target, eval_str=True).parameters.values():
+            marks = getattr(parameter.annotation, "__metadata__", ())
+            if mark in marks or (judges and mark == WHEN_JUDGED):
+                names.add(f"{name}.{parameter.name}")
+    return names
+
+
+def differences(old: str, new: str, allowed: set[str]) -> list[str]:
+    """What two operative configurations disagree in, beyond the parameters in `allowed`."""
     first, second = parameters(old), parameters(new)
     return [
         f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
         for name in sorted(first.keys() | second.keys())
-        if first.get(name) != second.get(name) and not name.startswith(allowed)
+        if first.get(name) != second.get(name) and name not in allowed
     ]
 
 

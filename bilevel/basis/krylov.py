@@ -56,7 +56,7 @@ class Krylov(Basis):
                 image = root * anchor.image / torch.linalg.vector_norm(start)
             process.extend(image)
             flows.append(_flow(process.matrix, anchor.steps))
-            if len(flows) > 2 and _change(flows[-3], flows[-1]) < self.tolerance:
+            if len(flows) > 2 and _relative_change(flows[-3], flows[-1]) < self.tolerance:
                 break
         values, vectors = torch.linalg.eigh(process.matrix)
         order = values.abs().argsort(descending=True)
@@ -73,7 +73,7 @@ def _flow(matrix: Tensor, steps: int) -> Tensor:
     return vectors @ (growth * vectors[0])
 
 
-def _change(before: Tensor, after: Tensor) -> float:
+def _relative_change(before: Tensor, after: Tensor) -> float:
     """‖after − before‖ / ‖after‖, the shorter vector filled up with zeros."""
     difference = after.clone()
     difference[: len(before)] -= before

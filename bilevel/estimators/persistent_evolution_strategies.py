@@ -1,5 +1,6 @@
 """Unbiased gradients of a long run from short segments of it, without differentiation."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
@@ -40,8 +41,9 @@ class PersistentEvolutionStrategies(Estimator):
     The run is this object's own. `Hypergradient(steps=K)` makes the segments K steps long (the
     width of the window, whatever the truncation); the run which it records for the call is not
     used. After `run_length` steps a new run starts, with new randomness. `result.window`, `.params`
-    and `.trace` are those of an unperturbed particle in the run at hand. The state, all particles,
-    is in `state_dict`. After a result that is not finite the run is given up.
+    and `.trace` are those of an unperturbed particle in the run at hand. With `inner_replicas` each
+    replica has a run of its own, and all go on by one segment a call. The state, all particles, is
+    in `state_dict`. After a result that is not finite every run is given up.
 
     Args:
         sigma: σ > 0, in units of the outer variables.
@@ -64,13 +66,14 @@ class PersistentEvolutionStrategies(Estimator):
         self.sigma = check_number("sigma", sigma, above=0)
         self.run_length = check_integer("run_length", run_length)
         self.pairs = check_integer("pairs", pairs)
-        self._state: dict[str, Any] = {}
+        self._runs: dict[int, dict[str, Any]] = {}
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
         variables = trajectory.variables
         centre = [leaf.detach() for leaf in variables.leaves]
-        if self._state.get("step", self.run_length) < self.run_length:
-            start, key, losses, particles, totals = self._continued(trajectory, centre)
+        state = self._runs.get(trajectory.replica, {})
+        if state.get("step", self.run_length) < self.run_length:
+            start, key, losses, particles, totals = self._continued(state, trajectory, centre)
         else:
             start, key = 0, trajectory.key
             losses = trajectory.trace["inner_loss"][:0]
@@ -114,26 +117,37 @@ class PersistentEvolutionStrategies(Estimator):
             standard_error=error,
         )
         finite = bool(torch.isfinite(result.stats.hypergradient_norm + result.loss))
-        self._state = _packed(stop, key, losses, ends, totals) if finite else {}
+        if finite:
+            self._runs[trajectory.replica] = _packed(stop, key, losses, ends, totals)
+        else:
+            self._runs = {}
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """The run under way: its step and key, and its particles, stacked leaf by leaf."""
-        return dict(self._state)
+        """The runs under way: step and key of each, and its particles, stacked leaf by leaf."""
+        return {
+            f"{_prefix(replica)}{name}": value
+            for replica, run in self._runs.items()
+            for name, value in run.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        missing = {"step", "seed", "device", "losses", "particle.0", "total.0"} - set(state)
-        if state and missing:
-            raise ConfigurationError(
-                f"{type(self).__name__} cannot continue from a state without {sorted(missing)}"
-            )
-        self._state = dict(state)
+        runs: dict[int, dict[str, Any]] = {}
+        for name, value in state.items():
+            replica, name = _split_name(name)
+            runs.setdefault(replica, {})[name] = value
+        for run in runs.values():
+            missing = {"step", "seed", "device", "losses", "particle.0", "total.0"} - set(run)
+            if missing:
+                raise ConfigurationError(
+                    f"{type(self).__name__} cannot continue from a state without {sorted(missing)}"
+                )
+        self._runs = runs
 
     def _continued(
-        self, trajectory: Trajectory, centre: list[Tensor]
+        self, state: Mapping[str, Any], trajectory: Trajectory, centre: list[Tensor]
     ) -> tuple[int, Key, Tensor, list[Iterate | None], list[Tensor]]:
         """(t, the key, the inner losses, the particles, ξ) of the run under way."""
-        state = self._state
         key = Key(state["seed"], torch.device(state["device"]))
         like = trajectory.first.detached()
         leaves, rebuild = _tensors(like)
@@ -159,6 +173,17 @@ class PersistentEvolutionStrategies(Estimator):
         ]
         totals = [state[f"total.{i}"].to(leaf.device).clone() for i, leaf in enumerate(centre)]
         return state["step"], key, state["losses"].to(like.params.device), particles, totals
+
+
+def _prefix(replica: int) -> str:
+    """What comes before the names of a replica's state; nothing for the first."""
+    return f"replica{replica}." if replica else ""
+
+
+def _split_name(name: str) -> tuple[int, str]:
+    """(the replica, the name without its prefix)."""
+    found = re.fullmatch(r"replica(\d+)\.(.+)", name)
+    return (int(found[1]), found[2]) if found else (0, name)
 
 
 def _packed(

@@ -28,7 +28,7 @@ class Dense(Solver):
     uses_start = False
 
     def __init__(self, tolerance: float = 1e-3) -> None:
-        self.tolerance = check_number("tolerance", tolerance, above=0)
+        self.tolerance = check_number("tolerance", tolerance, above=0, below=1)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         size = system.rhs.shape[-1]

@@ -47,7 +47,7 @@ class Neumann(Solver):
     ) -> None:
         self.step_size = check_number("step_size", step_size, above=0)
         self.max_iterations = check_integer("max_iterations", max_iterations)
-        self.tolerance = check_number("tolerance", tolerance, above=0)
+        self.tolerance = check_number("tolerance", tolerance, above=0, below=1)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         x = system.start

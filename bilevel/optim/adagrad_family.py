@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
+from bilevel.checks import check_flag
 from bilevel.optim.base import Elementwise, decayed, transformation_of, zeros_like
 from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate, per_leaf
 
@@ -127,7 +128,7 @@ def rmsprop(
             at_least_zero("eps_root", eps_root),
             at_least_zero("weight_decay", weight_decay),
             decay_rate("momentum", momentum),
-            bool(centered),
+            check_flag("centered", centered),
         )
     )
 

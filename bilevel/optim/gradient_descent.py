@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, final
 from torch import Tensor
 from torchopt.base import EmptyState, GradientTransformation
 
+from bilevel.checks import check_flag
 from bilevel.errors import ConfigurationError
 from bilevel.optim.base import Elementwise, decayed, transformation_of, zeros_like
 from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate, is_zero
@@ -40,7 +41,7 @@ def sgd(
         at_least_zero("lr", lr),
         decay_rate("momentum", momentum),
         at_least_zero("weight_decay", weight_decay),
-        bool(nesterov),
+        check_flag("nesterov", nesterov),
     )
     if nesterov and is_zero(rule.momentum):
         raise ConfigurationError("nesterov=True needs a momentum above 0")

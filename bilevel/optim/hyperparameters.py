@@ -1,13 +1,13 @@
 """Hyperparameters: a number, a scalar tensor, or a pytree like the parameters, checked."""
 
-from collections.abc import Callable, Iterator
-from numbers import Real
+from collections.abc import Iterator
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_number
 from bilevel.errors import ConfigurationError
 
 #: A number, a tensor, or a pytree of these: like the parameters, or a prefix of them.
@@ -21,17 +21,17 @@ def is_zero(value: Hyperparameter) -> bool:
 
 def at_least_zero(name: str, value: Hyperparameter) -> Hyperparameter:
     """`value` with its numbers as floats, or `ConfigurationError` unless each is at least 0."""
-    return _checked(name, value, lambda number: number >= 0, "a number of at least 0")
+    return _checked(name, value, minimum=0)
 
 
 def above_zero(name: str, value: Hyperparameter) -> Hyperparameter:
     """`value` with its numbers as floats, or `ConfigurationError` unless each is above 0."""
-    return _checked(name, value, lambda number: number > 0, "a number above 0")
+    return _checked(name, value, above=0)
 
 
 def decay_rate(name: str, value: Hyperparameter) -> Hyperparameter:
     """`value` with its numbers as floats, or `ConfigurationError` unless each is in [0, 1)."""
-    return _checked(name, value, lambda number: 0 <= number < 1, "a number in [0, 1)")
+    return _checked(name, value, minimum=0, below=1)
 
 
 def per_leaf(name: str, value: Hyperparameter, like: Any) -> list[float | Tensor]:
@@ -105,20 +105,18 @@ def is_scalar(value: Hyperparameter) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
-def _checked(
-    name: str, value: Hyperparameter, allowed: Callable[[float], bool], words: str
-) -> Hyperparameter:
+def _checked(name: str, value: Hyperparameter, **bounds: float) -> Hyperparameter:
+    """Tensors are not looked into: they may be differentiated, and on an accelerator."""
+
     def check(leaf: Any) -> float | Tensor:
-        if isinstance(leaf, Tensor):
-            if not leaf.is_floating_point():
-                raise ConfigurationError(f"{name} is a {leaf.dtype} tensor: it must be floating")
-            return leaf
-        if not isinstance(leaf, Real) or isinstance(leaf, bool) or not allowed(float(leaf)):
-            raise ConfigurationError(f"{name}={leaf}: it must be {words}")
-        return float(leaf)
+        if not isinstance(leaf, Tensor):
+            return check_number(name, leaf, **bounds)
+        if not leaf.is_floating_point():
+            raise ConfigurationError(f"{name} is a {leaf.dtype} tensor: it must be floating-point")
+        return leaf
 
     if not optree.tree_leaves(value, none_is_leaf=True):
-        raise ConfigurationError(f"{name}={value!r}: it must be {words}")
+        return check_number(name, value, **bounds)
     return optree.tree_map(check, value, none_is_leaf=True)
 
 

@@ -21,7 +21,9 @@ from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.effective_steps import EffectiveSteps
 from bilevel.truncation.full import Full
 from bilevel.truncation.last import Last
+from bilevel.truncation.log_uniform import LogUniform
 from bilevel.truncation.minimum_distance import MinimumDistance
+from bilevel.truncation.pessimistic import Pessimistic
 from bilevel.truncation.plan import Plan
 from bilevel.truncation.policy import WithinTrajectoryPolicy
 from bilevel.truncation.random import RandomWindow
@@ -35,7 +37,9 @@ __all__ = [
     "EffectiveSteps",
     "Full",
     "Last",
+    "LogUniform",
     "MinimumDistance",
+    "Pessimistic",
     "Plan",
     "RandomWindow",
     "Softmax",

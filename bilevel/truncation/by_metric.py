@@ -107,16 +107,16 @@ class ByMetric(Transition):
         )
 
     def report(self) -> dict[str, float]:
-        shown: dict[str, float] = {"stage": self._state.stage}
+        numbers: dict[str, float] = {"stage": self._state.stage}
         if self._state.mean is not None:
-            shown["metric"] = self._state.mean
+            numbers["metric"] = self._state.mean
         if self._state.gain is not None:
-            shown["gain"] = self._state.gain
+            numbers["gain"] = self._state.gain
         if self.stage != Stage.LATE:
-            shown["gain_wanted"] = self.gain[self.stage]
-            shown["blocks_without_gain"] = self._state.stalled
-            shown["patience"] = self.patience[self.stage]
-        return shown
+            numbers["gain_wanted"] = self.gain[self.stage]
+            numbers["blocks_without_gain"] = self._state.stalled
+            numbers["patience"] = self.patience[self.stage]
+        return numbers
 
     def state_dict(self) -> dict[str, float | None]:
         return asdict(self._state)

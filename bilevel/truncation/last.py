@@ -17,6 +17,9 @@ class Last(Truncation):
     Args:
         window: W ≥ 1.
 
+    Raises:
+        ConfigurationError: `window` is no such integer.
+
     Biased towards short horizons: what an outer variable does before step T − W is not seen.
     """
 

@@ -27,15 +27,15 @@ class MinimumDistance(Truncation):
         distance: "l1", Σᵢ|θᵢ − θ*ᵢ|, as the released code has it; or "squared_l2", as the paper.
         minimum: The least window, ≥ 1: against collapsing to a few steps.
 
+    Raises:
+        ConfigurationError: An argument outside its range.
+
     How the window depends on the outer variables is not differentiated. With an outer loss that is
     a function of the same distance nothing is lost: where the minimum is unique, the result is the
     gradient of the loss at the minimum over t.
 
     Source: Liu et al., "Dataset Distillation by Automatic Training Trajectories", ECCV 2024, arXiv
     2407.14245.
-
-    Raises:
-        ConfigurationError: An argument outside its range.
     """
 
     def __init__(self, distance: Literal["l1", "squared_l2"] = "l1", minimum: int = 1) -> None:

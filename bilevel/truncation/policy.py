@@ -67,7 +67,7 @@ class WithinTrajectoryPolicy(Truncation):
         self.partial_windows = check_choice("partial_windows", partial_windows, ("excluded", "cut"))
         self._reference = torch.empty(0, dtype=torch.float64)
         self._extremes = torch.empty(0, dtype=torch.float64)
-        self._shown: dict[str, float | Tensor] = {}
+        self._last_report: dict[str, float | Tensor] = {}
 
     @property
     def minimum_steps(self) -> int:
@@ -97,11 +97,11 @@ class WithinTrajectoryPolicy(Truncation):
         policy = torch.softmax(logits, dim=0)
         self._reference = self._reference.lerp(policy, self.reference_rate)
         selection = self._selection(logits, changes(norms))
-        self._shown = {"beta": beta, **selection.report()}
+        self._last_report = {"beta": beta, **selection.report()}
         return selection.draw(generator)
 
     def report(self) -> dict[str, float | Tensor]:
-        return dict(self._shown)
+        return dict(self._last_report)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"reference": self._reference, "extremes": self._extremes}
@@ -118,7 +118,7 @@ class WithinTrajectoryPolicy(Truncation):
                 f"WithinTrajectoryPolicy cannot continue from {dict(state)}: it needs the tensors "
                 "reference [T] and extremes [2]"
             )
-        self._reference, self._extremes, self._shown = reference, extremes, {}
+        self._reference, self._extremes, self._last_report = reference, extremes, {}
 
     def _selection(self, logits: Tensor, change: Tensor) -> Selection:
         """Windows that end at any step, or only at those at which they are whole."""

@@ -23,6 +23,9 @@ class RandomWindow(Truncation):
         refresh: For how many outer steps one draw serves (the released code draws once per pass
             over its real data, 10 outer steps).
 
+    Raises:
+        ConfigurationError: An argument outside its range.
+
     Source: Feng, Vedantam and Kempe, arXiv 2311.07025, section 3.
     """
 

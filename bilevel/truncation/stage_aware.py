@@ -112,7 +112,7 @@ class StageAware(Truncation):
         return Plan.of(self._selection.draw(generator))
 
     def select(self, trace: Trace, generator: torch.Generator) -> Window:
-        self._selection = self._from_norms(gradient_norms(trace))
+        self._selection = self._selection_from_norms(gradient_norms(trace))
         self._uses_left = self.refresh - 1
         return self._selection.draw(generator)
 
@@ -153,7 +153,7 @@ class StageAware(Truncation):
         self._transition.load_state_dict(group("transition."))
         self._selection, self._uses_left = found, uses_left
 
-    def _from_norms(self, norms: Tensor) -> Selection:
+    def _selection_from_norms(self, norms: Tensor) -> Selection:
         """The distribution over windows of the early or late stage."""
         late, steps = self.stage == Stage.LATE, len(norms)
         at, widths = torch.arange(steps), self._widths(changes(norms), late)

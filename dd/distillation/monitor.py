@@ -28,21 +28,16 @@ class Monitor:
     """Writes TensorBoard events of one run.
 
     Args:
-        folder: Where the events go; None in processes that write nothing.
+        folder: Where the events go.
         first_step: The step a resumed run goes on from; later events of an earlier process, which
             the resumed one will write again, are hidden.
     """
 
-    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
-        self._writer = None
-        if folder is not None:
-            purge_step = first_step + 1 if first_step else 0
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
     def config(self, text: str) -> None:
         """Show the configuration."""
-        if self._writer is None:
-            return
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def outer_step(
@@ -56,8 +51,6 @@ class Monitor:
             bound: The norm that the images' hypergradient was clipped to; None without clipping.
             seconds: How long the step took.
         """
-        if self._writer is None:
-            return
         scalars: dict[str, Tensor | float] = {
             "outer/loss": result.loss,
             **{f"outer/{name}": value for name, value in result.metrics.items()},
@@ -95,8 +88,6 @@ class Monitor:
                 shown as histograms: the horizontal axis is the inner step, the height the value
                 there.
         """
-        if self._writer is None:
-            return
         for name, value in report.items():
             if not isinstance(value, Tensor):
                 self._writer.add_scalar(f"schedule/{name}", value, step)
@@ -117,8 +108,6 @@ class Monitor:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Show named numbers."""
-        if self._writer is None:
-            return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -130,16 +119,13 @@ class Monitor:
             pixels: [N, C, H, W], ordered by class.
             images_per_class: How many images each class has.
         """
-        if self._writer is None:
-            return
         for name, shown in (("clamped", pixels.clamp(0, 1)), ("stretched", stretched(pixels))):
             grid = image_grid(shown, images_per_class)
             self._writer.add_image(f"synthetic_images/{name}", grid, step)
 
     def close(self) -> None:
         """Flush and close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
 
 
 @final
@@ -151,7 +137,6 @@ class Progress:
         minutes: The most minutes, or None.
         step: The step a resumed run goes on from.
         seconds: The seconds spent before.
-        shown: False in processes that are to be silent.
     """
 
     def __init__(
@@ -160,8 +145,6 @@ class Progress:
         minutes: float | None,
         step: int = 0,
         seconds: float = 0.0,
-        *,
-        shown: bool = True,
     ) -> None:
         self._by_time = minutes is not None
         self._outer_steps, self._first = outer_steps, (step, seconds)
@@ -171,7 +154,6 @@ class Progress:
             desc="distilling",
             unit="s" if self._by_time else "step",
             dynamic_ncols=True,
-            disable=not shown,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed} < {remaining}{postfix}]",
         )
@@ -194,8 +176,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        if not self._bar.disable:
-            self._bar.write(message, file=sys.stderr)
+        self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

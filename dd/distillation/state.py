@@ -10,7 +10,9 @@ from torch import Tensor
 import bilevel
 from dd.runtime.files import DamagedFileError, read_tensors, write_tensors
 
-FORMAT = "dd-checkpoint-1"
+FORMAT = "dd-checkpoint-2"
+#: Of version 0.1.
+OLD_FORMAT = "dd-checkpoint-1"
 #: What the optimizers keep for every outer variable.
 _SLOTS = {
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
@@ -86,6 +88,8 @@ class TrainingState:
             DamagedFileError: It is damaged, or belongs to another configuration.
         """
         tensors, metadata = read_tensors(path)
+        if metadata.get("format") == OLD_FORMAT:
+            raise DamagedFileError(f"{path} was made by version 0.1, whose runs cannot be resumed")
         if metadata.get("format") != FORMAT:
             raise DamagedFileError(f"{path} is no checkpoint ({metadata.get('format')!r})")
 

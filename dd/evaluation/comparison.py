@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dd.evaluation.report import RESULTS
+from dd.evaluation.names import RESULTS
 from dd.runtime.files import DamagedFileError, read_json
 
 Runs = Mapping[str, Mapping[str, Any]]

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from bilevel import Key, fresh_parameters
-from bilevel.distributed import rank
 from dd.augmentation import Augmentation, NoAugmentation
 from dd.data.prepared import PreparedData
 from dd.data.stored_images import Images
 from dd.evaluation.protocols import BPTTProtocol, Protocol
+from dd.runtime.changes import Resumable
 from dd.runtime.checks import check_instance, check_integer, check_number
 from dd.runtime.precision import full_float32
-from dd.runtime.processes import collected, own_share
+from dd.runtime.processes import collected, own_share, progress_bar
 from dd.synthetic.dataset import random_subset
 
+#: Where below a key the randomness of the networks of each training set is.
+DISTILLED_KEY, RANDOM_REAL_KEY, FULL_DATA_KEY = "distilled", "random real", "full data"
 #: A function from the key of one network to the (images, labels) it is trained on.
 TrainingSet = Callable[[Key], tuple[Images, Tensor]]
 
@@ -102,12 +103,12 @@ class Evaluator:
 
     def __init__(
         self,
-        networks: int = 8,
-        steps: Sequence[int] = (300, 600, 1000, 3000),
+        networks: Resumable[int] = 8,
+        steps: Resumable[Sequence[int]] = (300, 600, 1000, 3000),
         lr: float = 1e-3,
         batch_size: int = 256,
-        full_data_networks: int = 2,
-        full_data_steps: Sequence[int] = (5000, 10000),
+        full_data_networks: Resumable[int] = 2,
+        full_data_steps: Resumable[Sequence[int]] = (5000, 10000),
         validation_networks: int = 2,
         validation_steps: int = 300,
         augmentation: Augmentation | None = None,
@@ -160,17 +161,10 @@ class Evaluator:
 
         `rate` is the learning rate that was learned with the set, which `dc` trains at.
         """
-        given = images.detach(), labels.detach()
-        return self._measure(
-            "distilled",
-            lambda _: given,
-            network,
-            data,
-            key,
-            self.networks,
-            self.protocol.steps(self.steps, len(images), self.batch_size),
-            rate,
-        )
+        whole = images.detach(), labels.detach()
+        steps = self.protocol.steps(self.steps, len(images), self.batch_size)
+        keys = [key.fold(DISTILLED_KEY, index) for index in range(self.networks)]
+        return self._measure("distilled", lambda _: whole, network, data, keys, steps, rate)
 
     def random_real(
         self, images_per_class: int, network: nn.Module, data: PreparedData, key: Key
@@ -184,22 +178,17 @@ class Evaluator:
 
         size = images_per_class * data.num_classes
         steps = self.protocol.steps(self.steps, size, self.batch_size)
-        return self._measure("random real", draw, network, data, key, self.networks, steps)
+        keys = [key.fold(RANDOM_REAL_KEY, index) for index in range(self.networks)]
+        return self._measure("random real", draw, network, data, keys, steps)
 
     def full_data(self, network: nn.Module, data: PreparedData, key: Key) -> Accuracy | None:
         """Test accuracy with all training images; None if that was turned off."""
         if not self.full_data_networks:
             return None
         everything = data.train_images, data.train_labels
-        return self._measure(
-            "full data",
-            lambda _: everything,
-            network,
-            data,
-            key,
-            self.full_data_networks,
-            self.full_data_steps,
-        )
+        keys = [key.fold(FULL_DATA_KEY, index) for index in range(self.full_data_networks)]
+        steps = self.full_data_steps
+        return self._measure("full data", lambda _: everything, network, data, keys, steps)
 
     @full_float32()
     def validation(
@@ -227,28 +216,24 @@ class Evaluator:
     @full_float32()
     def _measure(
         self,
-        name: str,
+        label: str,
         training_set: TrainingSet,
         network: nn.Module,
         data: PreparedData,
-        key: Key,
-        networks: int,
+        keys: Sequence[Key],
         steps: Sequence[int],
         rate: float | None = None,
     ) -> Accuracy:
+        """Test accuracy of a network for each of `keys`; the bars are called `label`."""
         trained, validated, values = {}, {}, {}
-        share, silent = list(own_share(networks)), rank() > 0
-        with tqdm(
-            desc=f"training on {name}",
-            total=len(share) * max(steps),
-            unit="step",
-            mininterval=0.5,
-            disable=silent,
+        share = list(own_share(len(keys)))
+        total = len(share) * max(steps)
+        with progress_bar(
+            desc=f"training on {label}", total=total, unit="step", mininterval=0.5
         ) as bar:
             for index in share:
-                network_key = key.fold(name, index)
-                images, labels = training_set(network_key)
-                stages = self._train(images, labels, network, network_key, steps, rate, bar.update)
+                images, labels = training_set(keys[index])
+                stages = self._train(images, labels, network, keys[index], steps, rate, bar.update)
                 trained[index] = stages
                 validated[index] = torch.tensor(
                     [
@@ -257,8 +242,9 @@ class Evaluator:
                     ]
                 )
         chosen = int(sum(collected(validated), torch.zeros(len(steps))).argmax())
-        tested = tqdm(trained.items(), desc=f"testing {name}", unit="network", disable=silent)
-        for index, stages in tested:
+        for index, stages in progress_bar(
+            iterable=trained.items(), desc=f"testing {label}", unit="network"
+        ):
             params = stages[chosen]
             values[index] = accuracy(network, params, data.test_images, data.test_labels)
         return Accuracy(tuple(collected(values)), steps[chosen])

@@ -10,9 +10,8 @@ from torchvision.datasets import ImageFolder
 
 from dd.data import ImageDataset, PixelTransform, apply_in_chunks
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.names import PIXELS
 from dd.runtime.files import DamagedFileError
-
-PIXELS, TRANSFORMED = "pixels", "transformed"
 
 
 def load_foreign_set(

@@ -1,6 +1,4 @@
-"""How good one distilled set is, in every network asked for."""
-
-from __future__ import annotations
+"""What a run found: measured step by step, and written as `results.json`."""
 
 import importlib.metadata
 import math
@@ -8,80 +6,192 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
-from bilevel.distributed import rank
+from bilevel import Key
 from dd.data.prepared import PreparedData
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Accuracy, Evaluator
+from dd.evaluation.names import TRAINING_SETS
 from dd.runtime.devices import device_name
-from dd.runtime.files import write_json
-
-if TYPE_CHECKING:
-    from dd.experiment import Experiment
 
 
-RESULTS = "results.json"
-#: What networks are trained on, in the order of the table.
-TRAINING_SETS = ("random_real", "distilled", "full_data")
+@final
+@dataclass(frozen=True)
+class Report:
+    """What is known of a run so far.
+
+    Attributes:
+        command: What was run.
+        dataset: Its name.
+        images_per_class: Of the distilled set.
+        network: The class of the network that is trained.
+        network_parameters: Tells widths apart: a set may be judged by another than it was
+            distilled with.
+        protocol: How networks are trained.
+        seed: Of everything.
+        device: The GPU's model, or "cpu".
+        versions: Of Python, and of the packages that results depend on.
+        status: "running", "evaluating", "complete" or "interrupted".
+        accuracy: On each of `TRAINING_SETS`; None where it was not measured.
+        architectures: The same of other networks, by the class's name.
+        scores: DD-Ranking's.
+        outer_steps: Outer steps that led to the set.
+        seconds_distilling: Wall clock spent in them.
+        seconds_evaluating: Wall clock spent on the accuracies.
+        distilled_set: Its file, and what it says of itself.
+    """
+
+    command: str
+    dataset: str
+    images_per_class: int
+    network: str
+    network_parameters: int
+    protocol: str
+    seed: int
+    device: str
+    versions: Mapping[str, str]
+    status: str = "running"
+    accuracy: Mapping[str, Accuracy | None] = field(
+        default_factory=lambda: dict.fromkeys(TRAINING_SETS)
+    )
+    architectures: Mapping[str, Mapping[str, Accuracy | None]] = field(default_factory=dict)
+    scores: Mapping[str, float] | None = None
+    outer_steps: int | None = None
+    seconds_distilling: float | None = 0.0
+    seconds_evaluating: float = 0.0
+    distilled_set: Mapping[str, Any] | None = None
+
+    def of_set(self, file: str, distilled: DistilledSet) -> "Report":
+        """The report with what a distilled set says of itself."""
+        return replace(self, distilled_set={"file": file, **distilled.provenance})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = {
+            "command": self.command,
+            "status": self.status,
+            "dataset": self.dataset,
+            "images_per_class": self.images_per_class,
+            "accuracy": _as_dicts(self.accuracy),
+            "network": self.network,
+            "network_parameters": self.network_parameters,
+            "architectures": {name: _as_dicts(of) for name, of in self.architectures.items()},
+            "scores": None if self.scores is None else dict(self.scores),
+            "protocol": self.protocol,
+            "selection": "validation split of the training data; test set used once",
+            "seed": self.seed,
+            "outer_steps": self.outer_steps,
+            "wall_clock_seconds": {
+                "distilling": self.seconds_distilling,
+                "evaluating": self.seconds_evaluating,
+            },
+            "device": self.device,
+            "versions": dict(self.versions),
+        }
+        if self.distilled_set is not None:
+            found["distilled_set"] = dict(self.distilled_set)
+        return found
+
+
+def new_report(
+    dataset: str,
+    images_per_class: int,
+    network: nn.Module,
+    evaluator: Evaluator,
+    seed: int,
+    device: torch.device,
+) -> Report:
+    """The report of a run before anything was done, with all that describes it.
+
+    Args:
+        dataset: Its name.
+        images_per_class: Of the distilled set.
+        network: What is trained.
+        evaluator: How.
+        seed: Of everything.
+        device: Where.
+    """
+    return Report(
+        command=shlex.join(["python", *sys.orig_argv[1:]]),
+        dataset=dataset,
+        images_per_class=images_per_class,
+        network=type(network).__name__,
+        network_parameters=sum(value.numel() for value in network.parameters()),
+        protocol=evaluator.protocol.name,
+        seed=seed,
+        device=device_name(device),
+        versions=versions(),
+    )
 
 
 @final
 class Assessment:
-    """Measures one set beside random real images and the full data, and keeps results up to date.
+    """Measures one set beside random real images and the full data.
 
     Args:
-        experiment: Whose network, evaluator, seed and device are used.
         distilled: The set.
         data: The dataset, by the set's own transform.
-        results: What is known so far; what is found joins it.
-        path: Where the results are written after every measurement.
+        network: What is trained.
+        evaluator: How.
+        key: The randomness of all networks.
     """
 
     def __init__(
         self,
-        experiment: Experiment,
         distilled: DistilledSet,
         data: PreparedData,
-        results: dict[str, Any],
-        path: Path,
+        network: nn.Module,
+        evaluator: Evaluator,
+        key: Key,
     ) -> None:
-        self._network, self._evaluator = experiment.network, experiment.evaluator
-        self._key = experiment.key.fold("evaluation")
-        self._data, self._results, self._path = data, results, path
-        self._images = distilled.images.to(experiment.device)
-        self._labels = distilled.labels.to(experiment.device)
+        self._data, self._network, self._evaluator, self._key = data, network, evaluator, key
+        self._images = distilled.images.to(data.test_labels.device)
+        self._labels = distilled.labels.to(data.test_labels.device)
         self._rate = distilled.provenance.get("learning_rate")
-        self._began = time.perf_counter()
 
-    def run(
+    def measured(
         self,
+        report: Report,
         training_sets: Sequence[str] = TRAINING_SETS,
         architectures: Mapping[str, nn.Module] | None = None,
         scores: bool = False,
-    ) -> dict[str, Any]:
-        """Measure; the arguments are those of `Experiment.evaluate`. Returns the results."""
-        results = self._results
-        for name in TRAINING_SETS:
-            if name in training_sets:
-                accuracy = self._measure(name, self._network, self._evaluator, self._labels)
-                results["accuracy"][name] = None if accuracy is None else accuracy.as_dict()
-                self._write("evaluating")
+    ) -> Iterator[Report]:
+        """The report after every measurement; the last one is complete.
+
+        Args:
+            report: What is known before.
+            training_sets: Of `TRAINING_SETS` only these are measured.
+            architectures: Further networks to judge the same set by.
+            scores: Also measure what DD-Ranking's scores need, and give them.
+        """
+        began, report = time.perf_counter(), replace(report, status="evaluating")
+
+        def now(report: Report) -> Report:
+            return replace(report, seconds_evaluating=time.perf_counter() - began)
+
+        wanted = [name for name in TRAINING_SETS if name in training_sets]
+        for name in wanted:
+            found = self._measure(name, self._network, self._evaluator, self._labels)
+            report = now(replace(report, accuracy={**report.accuracy, name: found}))
+            yield report
         for architecture, network in (architectures or {}).items():
-            results["architectures"][architecture] = across = {}
-            for name in TRAINING_SETS[:2]:
-                if name in training_sets:
-                    accuracy = self._measure(name, network, self._evaluator, self._labels)
-                    across[name] = None if accuracy is None else accuracy.as_dict()
-                    self._write("evaluating")
+            across: dict[str, Accuracy | None] = {}
+            for name in wanted:
+                if name == "full_data":
+                    continue  # that takes longest, and says nothing of the set
+                across[name] = self._measure(name, network, self._evaluator, self._labels)
+                found_so_far = {**report.architectures, architecture: dict(across)}
+                report = now(replace(report, architectures=found_so_far))
+                yield report
         if scores:
-            results["scores"] = self._scores()
-        self._write("complete")
-        return results
+            report = replace(report, scores=self._scores())
+        yield now(replace(report, status="complete"))
 
     def _measure(
         self, name: str, network: nn.Module, evaluator: Evaluator, labels: Tensor
@@ -116,40 +226,6 @@ class Assessment:
             ),
         }
 
-    def _write(self, status: str) -> None:
-        self._results["status"] = status
-        self._results["wall_clock_seconds"]["evaluating"] = time.perf_counter() - self._began
-        write_results(self._path, self._results)
-
-
-def empty_results(experiment: Experiment) -> dict[str, Any]:
-    """The results of an experiment before anything was done, with all that describes it."""
-    return {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "status": "running",
-        "dataset": experiment.dataset.name,
-        "images_per_class": experiment.synthetic.images_per_class,
-        "accuracy": dict.fromkeys(TRAINING_SETS),
-        "network": type(experiment.network).__name__,
-        # Tells widths apart: a set may be judged by another than it was distilled with.
-        "network_parameters": sum(value.numel() for value in experiment.network.parameters()),
-        "architectures": {},
-        "scores": None,
-        "protocol": experiment.evaluator.protocol.name,
-        "selection": "validation split of the training data; test set used once",
-        "seed": experiment.seed,
-        "outer_steps": None,
-        "wall_clock_seconds": {"distilling": 0.0, "evaluating": 0.0},
-        "device": device_name(experiment.device),
-        "versions": versions(),
-    }
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write results; of several processes the first one does."""
-    if rank() == 0:
-        write_json(path, results)
-
 
 def versions() -> dict[str, str]:
     """Of Python, and of the packages that results depend on."""
@@ -158,6 +234,10 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def _as_dicts(accuracies: Mapping[str, Accuracy | None]) -> dict[str, Any]:
+    return {name: None if of is None else of.as_dict() for name, of in accuracies.items()}
 
 
 def label_robust_score(

@@ -1,24 +1,32 @@
 """Real images in the order of their difficulty: which of them an outer step may draw."""
 
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from bilevel import ConfigurationError, Key, fresh_parameters
-from bilevel.distributed import rank
+from bilevel.distributed import broadcast_
 from bilevel.truncation import Stage
 from dd.augmentation import Augmentation
 from dd.data.prepared import RealBatches
 from dd.data.stored_images import Images
+from dd.objectives.base import Task
+from dd.objectives.expert_buffer import check_description
 from dd.runtime.checks import check_choice, check_integer, check_number
+from dd.runtime.files import DamagedFileError, read_tensors, write_tensors
+from dd.runtime.processes import progress_bar
 
+#: From an outer step and its stage to the indices of the images it may draw.
+Pool = Callable[[int, Stage | None], Tensor]
 #: Images that are scored at a time.
 CHUNK = 500
+#: Where in a run's folder the difficulty of every training image is.
+SCORES = "difficulty.safetensors"
 
 
 @final
@@ -105,7 +113,44 @@ class DifficultyPacing:
             )
         return self.start + (1 - self.start) * part
 
-    def pool(self, scores: Tensor, labels: Tensor) -> Callable[[int, Stage | None], Tensor]:
+    def pool_for(self, task: Task, batch: int, stage: Stage | None) -> Pool:
+        """From an outer step of a run and its stage to the indices of training images it draws.
+
+        The scores are those in the run's folder, or are computed now and kept there.
+
+        Args:
+            task: What the run works on.
+            batch: How many images an outer step draws.
+            stage: Of the truncation schedule at the start, if it has stages.
+
+        Raises:
+            ConfigurationError: The share at the start is less than a batch, or should follow
+                stages that there are not.
+            DamagedFileError: The scores in the folder are damaged, or others.
+        """
+        self.share(0, stage)  # raises what cannot be at the start
+        images, labels = task.data.train_images, task.data.train_labels
+        smallest = int(self.start * len(labels))
+        if smallest < batch:
+            raise ConfigurationError(
+                f"DifficultyPacing.start={self.start}: a share of {smallest} images is less "
+                f"than a batch, real_batch={batch}"
+            )
+        # Where training is not repeatable, all processes, and a resumed run, still draw from the
+        # same images: those of the first scores that process 0 computed.
+        scored = {**task.description, "scoring": self.scoring}
+        path = task.folder.find(SCORES)
+        if path is not None:
+            scores = read_scores(path, labels, scored)
+        else:
+            scores = self.scores(
+                task.network, images, labels, task.augmentation, task.key.fold("difficulty")
+            )
+            broadcast_([scores])
+            task.folder.write(SCORES, lambda path: write_tensors(path, {"scores": scores}, scored))
+        return self.pool(scores, labels)
+
+    def pool(self, scores: Tensor, labels: Tensor) -> Pool:
         """From an outer step and its stage to the indices it draws from, ascending.
 
         Args:
@@ -128,10 +173,9 @@ class DifficultyPacing:
         """EL2N scores [N] of the training images, by networks trained on them."""
         total = torch.zeros(len(labels), device=labels.device)
         steps = self.epochs * max(1, len(labels) // self.batch_size)
-        progress = tqdm(
-            total=self.networks * steps, desc="scoring real images", unit="step", disable=rank() > 0
-        )
-        with progress:
+        with progress_bar(
+            total=self.networks * steps, desc="scoring real images", unit="step"
+        ) as progress:
             for index in range(self.networks):
                 member = key.fold("network", index)
                 params = fresh_parameters(network, member.generator("init"), device=images.device)
@@ -147,6 +191,28 @@ class DifficultyPacing:
                     progress.update()
                 total += error_norms(network, params, images, labels)
         return total / self.networks
+
+
+def read_scores(path: Path, labels: Tensor, scored: Mapping[str, Any]) -> Tensor:
+    """The scores [N] in a file, if they are of what is described.
+
+    Args:
+        path: Of the file.
+        labels: Of the images, int64 [N].
+        scored: What they must be scores of.
+
+    Raises:
+        DamagedFileError: They are not, or the file is damaged.
+    """
+    tensors, metadata = read_tensors(path)
+    scores = tensors.get("scores", labels[:0]).to(labels.device)
+    try:
+        check_description(path, metadata, scored, "scores")
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{path} does not fit, delete it: {error}") from error
+    if scores.shape != labels.shape:
+        raise DamagedFileError(f"{path} has {len(scores)} scores for {len(labels)} training images")
+    return scores
 
 
 @torch.no_grad()

@@ -1,10 +1,8 @@
 """Trajectory matching: the objective of MTT and ATT."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +17,6 @@ from dd.objectives.base import Objective, Outer, PreparedObjective, Task
 from dd.objectives.experts import Experts
 from dd.runtime.checks import check_instance, check_integer, check_number
 from dd.synthetic.dataset import SyntheticDataset
-
-if TYPE_CHECKING:
-    from dd.distillation.settings import Distiller
 
 #: Over how many of the latest outer steps, since the program started, the fraction of mismatches is
 #: taken.
@@ -76,13 +71,17 @@ class MatchExperts(Objective):
                 f"max_start={max_start}, target_after={target_after}: a stretch would end at "
                 f"snapshot {max_start - 1 + target_after}, but there are {experts.snapshots}"
             )
-        self.experts = experts
+        self._experts = experts
         self.max_start = max_start
         self.target_after = target_after
         self.rate = rate
         self.rate_lr = rate_lr
         self.momentum = momentum
         self.mismatch = mismatch
+
+    @property
+    def experts(self) -> Experts:
+        return self._experts
 
     def variables(self, device: torch.device) -> Outer:
         return {"rate": torch.zeros((), device=device, requires_grad=True)}
@@ -94,7 +93,7 @@ class MatchExperts(Objective):
             momentum=self.momentum,
         )
 
-    def prepare(self, settings: Distiller, task: Task, key: bilevel.Key) -> PreparedObjective:
+    def prepare(self, task: Task, key: bilevel.Key, stage: Stage | None) -> PreparedObjective:
         return _EndWhereExpertsWent(self, task, key)
 
     def provenance(self, outer: Outer) -> dict[str, float]:
@@ -117,8 +116,8 @@ class _EndWhereExpertsWent(PreparedObjective):
         start, target = self.buffer.stretch(
             self.key.generator(step), self.settings.max_start, self.settings.target_after
         )
-        given = {"start": start.to(self.device), "target": target.to(self.device)}
-        return {name: value.requires_grad_() for name, value in given.items()}, None
+        stretch = {"start": start.to(self.device), "target": target.to(self.device)}
+        return {name: value.requires_grad_() for name, value in stretch.items()}, None
 
     def report(self, result: bilevel.HypergradientResult) -> dict[str, float]:
         norms = {

@@ -1,9 +1,7 @@
 """The loss on real images: the objective of the BPTT family."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +9,17 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import bilevel
-from bilevel.distributed import broadcast_, rank
 from bilevel.truncation import Stage
 from dd.augmentation import Augmentation
 from dd.data.prepared import RealBatches
 from dd.networks import named_parameters_of
 from dd.objectives.alignment import PrototypeAlignment
 from dd.objectives.base import HELD_OUT, Objective, Outer, PreparedObjective, Task
-from dd.objectives.difficulty import DifficultyPacing
-from dd.objectives.expert_buffer import check_description
-from dd.runtime.checks import check_instance
-from dd.runtime.files import DamagedFileError, read_tensors, write_tensors
+from dd.objectives.difficulty import DifficultyPacing, Pool
+from dd.objectives.experts import Experts
+from dd.runtime.checks import check_instance, check_integer
 from dd.runtime.precision import Precision
 from dd.synthetic.dataset import SyntheticDataset
-
-if TYPE_CHECKING:
-    from dd.distillation.settings import Distiller
-
-#: From an outer step and its stage to the indices of the images it may draw.
-Pool = Callable[[int, Stage | None], Tensor]
-#: Where in a run's folder the difficulty of every training image is.
-SCORES = "difficulty.safetensors"
 
 
 @final
@@ -39,9 +27,16 @@ class RealImages(Objective):
     """Minimise the loss on real images of the network that the synthetic set trains, by Adam.
 
     Args:
+        real_batch: Real images in the outer loss; of several processes each has as many.
+        real_micro_batch: How many of them are in memory with a graph at a time.
+        held_out_batch: Images of the validation split, always the same, on which θ_stop is judged
+            after every outer step if the truncation schedule asks for `held_out_accuracy`.
+        alignment: A term of the outer loss beside the cross-entropy; default: none.
+        precision: Arithmetic of the networks; default: float32.
         pacing: Which real images an outer step may draw; default: all of them.
 
     Raises:
+        ValueError: An argument outside its range.
         ConfigurationError: From `prepare`, if the pacing leaves fewer images than a batch has, or
             follows stages and the truncation schedule has none.
         DamagedFileError, FileNotFoundError: From `prepare`, if an alignment takes the features of
@@ -49,66 +44,62 @@ class RealImages(Objective):
     """
 
     metrics = ("loss", "accuracy", HELD_OUT, "progress")
-    own_settings = ("alignment", "precision")
 
-    def __init__(self, pacing: DifficultyPacing | None = None) -> None:
+    def __init__(
+        self,
+        real_batch: int = 5000,
+        real_micro_batch: int = 1000,
+        held_out_batch: int = 500,
+        alignment: PrototypeAlignment | None = None,
+        precision: Precision | None = None,
+        pacing: DifficultyPacing | None = None,
+    ) -> None:
+        check_integer("real_batch", real_batch, 1)
+        check_integer("real_micro_batch", real_micro_batch, 1)
+        check_integer("held_out_batch", held_out_batch, 1)
+        if alignment is not None:
+            check_instance(
+                "alignment", alignment, PrototypeAlignment, "@PrototypeAlignment() with ()"
+            )
+        if precision is not None:
+            check_instance("precision", precision, Precision, "@Precision() with ()")
         if pacing is not None:
             check_instance("pacing", pacing, DifficultyPacing, "@DifficultyPacing() with ()")
+        self.real_batch = real_batch
+        self.real_micro_batch = real_micro_batch
+        self.held_out_batch = held_out_batch
+        self.alignment = alignment
+        self.precision = Precision() if precision is None else precision
         self.pacing = pacing
+
+    @property
+    def experts(self) -> Experts | None:
+        return None if self.alignment is None else self.alignment.experts
+
+    def check(
+        self, network: nn.Module, image_shape: tuple[int, ...], synthetic: SyntheticDataset
+    ) -> None:
+        if self.alignment is not None:
+            self.alignment.check(network, image_shape, synthetic.patches_per_side)
 
     def optimizer(self, outer: Outer, rates: Mapping[str, float]) -> torch.optim.Optimizer:
         return torch.optim.Adam(
             [{"params": [value], "lr": rates[name]} for name, value in outer.items()]
         )
 
-    def prepare(self, settings: Distiller, task: Task, key: bilevel.Key) -> PreparedObjective:
-        return _LossOnRealImages(settings, task, key, self._pool(settings, task))
-
-    def _pool(self, settings: Distiller, task: Task) -> Pool | None:
-        if self.pacing is None:
-            return None
-        self.pacing.share(0, settings.truncation.stage)  # raises what cannot be at the start
-        images, labels = task.data.train_images, task.data.train_labels
-        smallest = int(self.pacing.start * len(labels))
-        if smallest < settings.real_batch:
-            raise bilevel.ConfigurationError(
-                f"DifficultyPacing.start={self.pacing.start}: a share of {smallest} images is less "
-                f"than a batch, real_batch={settings.real_batch}"
-            )
-        # Where training is not repeatable, all processes, and a resumed run, still draw from the
-        # same images: those of the first scores that process 0 computed.
-        path = task.folder / SCORES
-        scored = {**task.description, "scoring": self.pacing.scoring}
-        if path.exists():
-            tensors, metadata = read_tensors(path)
-            scores = tensors.get("scores", labels[:0]).to(labels.device)
-            try:
-                check_description(path, metadata, scored, "scores")
-            except DamagedFileError as error:
-                raise DamagedFileError(f"{path} does not fit, delete it: {error}") from error
-            if scores.shape != labels.shape:
-                raise DamagedFileError(
-                    f"{path} has {len(scores)} scores for {len(labels)} training images"
-                )
-        else:
-            scores = self.pacing.scores(
-                task.network, images, labels, task.augmentation, task.key.fold("difficulty")
-            )
-            broadcast_([scores])
-            if rank() == 0:
-                write_tensors(path, {"scores": scores}, scored)
-        return self.pacing.pool(scores, labels)
+    def prepare(self, task: Task, key: bilevel.Key, stage: Stage | None) -> PreparedObjective:
+        return _LossOnRealImages(self, task, key, stage)
 
 
 @final
 class _LossOnRealImages(PreparedObjective):
     def __init__(
-        self,
-        settings: Distiller,
-        task: Task,
-        key: bilevel.Key,
-        pool: Pool | None,
+        self, settings: RealImages, task: Task, key: bilevel.Key, stage: Stage | None
     ) -> None:
+        self.settings, self.data, self.augmentation = settings, task.data, task.augmentation
+        self.pool: Pool | None = None
+        if settings.pacing is not None:
+            self.pool = settings.pacing.pool_for(task, settings.real_batch, stage)
         self.problem = self._meta_loss = MetaLoss(
             task.network,
             task.synthetic,
@@ -118,14 +109,8 @@ class _LossOnRealImages(PreparedObjective):
             settings.precision,
             _extractor(settings, task),
         )
-        self.alignment, self.num_classes = settings.alignment, task.data.num_classes
-        self.alignment_key = key.fold("aligned")
-        self.micro_batch = settings.real_micro_batch
-        self.data = task.data
-        self.augmentation = task.augmentation
-        self.real_batch, self.pool, self.key = settings.real_batch, pool, key.fold("real")
-        self.stage = settings.truncation.stage
-        self.real = self._batches(self.stage)
+        self.key, self.alignment_key = key.fold("real"), key.fold("aligned")
+        self.stage, self.real = stage, self._batches(stage)
         # Drawn, as a dataset may be ordered by class; fixed, so that a gain is not one of the draw.
         self.held_out = torch.randperm(
             len(task.data.validation_labels), generator=task.key.generator("held_out")
@@ -135,12 +120,13 @@ class _LossOnRealImages(PreparedObjective):
         if stage != self.stage:
             self.stage, self.real = stage, self._batches(stage)
         images, labels = self.real.at(step)
-        pieces = [part.split(self.micro_batch) for part in (images, labels)]
+        pieces = [part.split(self.settings.real_micro_batch) for part in (images, labels)]
         weights = [len(part) / len(labels) for part in pieces[1]]
-        if self.alignment is not None and self.alignment.classes_per_step is not None:
+        alignment = self.settings.alignment
+        if alignment is not None and alignment.classes_per_step is not None:
             generator = self.alignment_key.generator(step)
-            aligned = torch.randperm(self.num_classes, generator=generator)
-            aligned = aligned[: self.alignment.classes_per_step].to(labels.device)
+            aligned = torch.randperm(self.data.num_classes, generator=generator)
+            aligned = aligned[: alignment.classes_per_step].to(labels.device)
             pieces.append((aligned,) * len(weights))
         return {}, bilevel.MicroBatches(list(zip(*pieces, strict=True)), weights)
 
@@ -150,7 +136,7 @@ class _LossOnRealImages(PreparedObjective):
         return RealBatches(
             self.data.train_images,
             self.data.train_labels,
-            self.real_batch,
+            self.settings.real_batch,
             self.augmentation,
             self.key,
             None if pool is None else lambda step: pool(step, stage),
@@ -160,13 +146,12 @@ class _LossOnRealImages(PreparedObjective):
     def held_out_accuracy(self, params: Any) -> float:
         images = self.data.validation_images[self.held_out]
         labels = self.data.validation_labels[self.held_out]
-        predicted = torch.cat(
-            [self._meta_loss.predictions(params, part) for part in images.split(self.micro_batch)]
-        )
+        parts = images.split(self.settings.real_micro_batch)
+        predicted = torch.cat([self._meta_loss.predictions(params, part) for part in parts])
         return float((predicted == labels).float().mean())
 
 
-def _extractor(settings: Distiller, task: Task) -> dict[str, Tensor] | None:
+def _extractor(settings: RealImages, task: Task) -> dict[str, Tensor] | None:
     """The parameters of the expert whose features are aligned, if it is not the inner network's."""
     if settings.alignment is None or settings.alignment.experts is None:
         return None

@@ -23,7 +23,6 @@ class Precision:
         inner: "bfloat16" runs the inner networks under autocast, and with them what is
             differentiated twice; parameters, optimizer and losses stay float32.
         outer: "bfloat16" does the same for the network on the real images.
-        tf32: Let CUDA round the inputs of float32 products and convolutions to TensorFloat-32.
         channels_last: Store images with their channels last, as tensor cores read them. On CUDA
             PyTorch's group norm puts them first again, so in eager mode this reaches only the
             convolutions before the first one.
@@ -36,28 +35,14 @@ class Precision:
         self,
         inner: str = "float32",
         outer: str = "float32",
-        tf32: bool = False,
         channels_last: bool = False,
     ) -> None:
         check_choice("inner", inner, tuple(_DTYPES))
         check_choice("outer", outer, tuple(_DTYPES))
-        check_flag("tf32", tf32)
         check_flag("channels_last", channels_last)
         self.inner = inner
         self.outer = outer
-        self.tf32 = tf32
         self.channels_last = channels_last
-
-    @property
-    def is_for_any_network(self) -> bool:
-        """Whether nothing but `tf32` was asked for, which takes no part of the problem."""
-        return (self.inner, self.outer, self.channels_last) == ("float32", "float32", False)
-
-    def set_global_flags(self) -> None:
-        """Apply `tf32` to the whole process; PyTorch has no narrower switch."""
-        mode = "tf32" if self.tf32 else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = mode
-        torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
 
     def autocast(self, dtype: str, device: torch.device) -> AbstractContextManager[None]:
         """The context in which a network runs, `dtype` being `inner` or `outer`."""
@@ -72,12 +57,22 @@ class Precision:
         return images
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA may round the inputs of float32 products and convolutions to TensorFloat-32.
+
+    It holds for the whole process; PyTorch has no narrower switch.
+    """
+    mode = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = mode
+    torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Within it no float32 product or convolution is rounded to TensorFloat-32."""
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = matmul.fp32_precision, convolution.fp32_precision
-    Precision().set_global_flags()
+    allow_tf32(False)
     try:
         yield
     finally:

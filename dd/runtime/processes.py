@@ -1,14 +1,16 @@
-"""The processes that `torchrun` starts: joining them, and sharing work out over them."""
+"""The processes that `torchrun` starts: joining them, and who of them does what."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from tqdm import tqdm
 
+from bilevel import Key
 from bilevel.distributed import gather, rank, world_size
 
 T = TypeVar("T")
@@ -31,7 +33,7 @@ def joined() -> Iterator[None]:
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
-    if rank() == 0:
+    if is_first_process():
         yield
     else:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
@@ -52,6 +54,35 @@ def one_first() -> Iterator[None]:
     yield
     if goes_first:
         gather(None)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, shows and keeps the time."""
+    return rank() == 0
+
+
+def from_first_process(value: T) -> T:
+    """What the first process gives; nobody goes on before all have come here.
+
+    Raises:
+        bilevel.ProcessError: Another process is gone.
+    """
+    return gather(value)[0]
+
+
+def own_key(key: Key) -> Key:
+    """The randomness of this process; the first one has that of a process alone."""
+    return key if is_first_process() else key.fold("process", rank())
+
+
+def which_process() -> str:
+    """ " in process 1 of 2", or nothing in the first one."""
+    return "" if is_first_process() else f" in process {rank()} of {world_size()}"
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """A bar of `tqdm`, which only the first process shows."""
+    return tqdm(**options, disable=not is_first_process())
 
 
 def own_share(count: int) -> range:

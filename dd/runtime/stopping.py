@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from bilevel.distributed import gather, rank
+from bilevel.distributed import gather
+from dd.runtime.processes import is_first_process
 
 
 @dataclass
@@ -19,6 +20,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
+        """Whether this process has been asked."""
         return self.signal_number is not None
 
     def agreed(self) -> bool:
@@ -41,7 +43,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         if at_once:
             raise KeyboardInterrupt
         # Not print: the signal may arrive while the bar is being written.
-        if rank() == 0:
+        if is_first_process():
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

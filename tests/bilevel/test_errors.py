@@ -347,8 +347,8 @@ def test_hyperparameters_need_a_function_that_makes_the_optimizer():
 
 
 def test_hyperparameters_are_tensors():
-    made = problem(hyperparameters=lambda self, outer: {"lr": 0.1})
-    with pytest.raises(ProblemError, match=r"hyperparameters\(\)\['lr'\] is a float"):
+    made = problem(hyperparameters=lambda self, outer, step: {"lr": 0.1})
+    with pytest.raises(ProblemError, match=r"hyperparameters\(\)\['lr'\] holds a float"):
         run(made, bilevel.optim.sgd)
 
 

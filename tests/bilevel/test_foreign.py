@@ -11,6 +11,7 @@ from optimizers import ONE_OF_EACH
 from problems import brute_force, relative_error, seeded
 from torchopt import transform
 from torchopt.base import GradientTransformation
+from torchopt.schedule import exponential_decay, linear_schedule, polynomial_schedule
 
 import bilevel
 from bilevel import optim
@@ -23,12 +24,17 @@ def everywhere(params):
     return optree.tree_map(lambda leaf: True, params)
 
 
+def descend(transformation):
+    """A step of 0.1 along what it makes of the gradient."""
+    return torchopt.chain(transformation, transform.scale(-0.1))
+
+
 #: Every public transformation of TorchOpt 0.7.3 that an inner run can be differentiated through.
 RIGHT = {
     "sgd": torchopt.sgd(0.1),
     "sgd, momentum": torchopt.sgd(0.1, momentum=0.9),
     "sgd, Nesterov": torchopt.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
-    "sgd, schedule": torchopt.sgd(torchopt.schedule.linear_schedule(0.1, 0.01, 5, 0)),
+    "sgd, schedule": torchopt.sgd(linear_schedule(0.1, 0.01, 5, 0)),
     "adam": torchopt.adam(0.1, eps_root=1e-8),
     "adamw": torchopt.adamw(0.1, eps_root=1e-8),
     "adamax": torchopt.adamax(0.1),
@@ -37,25 +43,22 @@ RIGHT = {
     "radam": torchopt.radam(0.1),
     "rmsprop": torchopt.rmsprop(0.1),
     "rmsprop, centred": torchopt.rmsprop(0.1, centered=True),
-    "nan_to_num": torchopt.chain(torchopt.nan_to_num(0.0), torchopt.sgd(0.1)),
-    "chain": torchopt.chain(transform.trace(0.5), transform.scale(-0.1)),
-    "chain_flat": torchopt.combine.chain_flat(transform.trace.flat(0.5), transform.scale.flat(-0.1)),
-    "trace": torchopt.chain(transform.trace(0.5), transform.scale(-0.1)),
+    "nan_to_num": descend(torchopt.nan_to_num(0.0)),
+    "chain": torchopt.chain(transform.trace(0.5), transform.trace(0.3), transform.scale(-0.1)),
+    "chain_flat": torchopt.combine.chain_flat(transform.trace.flat(0.5), transform.scale.flat(-1)),
+    "trace": descend(transform.trace(0.5)),
     "scale": transform.scale(-0.1),
-    "scale_by_schedule": torchopt.chain(
-        transform.scale_by_schedule(torchopt.schedule.exponential_decay(0.1, decay_rate=0.9, transition_begin=0)),
-        transform.scale(-1.0),
-    ),
-    "polynomial_schedule": torchopt.sgd(torchopt.schedule.polynomial_schedule(0.1, 0.01, 2.0, 5, 0)),
-    "add_decayed_weights": torchopt.chain(transform.add_decayed_weights(0.1), transform.scale(-0.1)),
-    "masked": torchopt.chain(transform.masked(transform.scale(2.0), everywhere), transform.scale(-0.1)),
-    "scale_by_adam": torchopt.chain(transform.scale_by_adam(eps_root=1e-8), transform.scale(-0.1)),
-    "scale_by_adamax": torchopt.chain(transform.scale_by_adamax(), transform.scale(-0.1)),
-    "scale_by_adadelta": torchopt.chain(transform.scale_by_adadelta(), transform.scale(-0.1)),
-    "scale_by_radam": torchopt.chain(transform.scale_by_radam(), transform.scale(-0.1)),
-    "scale_by_rss": torchopt.chain(transform.scale_by_rss(0.1), transform.scale(-0.1)),
-    "scale_by_rms": torchopt.chain(transform.scale_by_rms(), transform.scale(-0.1)),
-    "scale_by_stddev": torchopt.chain(transform.scale_by_stddev(), transform.scale(-0.1)),
+    "scale_by_schedule": descend(transform.scale_by_schedule(exponential_decay(0.1, 0.9, 0))),
+    "polynomial_schedule": torchopt.sgd(polynomial_schedule(0.1, 0.01, 2.0, 5, 0)),
+    "add_decayed_weights": descend(transform.add_decayed_weights(0.1)),
+    "masked": descend(transform.masked(transform.scale(2.0), everywhere)),
+    "scale_by_adam": descend(transform.scale_by_adam(eps_root=1e-8)),
+    "scale_by_adamax": descend(transform.scale_by_adamax()),
+    "scale_by_adadelta": descend(transform.scale_by_adadelta()),
+    "scale_by_radam": descend(transform.scale_by_radam()),
+    "scale_by_rss": descend(transform.scale_by_rss(0.1)),
+    "scale_by_rms": descend(transform.scale_by_rms()),
+    "scale_by_stddev": descend(transform.scale_by_stddev()),
 }  # fmt: skip
 
 #: Those that are refused, with what the message says.

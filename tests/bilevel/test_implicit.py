@@ -165,6 +165,15 @@ def test_damping_is_added_to_the_hessian(damping, seed):
         assert relative_error(result.grads, expected) < 1e-8
 
 
+@pytest.mark.parametrize("make", [Nystrom, RandomizedEigendecomposition])
+def test_a_rank_that_is_too_low_is_in_the_status(make):
+    case = problems.make("quadratic", 0)
+    with pytest.warns(ConvergenceWarning, match=f"{make.__name__} did not reach"):
+        result = solve(case, bilevel.optim.sgd(0.1), 3, Implicit(make(1), damping=0.1))
+    assert f"{make.__name__} stopped at a relative residual" in result.stats.status
+    assert result.stats.solver.status != "converged"
+
+
 @settings(max_examples=5)
 @given(seeds)
 def test_an_outer_loss_that_is_flat_gives_its_direct_part_alone(seed):
@@ -306,7 +315,7 @@ def test_a_learned_start_has_no_effect_on_an_optimum_and_the_status_says_so():
 
 def test_a_learned_rate_has_no_effect_on_an_optimum():
     problem = type(
-        "Rated", (problems.Quadratic,), {"hyperparameters": lambda s, o: {"lr": o["lr"]}}
+        "Rated", (problems.Quadratic,), {"hyperparameters": lambda s, o, t: {"lr": o["lr"]}}
     )
     made = problems.make("quadratic", 0)
     problem = problem(made.problem.A, made.problem.B, made.problem.start)

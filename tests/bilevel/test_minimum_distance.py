@@ -104,7 +104,8 @@ def test_a_signal_that_nothing_supplies_is_named_with_those_that_there_are():
     problem.supplied = ("squared_l2_distance",)
     hypergradient = bilevel.Hypergradient(problem, bilevel.optim.sgd(0.1), 3, MinimumDistance())
     message = (
-        r"unknown signals \['l1_distance'\]; known: \['gradient_norm', 'squared_l2_distance'\]"
+        r"unknown signals \['l1_distance'\]; known: "
+        r"\['gradient_norm', 'outer_loss', 'squared_l2_distance'\]"
     )
     with pytest.raises(bilevel.ConfigurationError, match=message):
         hypergradient(outer)

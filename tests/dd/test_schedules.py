@@ -332,6 +332,8 @@ def test_the_released_schedule_of_the_documentation_builds() -> None:
 SWITCHES = {
     "Distiller.truncation = @Full()": bilevel.truncation.Full,
     "Distiller.truncation = @Last()": bilevel.truncation.Last,
+    "Distiller.truncation = @LogUniform()": bilevel.truncation.LogUniform,
+    "Distiller.truncation = @Pessimistic()": bilevel.truncation.Pessimistic,
     "Distiller.truncation = @RandomWindow()": bilevel.truncation.RandomWindow,
     "Distiller.truncation = @StageAware()": bilevel.truncation.StageAware,
     "Distiller.truncation = @WithinTrajectoryPolicy()": bilevel.truncation.WithinTrajectoryPolicy,
@@ -387,3 +389,13 @@ def test_the_published_settings() -> None:
         assert made.truncation.stage == Stage.EARLY
     made = config.load([str(GIN / "cifar10_atpp.gin")], small).distiller
     assert (made.truncation.window, made.truncation.width_range, made.inner_steps) == (16, 8, 32)
+
+
+@pytest.mark.parametrize("name", ["LogUniform", "Pessimistic"])
+def test_runs_of_any_length_distil(name: str, tmp_path: Path) -> None:
+    bindings = [f"Distiller.truncation = @{name}()", f"{name}.minimum = 3"]
+    state = distil(tmp_path, [*bindings, "LogUniform.window = None"], 2)
+    assert state.step == 2
+    shown = events(tmp_path)
+    assert curve(shown, "window/start") == [0, 0]
+    assert all(3 <= stop <= INNER_STEPS for stop in curve(shown, "window/stop"))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
+from dd.runtime.changes import Judging
 
 __all__ = ["arrays"]
 
@@ -20,7 +21,7 @@ _REQUIRED = ("images", "labels")
 _OPTIONAL = ("test_images", "test_labels", "class_names")
 
 
-def arrays(path: str | Path, test_fraction: float = 0.1, seed: int = 0) -> ImageDataset:
+def arrays(path: Judging[str | Path], test_fraction: float = 0.1, seed: int = 0) -> ImageDataset:
     """Images and labels from an ``.npz`` file, as written by ``numpy.savez``.
 
     The file holds

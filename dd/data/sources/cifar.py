@@ -10,11 +10,12 @@ from torch import Tensor
 from torchvision import datasets
 
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
+from dd.runtime.changes import Judging
 
 __all__ = ["cifar10", "cifar100"]
 
 
-def cifar10(root: str | Path = "data", download: bool = True) -> ImageDataset:
+def cifar10(root: Judging[str | Path] = "data", download: Judging[bool] = True) -> ImageDataset:
     """CIFAR-10: 50,000 training and 10,000 test images [3, 32, 32], uint8, 10 classes.
 
     Source: Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
@@ -29,7 +30,7 @@ def cifar10(root: str | Path = "data", download: bool = True) -> ImageDataset:
     return _cifar("cifar10", datasets.CIFAR10, "cifar-10-batches-py", Path(root), download)
 
 
-def cifar100(root: str | Path = "data", download: bool = True) -> ImageDataset:
+def cifar100(root: Judging[str | Path] = "data", download: Judging[bool] = True) -> ImageDataset:
     """CIFAR-100: 50,000 training and 10,000 test images [3, 32, 32], uint8, 100 fine classes.
 
     Source: Krizhevsky, "Learning multiple layers of features from tiny images", 2009.

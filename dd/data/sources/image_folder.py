@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
 from dd.data.sources.image_files import check_same_classes, decode_image, list_class_folders
+from dd.runtime.changes import Judging
 from dd.runtime.checks import check_integer
 
 __all__ = ["image_folder"]
@@ -18,7 +19,7 @@ _LAYOUT = "train/<class>/<image files> and test/<class>/<image files>, or <class
 
 
 def image_folder(
-    root: str | Path, image_size: int, test_fraction: float = 0.1, seed: int = 0
+    root: Judging[str | Path], image_size: int, test_fraction: float = 0.1, seed: int = 0
 ) -> ImageDataset:
     """Image files in one folder a class, as RGB uint8 images [3, image_size, image_size].
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from dd.data.image_dataset import ImageDataset
 from dd.data.sources.decoded_images import decoded_images
 from dd.data.sources.image_files import check_same_classes, list_class_folders
+from dd.runtime.changes import Anytime, Judging
 from dd.runtime.checks import check_integer
 
 __all__ = ["imagenet"]
@@ -15,9 +16,9 @@ _LAYOUT = "train/<class>/<image files> and val/<class>/<image files>"
 
 
 def imagenet(
-    root: str | Path = "data/imagenet",
+    root: Judging[str | Path] = "data/imagenet",
     image_size: int = 64,
-    cache_folder: str | Path | None = None,
+    cache_folder: Anytime[str | Path | None] = None,
 ) -> ImageDataset:
     """ImageNet-1K, or any part of its classes: uint8 images [3, image_size, image_size].
 

@@ -10,6 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.sources.decoded_images import decoded_images
+from dd.runtime.changes import Anytime, Judging
 from dd.runtime.checks import check_integer
 
 __all__ = ["tiny_imagenet"]
@@ -19,9 +20,9 @@ _LAYOUT = "wnids.txt, train/<wnid>/images/ and val/ with val_annotations.txt of 
 
 
 def tiny_imagenet(
-    root: str | Path = "data/tiny-imagenet-200",
+    root: Judging[str | Path] = "data/tiny-imagenet-200",
     image_size: int = 64,
-    cache_folder: str | Path | None = None,
+    cache_folder: Anytime[str | Path | None] = None,
 ) -> ImageDataset:
     """Tiny-ImageNet-200: 100,000 training and 10,000 test images [3, 64, 64], uint8, 200 classes.
 

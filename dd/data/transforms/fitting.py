@@ -16,6 +16,7 @@ from dd.data.transforms.moments import MAX_DIMENSION
 from dd.data.transforms.zca import ZCAWhitening
 from dd.runtime.cache import cache_folder as find_cache_folder
 from dd.runtime.cache import checksum
+from dd.runtime.changes import Anytime
 from dd.runtime.files import DamagedFileError, read_tensors, write_tensors
 
 __all__ = ["kip_whitening", "zca_whitening"]
@@ -33,7 +34,7 @@ def zca_whitening(
     epsilon: float = 0.1,
     chunk: int = 1000,
     max_dimension: int = MAX_DIMENSION,
-    cache_folder: str | Path | None = None,
+    cache_folder: Anytime[str | Path | None] = None,
 ) -> ZCAWhitening:
     """:meth:`ZCAWhitening.fit`, remembered.
 
@@ -61,7 +62,7 @@ def kip_whitening(
     regularization: float = 0.1,
     chunk: int = 1000,
     max_dimension: int = MAX_DIMENSION,
-    cache_folder: str | Path | None = None,
+    cache_folder: Anytime[str | Path | None] = None,
 ) -> KIPWhitening:
     """:meth:`KIPWhitening.fit`, remembered.
 
