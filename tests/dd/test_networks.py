@@ -82,12 +82,12 @@ def test_parameter_count_and_logits_of_any_size(
 
 @pytest.mark.parametrize("name", ["num_classes", "channels", "depth", "width"])
 def test_a_size_below_one_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match=f"{name}=0: it must be an integer of at least"):
         ConvNet(**{"num_classes": 10, name: 0})
 
 
 def test_an_image_too_small_for_the_depth_is_refused() -> None:
-    with pytest.raises(ValueError, match="image_size is 15; with depth 4 it must be at least 16"):
+    with pytest.raises(ValueError, match="image_size=15: with depth=4 it must be at least 16"):
         ConvNet(10, image_size=15, depth=4)
 
 
