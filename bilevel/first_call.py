@@ -156,8 +156,10 @@ class FirstCall:
                 "second derivative would be taken as zero; bilevel.estimators.FiniteDifference "
                 "needs none"
             )
-        if self._estimator.differentiates_optimizer:
-            inner.check_optimizer(detach(inputs.hyperparameters))
+        inner.check_optimizer(
+            detach(inputs.hyperparameters),
+            differentiated=self._estimator.differentiates_optimizer,
+        )
         if self._estimator.runs_again:
             outer = detach(variables.tree)
             start = partial(inner.start, outer, key, detach(inputs.hyperparameters))

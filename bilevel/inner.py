@@ -13,9 +13,10 @@ from bilevel.compiler import Compiler
 from bilevel.contract import check_hyperparameters, check_params, check_scalar
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.optim.base import on_vector
-from bilevel.optim.foreign import check_differentiable, settle
+from bilevel.optim.foreign import check_differentiable, check_side_by_side, settle
 from bilevel.problem import Problem, overrides
 from bilevel.random import Key
+from bilevel.replicas import Replicas
 from bilevel.trajectory import Iterate
 from bilevel.tree import Layout, detach
 
@@ -248,15 +249,18 @@ class InnerLoop:
         wanted = self._examined[0] is not None and method in self._examined[1]
         return torch.enable_grad() if wanted else nullcontext()
 
-    def check_optimizer(self, hyperparameters: Mapping[str, Any]) -> None:
-        """Try an optimizer from elsewhere: is its derivative that of what it computes?
+    def check_optimizer(self, hyperparameters: Mapping[str, Any], *, differentiated: bool) -> None:
+        """Try the optimizer: does it treat replicas alike, and if it is from elsewhere and
+        differentiated, is its derivative that of what it computes?
 
         Raises:
             ConfigurationError: It is not, so that every hypergradient would be wrong.
         """
-        if not self._transformation(hyperparameters)[1]:
-            made_of = None if self._is_transformation else hyperparameters
-            example = self._layout_now.example
+        made_of = None if self._is_transformation else hyperparameters
+        example = self._layout_now.example
+        if isinstance(self.problem, Replicas):
+            check_side_by_side(self.optimizer, example, hyperparameters=made_of)
+        if differentiated and not self._transformation(hyperparameters)[1]:
             check_differentiable(self.optimizer, example, hyperparameters=made_of)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
