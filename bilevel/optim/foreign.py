@@ -197,16 +197,17 @@ def _culprit(transformation: Any, like: Any) -> str:
 
 
 def _is_wrong(make: Callable[[list[Tensor]], Any], like: Any, values: list[Tensor]) -> bool:
-    """Whether autograd's derivative is wrong at two points or more.
+    """Whether autograd's derivative is wrong at two points for gradients of one size.
 
     With `values` it is that by the hyperparameters, else that by the parameters and gradients.
     """
-    wrong = 0
-    for index, scale in enumerate(SCALES * POINTS):
-        wrong += _is_wrong_at(make, like, values, scale, seed=100 * index)
-        if wrong == 2:
-            return True
-    return False
+    return any(
+        all(
+            _is_wrong_at(make, like, values, scale, seed=100 * (len(SCALES) * point + index))
+            for point in range(POINTS)
+        )
+        for index, scale in enumerate(SCALES)
+    )
 
 
 def _is_wrong_at(

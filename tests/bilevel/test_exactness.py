@@ -29,16 +29,14 @@ def builds(function, **hyperparameters):
 
 
 def clip_then_adam(lr, **hyperparameters):
-    return torchopt.chain(
-        torchopt.clip.clip_grad_norm(0.5), torchopt.adam(lr=lr, **hyperparameters)
+    return bilevel.optim.chain(
+        bilevel.optim.clip_by_norm(0.5), torchopt.adam(lr=lr, **hyperparameters)
     )
 
 
 def clip_then_momentum(lr, **hyperparameters):
     """A chain of both kinds."""
-    return torchopt.chain(
-        torchopt.clip.clip_grad_norm(0.5), bilevel.optim.sgd(lr, **hyperparameters)
-    )
+    return torchopt.chain(bilevel.optim.clip_by_norm(0.5), bilevel.optim.sgd(lr, **hyperparameters))
 
 
 def ours(roots):
