@@ -14,6 +14,7 @@ from bilevel.errors import (
 )
 from bilevel.hypergradient import Hypergradient
 from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate
 from bilevel.micro_batches import MicroBatches
 from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
@@ -21,7 +22,7 @@ from bilevel.random import Key
 from bilevel.recording import GraphBudget, record
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult, LowRankStats, SolverStats, Stats
-from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory, Window
 
 #: Of both packages; `pyproject.toml` reads it here.
 __version__ = "0.2.0"

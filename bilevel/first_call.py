@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import optree
 import torch
 from torch import Tensor
 
 from bilevel.errors import ProblemError
-from bilevel.estimators.base import Estimator
 from bilevel.graph import differentiable_once, leaves_of
 from bilevel.held import modules_held_by
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate
 from bilevel.tree import detach, needs_gradient, partition
+
+if TYPE_CHECKING:
+    from bilevel.estimators.base import Estimator
 
 #: Two results of the same computation may differ by so many rounding units, where sums are split
 #: over threads or a device decides their order.

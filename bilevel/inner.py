@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torchopt.base import GradientTransformation
 from bilevel.compiler import Compiler
 from bilevel.contract import check_hyperparameters, check_params, check_scalar
 from bilevel.errors import ConfigurationError, ProblemError
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.optim.base import on_vector
 from bilevel.optim.foreign import check_differentiable, settle
 from bilevel.problem import Problem, overrides
 from bilevel.random import Key
-from bilevel.trajectory import Iterate
 from bilevel.tree import Layout, detach
 
 #: Called with the name of a method, what it returned, and its arguments.
@@ -27,18 +27,6 @@ Examine = Callable[[str, Any, Any], None]
 SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
     "gradient_norm": torch.linalg.vector_norm,
 }
-
-
-class StepInputs(NamedTuple):
-    """What inner step t takes of φ.
-
-    Attributes:
-        batch: b_t = B(φ, t), a pytree.
-        hyperparameters: h_t = h(φ, t), by name; each a tensor or a pytree of tensors.
-    """
-
-    batch: Any
-    hyperparameters: dict[str, Any]
 
 
 @final

@@ -15,10 +15,12 @@ from bilevel.contract import check_scalar
 from bilevel.errors import ConfigurationError
 from bilevel.first_call import FirstCall
 from bilevel.graph import saved_storages
-from bilevel.inner import SIGNALS, InnerLoop, StepInputs
-from bilevel.outer import OuterVariables, outer_loss_value
+from bilevel.inner import SIGNALS, InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
+from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
-from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory, Window
 from bilevel.tree import detach, tensors_in
 
 #: The per-step signal that takes the outer batch: F at θ_{t+1}.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError, ProblemError
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
 from bilevel.random import Key
-from bilevel.tree import detach, to_device
-
-if TYPE_CHECKING:
-    from bilevel.inner import InnerLoop, StepInputs
-    from bilevel.outer import OuterVariables
+from bilevel.tree import detach
 
 
 @dataclass(frozen=True)
@@ -39,32 +38,6 @@ class Window:
     def width(self) -> int:
         """The number of inner steps that are differentiated."""
         return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Iterate:
-    """One point of the inner run.
-
-    Attributes:
-        params: θ_t ∈ R^p, flat.
-        state: s_t, the optimizer's state.
-        gradient: ∇_θ ℓ(θ_t, b_t) ∈ R^p, where the rollout was asked to keep it.
-    """
-
-    params: Tensor
-    state: Any
-    gradient: Tensor | None = None
-
-    def to(self, device: torch.device) -> Iterate:
-        """The same on another device."""
-        if self.params.device == device:
-            return self
-        gradient = None if self.gradient is None else self.gradient.to(device)
-        return Iterate(self.params.to(device), to_device(self.state, device), gradient)
-
-    def detached(self) -> Iterate:
-        """The same without a graph."""
-        return Iterate(*detach((self.params, self.state, self.gradient)))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from bilevel.checks import check_choice
 from bilevel.estimators.base import Estimator, WindowEnd
 from bilevel.estimators.recursion import BackwardRecursion, pull, pull_update
 from bilevel.estimators.reverse import through_graph
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
 
 

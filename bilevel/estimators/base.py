@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.outer import OuterGradient
+from bilevel.iterate import Iterate
+from bilevel.outer_gradient import OuterGradient
 from bilevel.result import HypergradientResult, Stats
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 
 
 class Estimator(ABC):

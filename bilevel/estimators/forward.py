@@ -8,8 +8,9 @@ from torch import Tensor
 
 from bilevel.errors import ProblemError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
+from bilevel.iterate import Iterate
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import partition
 
 
