@@ -22,7 +22,8 @@ from bilevel.random import Key
 from bilevel.recording import GraphBudget, record
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult, LowRankStats, SolverStats, Stats
-from bilevel.trajectory import Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory
+from bilevel.window import Window
 
 #: Of both packages; `pyproject.toml` reads it here.
 __version__ = "0.2.0"

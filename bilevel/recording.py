@@ -20,8 +20,10 @@ from bilevel.iterate import Iterate, StepInputs
 from bilevel.outer import OuterVariables
 from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
-from bilevel.trajectory import Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import detach, tensors_in
+from bilevel.unrolled import Unrolled
+from bilevel.window import Window
 
 #: The per-step signal that takes the outer batch: F at θ_{t+1}.
 OUTER_LOSS = "outer_loss"
@@ -138,11 +140,12 @@ def record(
     whole = _Keep(budget, "step", 0 if window is None else window.width)
     if inner.compiler is not None:
         whole.refuse("the steps are compiled")
+    if signals or keep_gradients:
+        whole.refuse("signals or gradients of every step are recorded")
     parts = _Keep(budget, "inputs", horizon - keep_from)
-    on_graph: Iterate | None = None
+    unrolled: Unrolled | None = None
     kept: dict[int, Iterate] = {}
     inputs_kept: dict[int, StepInputs] = {}
-    graphs: dict[int, Iterate] = {}
     recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
     for step in range(horizon):
         in_graph = window is not None and step >= window.start and whole.wanted
@@ -158,16 +161,14 @@ def record(
             if not parts.wanted:
                 inputs_kept.clear()
         if in_graph:
-            if on_graph is None:
-                on_graph = _on_graph(first if step == 0 else iterate)
-            graphs[step] = on_graph
-            on_graph, gradient, scalars = step_with_graph(
-                inner, on_graph, inputs, step_signals, constants if of_problem else None
-            )
-            after = on_graph.detached()
-            whole.see(iterate, inputs, (on_graph.params, on_graph.state))
+            if unrolled is None:
+                unrolled = Unrolled(inner, first if step == 0 else iterate, step)
+            scalars = {"inner_loss": unrolled.step(inputs)}
+            whole.see(iterate, inputs, unrolled.end)
+            # Nobody asks for iterates inside a window that is kept as a whole.
+            after = iterate if whole.kept and step + 1 < horizon else unrolled.iterate()
             if not whole.wanted:
-                graphs.clear()
+                unrolled = None
         else:
             params, state, gradient, scalars = inner.run(
                 inner.advance,
@@ -180,15 +181,14 @@ def record(
             after = Iterate(params, state)
         if OUTER_LOSS in signals:
             scalars[OUTER_LOSS] = outer_loss_value(inner, after.params, constants, outer_batch)[0]
-        if step >= keep_from and (step - keep_from) % keep_every == 0:
+        inside = unrolled is not None and whole.kept and step > unrolled.start
+        if step >= keep_from and (step - keep_from) % keep_every == 0 and not inside:
             iterate = replace(iterate, gradient=gradient) if keep_gradients else iterate
             kept[step] = iterate if keep_on is None else iterate.to(keep_on)
         iterate = after
         for name, value in scalars.items():
             recorded[name].append(value)
     kept[horizon] = iterate
-    if graphs and on_graph is not None:
-        graphs[horizon] = on_graph
     return Trajectory(
         inner=inner,
         variables=variables,
@@ -197,7 +197,7 @@ def record(
         first=first,
         kept=kept,
         inputs=inputs_kept,
-        graphs=graphs,
+        unrolled=unrolled,
         trace=Trace({name: torch.stack(values) for name, values in recorded.items()}),
         window=Window(min(keep_from, horizon - 1), horizon),
         no_graph=whole.refusal if window is not None else "",
@@ -256,6 +256,11 @@ class _Keep:
         self._decided, self.refusal = False, reason
 
     @property
+    def kept(self) -> bool:
+        """Whether it is decided that all are kept."""
+        return self._decided is True
+
+    @property
     def wanted(self) -> bool:
         """Whether the next step's graph is to be made and held."""
         return self._decided is not False
@@ -280,30 +285,6 @@ class _Keep:
                 f"the graph of {self._count} steps would take {size / 2**20:.3g} MiB, more than "
                 f"graph_budget={limit / 2**20:.3g} MiB"
             )
-
-
-def _on_graph(iterate: Iterate) -> Iterate:
-    """The iterate with parameters that an inner gradient can be taken for."""
-    if iterate.params.requires_grad:
-        return iterate
-    return replace(iterate, params=iterate.params.detach().requires_grad_())
-
-
-@torch.enable_grad()
-def step_with_graph(
-    inner: InnerLoop,
-    iterate: Iterate,
-    inputs: StepInputs,
-    signals: tuple[str, ...] = (),
-    outer: Any = None,
-) -> tuple[Iterate, Tensor, dict[str, Tensor]]:
-    """((θ_{t+1}, s_{t+1}) on the graph, g_t and the per-step scalars without one)."""
-    gradient, loss = inner.gradient_with_graph(iterate.params, inputs.batch)
-    after = inner.update(iterate, gradient, inputs.hyperparameters)
-    gradient = gradient.detach()
-    with torch.no_grad():
-        supplied = inner.signals(signals, gradient, after.params.detach(), outer)
-    return after, gradient, {"inner_loss": loss.detach(), **supplied}
 
 
 def _check_signals(inner: InnerLoop, names: set[str], params: Tensor, outer: Any) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ProblemError
-from bilevel.trajectory import Trace, Window
+from bilevel.trajectory import Trace
+from bilevel.window import Window
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Stats:
         hypergradient_norm: ‖dF/dφ‖₂ over all outer variables, a scalar tensor.
         hessian_vector_products: How many products with the inner Hessian were computed.
         cotangent_norms: ‖λ_t‖₂ for t = start … stop, where λ_t = dF/dθ_t; shape [width + 1]. None
-            where the estimator has no such quantity.
+            where the estimator has no such quantity, and of a recorded graph, where asking for them
+            would cost time: `graph_budget=0` gives them.
         solver: How an implicit estimator's linear system was solved.
         outer_loss_gap: F(θ*) − F(θ_stop) to first order, where θ* is the point to which the inner
             run tends: how far from converged it was, in units of the outer loss. A scalar tensor,

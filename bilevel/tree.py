@@ -100,6 +100,10 @@ class Layout:
         leaves = [leaf.reshape(-1) for leaf in optree.tree_leaves(tree)]
         return leaves[0] if len(leaves) == 1 else torch.cat(leaves)
 
+    def unflatten(self, leaves: Sequence[Tensor]) -> Any:
+        """The pytree with these leaves."""
+        return optree.tree_unflatten(self.spec, list(leaves))
+
     def unravel(self, vector: Tensor) -> Any:
         """The pytree whose leaves are views of the vector."""
         if len(self.shapes) == 1:

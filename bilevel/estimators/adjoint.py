@@ -54,8 +54,8 @@ class Adjoint(Estimator):
         self.uses_graph = hvp == "reverse"
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
-        if trajectory.has_graph and self.hvp == "reverse":
-            return through_graph(trajectory, outer_batch)
+        if trajectory.unrolled is not None and trajectory.has_graph:
+            return through_graph(trajectory, trajectory.unrolled, outer_batch)
         return self.through_window(trajectory, WindowEnd.of(trajectory, outer_batch))
 
     def through_window(

@@ -11,8 +11,9 @@ from bilevel.iterate import Iterate
 from bilevel.outer_gradient import OuterGradient, outer_loss_value
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory, Window
+from bilevel.trajectory import Trajectory
 from bilevel.tree import detach
+from bilevel.window import Window
 
 
 @final

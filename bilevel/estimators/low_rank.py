@@ -20,8 +20,9 @@ from bilevel.estimators.recursion import (
 from bilevel.inner import InnerLoop
 from bilevel.iterate import Iterate, StepInputs
 from bilevel.result import HypergradientResult, LowRankStats
-from bilevel.trajectory import Trajectory, Window
+from bilevel.trajectory import Trajectory
 from bilevel.tree import detach, needs_gradient, partition
+from bilevel.window import Window
 
 
 @final

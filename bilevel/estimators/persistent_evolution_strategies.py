@@ -21,8 +21,9 @@ from bilevel.estimators.evolution_strategies import (
 from bilevel.iterate import Iterate
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import partition
+from bilevel.window import Window
 
 
 @final
