@@ -118,9 +118,11 @@ def record(
     budget = GraphBudget(0) if budget is None else budget
     variables = OuterVariables(outer)
     constants = detach(variables.tree)
-    examine = None if first_call is None else first_call.examine
-    with torch.enable_grad(), inner.examined(examine, "init", "hyperparameters"):
-        first = inner.start(variables.tree, key, inner.hyperparameters(variables.tree, 0))
+    with torch.enable_grad():
+        hyperparameters = inner.hyperparameters(variables.tree, 0)
+        first = inner.start(variables.tree, key, hyperparameters)
+    if first_call is not None:
+        first_call.begin(variables, key, first, hyperparameters)
     iterate = first.detached()
     step_signals = tuple(name for name in signals if name != OUTER_LOSS)
     of_problem = set(step_signals) - set(SIGNALS)
@@ -144,12 +146,10 @@ def record(
     recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
     for step in range(horizon):
         in_graph = window is not None and step >= window.start and whole.wanted
-        with_graph = step == 0 or (step >= keep_from and (in_graph or parts.wanted))
-        examined = examine if step in (0, keep_from, horizon - 1) else None
-        with torch.set_grad_enabled(with_graph), inner.examined(examined, "inner_batch"):
-            inputs = inner.inputs(variables.tree if with_graph else constants, step, key)
-        if first_call is not None and examined is not None:
-            first_call.step(variables, key, first, iterate, inputs, step)
+        with_graph = first_call is not None or (step >= keep_from and (in_graph or parts.wanted))
+        inputs = inner.inputs(variables.tree if with_graph else constants, step, key)
+        if first_call is not None and step in (0, keep_from, horizon - 1):
+            first_call.step(iterate, inputs, step)
         if step >= keep_from and parts.wanted:
             inputs_kept[step] = inputs
             parts.see(iterate, inputs, inputs)
@@ -187,7 +187,7 @@ def record(
     kept[horizon] = iterate
     if graphs and on_graph is not None:
         graphs[horizon] = on_graph
-    return Trajectory(
+    trajectory = Trajectory(
         inner=inner,
         variables=variables,
         key=key,
@@ -200,6 +200,9 @@ def record(
         window=Window(min(keep_from, horizon - 1), horizon),
         no_graph=whole.refusal if window is not None else "",
     )
+    if first_call is not None:
+        first_call.finish(trajectory if window is None else trajectory.select(window))
+    return trajectory
 
 
 def affordable_spacing(iterate: Iterate, count: int, kept_on: torch.device | None = None) -> int:
@@ -306,7 +309,8 @@ def step_with_graph(
 
 def _check_signals(inner: InnerLoop, names: set[str], params: Tensor, outer: Any) -> None:
     """Raise unless the problem supplies a scalar for every name."""
-    supplied = inner.problem.signals(inner.unravel(params), outer)
+    with torch.enable_grad():
+        supplied = inner.problem.signals(inner.unravel(params), outer)
     unknown = names - set(supplied)
     if unknown:
         raise ConfigurationError(

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.outer import OuterGradient
+from bilevel.inner import InnerLoop, StepInputs
+from bilevel.outer import OuterGradient, OuterVariables
+from bilevel.random import Key
 from bilevel.result import HypergradientResult, Stats
 from bilevel.trajectory import Iterate, Trajectory
 
@@ -46,6 +48,27 @@ class Estimator(ABC):
 
         The iterate at the start of the window is a constant, unless the window starts at step 0:
         then it is `Problem.init(outer)` and its derivative is part of the result.
+        """
+
+    def check_step(
+        self,
+        inner: InnerLoop,
+        variables: OuterVariables,
+        key: Key,
+        iterate: Iterate,
+        inputs: StepInputs,
+    ) -> None:
+        """Look at inner step 0, once: is it one that this estimator can differentiate?
+
+        Args:
+            inner: The inner loop.
+            variables: φ.
+            key: The randomness of the run.
+            iterate: (θ_0, s_0), without a graph.
+            inputs: What the step takes of φ, on its graph.
+
+        Raises:
+            ProblemError: It is not.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.recording import step_with_graph
+from bilevel.repeatable import Kept
 from bilevel.result import HypergradientResult
 from bilevel.trajectory import Trajectory
 
@@ -66,9 +67,14 @@ def _recorded_again(trajectory: Trajectory) -> Trajectory:
     if not iterate.params.requires_grad:
         iterate = replace(iterate, params=iterate.params.detach().requires_grad_())
     graphs, losses = {window.start: iterate}, {}
+    kept: dict[int, Kept] = {}
     for step in range(window.start, window.stop):
         inputs = trajectory.inputs_at(step)
+        if len(kept) < 2:
+            kept[step] = Kept(trajectory.variables, inputs)
         iterate, _, scalars = step_with_graph(inner, iterate, inputs)
         graphs[step + 1], losses[step] = iterate, scalars["inner_loss"]
     trajectory.check_repeated(losses)
+    for step, inputs_then in kept.items():
+        inputs_then.check(step)
     return replace(trajectory, graphs=graphs)
