@@ -12,6 +12,7 @@ from bilevel.errors import (
     SolverError,
     UnusedOuterVariableError,
 )
+from bilevel.graph_budget import GraphBudget
 from bilevel.hypergradient import Hypergradient
 from bilevel.inner import InnerLoop
 from bilevel.iterate import Iterate
@@ -19,7 +20,7 @@ from bilevel.micro_batches import MicroBatches
 from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.recording import GraphBudget, record
+from bilevel.recording import record
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult, LowRankStats, SolverStats, Stats
 from bilevel.trajectory import Trace, Trajectory

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ProblemError
-from bilevel.tree import is_differentiable, named_leaves
+from bilevel.tree import is_differentiable, named_leaves, needs_gradient, partition
 
 
 @final
@@ -45,6 +45,14 @@ class OuterVariables:
     def like(self, leaves: Sequence[Tensor]) -> Any:
         """`leaves` arranged as the outer variables are."""
         return optree.tree_unflatten(self._spec, list(leaves))
+
+    def slopes(self, tree: Any) -> Sequence[Tensor | None]:
+        """The derivative of the sum of all entries of a pytree, leaf by leaf; its graph stays."""
+        outputs = partition(tree, needs_gradient)[0]
+        if not outputs:
+            return []
+        ones = [torch.ones_like(output) for output in outputs]
+        return torch.autograd.grad(outputs, self.leaves, ones, retain_graph=True, allow_unused=True)
 
 
 def leaves_with_grad(outer: Any) -> list[Tensor]:

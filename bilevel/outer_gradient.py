@@ -172,14 +172,14 @@ class OuterGradient:
                 used.update(index for index, grad in enumerate(grads) if grad is not None)
 
         with torch.enable_grad():
-            inputs = inner.inputs(tree, 0, run.key)
+            inputs = run.made_again(tree, 0)
             start = inner.start(tree, run.key, inputs.hyperparameters)
             look([inputs.hyperparameters, start.params, start.state])
             params = start.params.detach().requires_grad_()
             for step in range(run.steps):
                 if len(used) == len(leaves):
                     break
-                inputs = inner.inputs(tree, step, run.key) if step else inputs
+                inputs = run.made_again(tree, step) if step else inputs
                 if self._twice:
                     look([inner.gradient_with_graph(params, inputs.batch)[0]])
                 else:
@@ -226,7 +226,7 @@ def outer_loss_value(
     """(F, its metrics) at θ = `params`, without a derivative."""
     losses, metrics = [], []
     for batch, weight in _pieces(outer_batch):
-        loss, reported = inner.outer_loss(params, outer, batch)
+        loss, reported = detach(inner.outer_loss(params, outer, batch))
         losses.append(params.new_zeros(()) if loss is None else loss * weight)
         metrics.append({name: value * weight for name, value in reported.items()})
     return torch.stack(losses).sum(), {

@@ -116,15 +116,20 @@ class Trajectory:
         if step in self.inputs:
             return self.inputs[step]
         with torch.enable_grad():
-            return self._made_again(self.variables.tree, step)
+            return self.made_again(self.variables.tree, step)
 
-    def _made_again(self, outer: Any, step: int) -> StepInputs:
+    def made_again(self, outer: Any, step: int) -> StepInputs:
+        """(b_t, h_t) for some outer variables, with the randomness of this run.
+
+        Raises:
+            ProblemError: That failed, though it had not before.
+        """
         try:
             return self.inner.inputs(outer, step, self.key)
         except Exception as error:
             raise ProblemError(
                 f"inner_batch raised {type(error).__name__} when inner step {step} was made "
-                f"again, though it had not before. {_REPEATABLE}"
+                f"again ({error}), though it had not before. {_REPEATABLE}"
             ) from error
 
     @torch.no_grad()
@@ -159,7 +164,7 @@ class Trajectory:
             if step in self.inputs:
                 inputs = detach(self.inputs[step])
             else:
-                inputs = self._made_again(detach(self.variables.tree), step)
+                inputs = detach(self.made_again(detach(self.variables.tree), step))
             before = segment[-1]
             params, state, gradient, _ = self.inner.run(
                 self.inner.advance, before.params, before.state, inputs, ()
@@ -193,7 +198,9 @@ class Trajectory:
             return
         index = int(off.nonzero()[-1])
         step = steps[index]
-        method = "inner_loss" if step in self.inputs else "inner_batch or inner_loss"
+        method = "inner_batch or inner_loss"
+        if step in self.inputs:
+            method = "inner_loss (or the batch it is given, if that was written to after its step)"
         raise ProblemError(
             f"{method} is not the same when it is run again: the inner loss of step {step} was "
             f"{float(before[index]):.6g} and is now {float(again[index]):.6g}, from the same "
@@ -205,5 +212,5 @@ class Trajectory:
 _REPEATABLE = (
     "A step must be a pure function of its arguments (docs/contract.md): draw from the generator "
     "that inner_batch is given, choose examples by `step`, and let no module, counter or iterator "
-    "change while it runs"
+    "change while it runs; bilevel.gradcheck looks at every method"
 )

@@ -2,6 +2,7 @@
 
 from typing import Any, final
 
+import optree
 import torch
 from torch import Tensor
 
@@ -31,7 +32,11 @@ class Unrolled:
         self.start = start
         self._inner, self._state = inner, iterate.state
         self._by_leaves = not tensors_in(iterate.state)
-        leaves = inner.leaves(iterate.params) if self._by_leaves else [iterate.params]
+        leaves = (
+            optree.tree_leaves(inner.unravel(iterate.params))
+            if self._by_leaves
+            else [iterate.params]
+        )
         # An inner gradient can be taken for what is on a graph already, or begins one.
         begun = [x if x.requires_grad else x.detach().requires_grad_() for x in leaves]
         self.points: list[list[Tensor]] = [begun]
@@ -63,14 +68,18 @@ class Unrolled:
     def iterate(self) -> Iterate:
         """(θ, s) after the last step, flat and without a graph."""
         last = self.points[-1]
-        params = self._inner.ravel([leaf.detach() for leaf in last]) if self._by_leaves else last[0]
+        params = (
+            self._inner.layout.ravel([leaf.detach() for leaf in last])
+            if self._by_leaves
+            else last[0]
+        )
         return Iterate(params, self._state).detached()
 
     def like(self, params: Tensor) -> list[Tensor]:
         """A flat vector as tensors of the shapes of each point's."""
-        return self._inner.leaves(params) if self._by_leaves else [params]
+        return optree.tree_leaves(self._inner.unravel(params)) if self._by_leaves else [params]
 
     def flat(self, index: int) -> Tensor:
         """The point at `index` as one vector on the graph."""
         point = self.points[index]
-        return self._inner.ravel(point) if self._by_leaves else point[0]
+        return self._inner.layout.ravel(point) if self._by_leaves else point[0]

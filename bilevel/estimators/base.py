@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.iterate import Iterate
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
 from bilevel.outer_gradient import OuterGradient
+from bilevel.random import Key
 from bilevel.result import HypergradientResult, Stats
 from bilevel.trajectory import Trajectory
 
@@ -47,6 +50,27 @@ class Estimator(ABC):
 
         The iterate at the start of the window is a constant, unless the window starts at step 0:
         then it is `Problem.init(outer)` and its derivative is part of the result.
+        """
+
+    def check_step(
+        self,
+        inner: InnerLoop,
+        variables: OuterVariables,
+        key: Key,
+        iterate: Iterate,
+        inputs: StepInputs,
+    ) -> None:
+        """Look at inner step 0, once: is it one that this estimator can differentiate?
+
+        Args:
+            inner: The inner loop.
+            variables: φ.
+            key: The randomness of the run.
+            iterate: (θ_0, s_0), without a graph.
+            inputs: What the step takes of φ, on its graph.
+
+        Raises:
+            ProblemError: It is not.
         """
 
     def state_dict(self) -> dict[str, Any]:

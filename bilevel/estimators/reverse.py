@@ -5,6 +5,7 @@ from typing import Any, final
 import torch
 
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
+from bilevel.repeatable import Kept
 from bilevel.result import HypergradientResult
 from bilevel.trajectory import Trajectory
 from bilevel.unrolled import Unrolled
@@ -63,7 +64,13 @@ def _run_again(trajectory: Trajectory) -> Unrolled:
     start = trajectory.window.start
     iterate = trajectory.first if start == 0 else trajectory.iterate_at(start)
     unrolled, losses = Unrolled(trajectory.inner, iterate, start), {}
+    kept: dict[int, Kept] = {}
     for step in range(start, trajectory.window.stop):
-        losses[step] = unrolled.step(trajectory.inputs_at(step))
+        inputs = trajectory.inputs_at(step)
+        if len(kept) < 2:
+            kept[step] = Kept(trajectory.variables, inputs)
+        losses[step] = unrolled.step(inputs)
     trajectory.check_repeated(losses)
+    for step, inputs_then in kept.items():
+        inputs_then.check(step)
     return unrolled
