@@ -80,6 +80,11 @@ _UNFIT = (
         "x.detach().requires_grad_()",
     ),
     (
+        "from user code:",
+        "a function under torch.compile cannot be differentiated as {estimator} does: leave it as "
+        "it is and use Hypergradient(compile=True)",
+    ),
+    (
         "does not currently support double backward",
         "a function under torch.compile cannot be differentiated twice: leave it as it is and use "
         "Hypergradient(compile=True)",
@@ -92,7 +97,7 @@ def missing_derivatives_named(estimator: object) -> Iterator[None]:
     """Turn PyTorch's errors about an operation into a `ProblemError` that says a way out."""
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:
         if isinstance(error, BilevelError):
             raise
         text, name = str(error), type(estimator).__name__

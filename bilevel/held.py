@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
 
@@ -47,7 +48,7 @@ class Snapshot:
                 self._checksums.append((value, _checksum(value)))
             elif _is_long(value):
                 self._copies.append((value, list(value)))
-            elif isinstance(value, dict | list | set):
+            elif isinstance(value, dict | list | set | deque):
                 self._sizes.append((value, len(value)))
 
     def unchanged(self) -> bool:
@@ -97,7 +98,7 @@ def _parts(name: str, value: Any) -> Iterable[tuple[str, Any, Place]]:
         ]
     if _is_long(value):
         return []
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         get = type(value).__getitem__
         return [(f"{name}[{i}]", part, (get, value, i)) for i, part in enumerate(value)]
     if isinstance(value, set | frozenset):
@@ -108,7 +109,9 @@ def _parts(name: str, value: Any) -> Iterable[tuple[str, Any, Place]]:
         return [_attribute(name, value, key) for key in ("__self__", "__func__")]
     if isinstance(value, types.FunctionType):
         return [] if _of_library(value) else _parts_of_function(name, value)
-    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | types.CodeType):
+    if isinstance(value, type):
+        return _parts_of_class(name, value)
+    if isinstance(value, types.ModuleType | types.BuiltinFunctionType | types.CodeType):
         return []
     return _parts_of_object(name, value)
 
@@ -121,17 +124,14 @@ def _parts_of_function(name: str, function: Any) -> Iterator[tuple[str, Any, Pla
         contents = _contents(cell, None)
         if contents is not _ABSENT:
             yield variable, contents, (_contents, cell, None)
-    for variable in _names(function.__code__):
-        if variable in function.__globals__:
-            yield (
-                variable,
-                function.__globals__[variable],
-                (
-                    dict.get,
-                    function.__globals__,
-                    variable,
-                ),
-            )
+    names = _names(function.__code__)
+    for variable in sorted(names & function.__globals__.keys()):
+        found = function.__globals__[variable]
+        yield variable, found, (dict.get, function.__globals__, variable)
+        if isinstance(found, types.ModuleType) and not _is_library(found.__name__):
+            # Of a module, what the function may look up in it.
+            for key in sorted(names & vars(found).keys()):
+                yield f"{variable}.{key}", vars(found)[key], (_get, found, key)
 
 
 def _parts_of_object(name: str, value: Any) -> Iterator[tuple[str, Any, Place]]:
@@ -144,20 +144,52 @@ def _parts_of_object(name: str, value: Any) -> Iterator[tuple[str, Any, Place]]:
                     yield prefix + own, held_part, (dict.get, part, own)
             else:
                 yield prefix + key, part, (dict.get, held, key)
-    for owner in type(value).__mro__:
-        if _of_library(owner) or owner is object or _is_ours(owner):
-            continue
-        for key, part in list(vars(owner).items()):
-            if isinstance(part, types.MemberDescriptorType):  # a slot
-                part = getattr(value, key, _ABSENT)
-                if part is not _ABSENT:
-                    yield prefix + key, part, (_get, value, key)
-            elif isinstance(part, staticmethod | classmethod):
-                yield key, part.__func__, (_static, owner, key)
-            elif isinstance(part, property):
-                yield key, part.fget, (_getter, owner, key)
-            elif not key.startswith("__") or key == "__call__":
-                yield key, part, (_class_attribute, owner, key)
+    for key in _names_of_class(type(value)):
+        kind = _resolved(type(value), key)
+        if isinstance(kind, types.MemberDescriptorType):  # a slot
+            part = getattr(value, key, _ABSENT)
+            if part is not _ABSENT:
+                yield prefix + key, part, (_get, value, key)
+        elif isinstance(kind, functools.cached_property):
+            yield prefix + key, kind.func, (_found_in_class, type(value), key)
+        elif key not in held:
+            # A method may later be replaced on the object itself, or lower down in its classes.
+            yield prefix + key, _found(value, key), (_found, value, key)
+
+
+def _parts_of_class(name: str, owner: type) -> Iterator[tuple[str, Any, Place]]:
+    for key in _names_of_class(owner):
+        yield f"{name}.{key}", _unwrapped(_resolved(owner, key)), (_found_in_class, owner, key)
+
+
+def _names_of_class(owner: type) -> list[str]:
+    """What the classes of a user have, their own and that of their bases which are not ours."""
+    users = (c for c in owner.__mro__ if not (_of_library(c) or c is object or _is_ours(c)))
+    names = dict.fromkeys(key for each in users for key in list(vars(each)))
+    return [key for key in names if not key.startswith("__") or key == "__call__"]
+
+
+def _resolved(owner: type, key: str) -> Any:
+    """What an attribute of a class is, as it was written."""
+    return next((vars(c)[key] for c in owner.__mro__ if key in vars(c)), _ABSENT)
+
+
+def _unwrapped(part: Any) -> Any:
+    """The function inside a method's wrapper."""
+    if isinstance(part, staticmethod | classmethod):
+        return part.__func__
+    if isinstance(part, functools.cached_property):
+        return part.func
+    return part.fget if isinstance(part, property) else part
+
+
+def _found_in_class(owner: type, key: str) -> Any:
+    return _unwrapped(_resolved(owner, key))
+
+
+def _found(value: Any, key: str) -> Any:
+    own = getattr(value, "__dict__", {})
+    return own[key] if key in own else _found_in_class(type(value), key)
 
 
 def _is_long(value: Any) -> bool:
@@ -188,18 +220,6 @@ def _member(value: Any, part: Any) -> Any:
     return part if part in value else _ABSENT
 
 
-def _class_attribute(owner: type, key: str) -> Any:
-    return vars(owner).get(key, _ABSENT)
-
-
-def _static(owner: type, key: str) -> Any:
-    return getattr(vars(owner).get(key), "__func__", _ABSENT)
-
-
-def _getter(owner: type, key: str) -> Any:
-    return getattr(vars(owner).get(key), "fget", _ABSENT)
-
-
 def _names(code: types.CodeType) -> set[str]:
     """The names that a function, or one inside it, looks up outside itself."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
@@ -223,7 +243,11 @@ def _is_same(now: Any, before: Any) -> bool:
 
 
 def _of_library(value: Any) -> bool:
-    return str(getattr(value, "__module__", "")).split(".")[0] in LIBRARIES
+    return _is_library(str(getattr(value, "__module__", "")))
+
+
+def _is_library(name: str) -> bool:
+    return name.split(".")[0] in LIBRARIES
 
 
 def _is_ours(owner: type) -> bool:
