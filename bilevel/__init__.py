@@ -12,6 +12,8 @@ from bilevel.errors import (
     SolverError,
     UnusedOuterVariableError,
 )
+from bilevel.gradcheck import gradcheck
+from bilevel.gradient_check import Comparison, GradientCheck
 from bilevel.hypergradient import Hypergradient
 from bilevel.inner import InnerLoop
 from bilevel.micro_batches import MicroBatches
@@ -28,9 +30,11 @@ __version__ = "0.2.0"
 
 __all__ = [
     "BilevelError",
+    "Comparison",
     "CompileWarning",
     "ConfigurationError",
     "ConvergenceWarning",
+    "GradientCheck",
     "GraphBudget",
     "Hypergradient",
     "HypergradientResult",
@@ -56,6 +60,7 @@ __all__ = [
     "distributed",
     "estimators",
     "fresh_parameters",
+    "gradcheck",
     "linear",
     "optim",
     "record",

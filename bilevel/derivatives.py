@@ -135,7 +135,7 @@ class Direction:
     def __init__(self, points: Sequence[Tensor]) -> None:
         self._generator = torch.Generator().manual_seed(0)
         self._points = [point.detach() for point in points]
-        self._along = [self._draw(point) * _typical(point) for point in self._points]
+        self._along = [self._draw(point) * typical_size(point) for point in self._points]
         self._weights: list[Tensor] = []
         self.size = 0.0
 
@@ -233,7 +233,7 @@ def check_forward_mode(
         )
 
 
-def _typical(point: Tensor) -> float:
+def typical_size(point: Tensor) -> float:
     """The size of an entry, 1 where all are zero."""
     size = float(point.double().square().mean().sqrt()) if point.numel() else 0.0
     return size or 1.0
