@@ -12,6 +12,8 @@ from bilevel.errors import (
     SolverError,
     UnusedOuterVariableError,
 )
+from bilevel.gradcheck import gradcheck
+from bilevel.gradient_check import Comparison, GradientCheck
 from bilevel.graph_budget import GraphBudget
 from bilevel.hypergradient import Hypergradient
 from bilevel.inner import InnerLoop
@@ -31,9 +33,11 @@ __version__ = "0.2.0"
 
 __all__ = [
     "BilevelError",
+    "Comparison",
     "CompileWarning",
     "ConfigurationError",
     "ConvergenceWarning",
+    "GradientCheck",
     "GraphBudget",
     "Hypergradient",
     "HypergradientResult",
@@ -59,6 +63,7 @@ __all__ = [
     "distributed",
     "estimators",
     "fresh_parameters",
+    "gradcheck",
     "linear",
     "optim",
     "record",

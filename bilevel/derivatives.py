@@ -80,6 +80,11 @@ _UNFIT = (
         "x.detach().requires_grad_()",
     ),
     (
+        "from user code:",
+        "a function under torch.compile cannot be differentiated as {estimator} does: leave it as "
+        "it is and use Hypergradient(compile=True)",
+    ),
+    (
         "does not currently support double backward",
         "a function under torch.compile cannot be differentiated twice: leave it as it is and use "
         "Hypergradient(compile=True)",
@@ -92,7 +97,7 @@ def missing_derivatives_named(estimator: object) -> Iterator[None]:
     """Turn PyTorch's errors about an operation into a `ProblemError` that says a way out."""
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:
         if isinstance(error, BilevelError):
             raise
         text, name = str(error), type(estimator).__name__
@@ -130,7 +135,7 @@ class Direction:
     def __init__(self, points: Sequence[Tensor]) -> None:
         self._generator = torch.Generator().manual_seed(0)
         self._points = [point.detach() for point in points]
-        self._along = [self._draw(point) * _typical(point) for point in self._points]
+        self._along = [self._draw(point) * typical_size(point) for point in self._points]
         self._weights: list[Tensor] = []
         self.size = 0.0
 
@@ -228,7 +233,7 @@ def check_forward_mode(
         )
 
 
-def _typical(point: Tensor) -> float:
+def typical_size(point: Tensor) -> float:
     """The size of an entry, 1 where all are zero."""
     size = float(point.double().square().mean().sqrt()) if point.numel() else 0.0
     return size or 1.0

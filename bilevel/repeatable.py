@@ -28,8 +28,10 @@ def is_same(one: Any, other: Any) -> bool:
 
 def _is_same_leaf(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
+        if one.shape != other.shape or one.dtype != other.dtype or one.layout != other.layout:
             return False
+        if one.layout is not torch.strided:
+            one, other = one.to_dense(), other.to_dense()
         if not one.is_floating_point() or not one.numel():
             return torch.equal(one, other)
         # Of the largest entry: in sums that cancel, rounding is as large as what they are made of.

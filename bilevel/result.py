@@ -132,12 +132,14 @@ def check_finite(result: HypergradientResult) -> None:
         )
     norms = result.stats.cotangent_norms
     bad = (~torch.isfinite(torch.zeros(0) if norms is None else norms)).nonzero()
-    where = (
-        f"; going backward over [{window.start}, {window.stop}), the cotangent is not finite "
-        f"from inner step {window.start + int(bad[-1])} on"
-        if len(bad)
-        else ""
-    )
+    where = ""
+    if len(bad):
+        where = (
+            f"; going backward over [{window.start}, {window.stop}), the cotangent is not finite "
+            f"from inner step {window.start + int(bad[-1])} on"
+        )
+    elif norms is None and result.stats.method:
+        where = " (graph_budget=0 says from which inner step on)"
     raise NonFiniteError(
         f"the hypergradient's norm is {float(result.stats.hypergradient_norm)}{where}: shorten "
         "the window, lower the inner learning rate, or raise the optimizer's eps_root"

@@ -34,6 +34,7 @@ class Estimator(ABC):
         carries_over: What a call takes over from the one before, in words; empty where calls have
             nothing to do with each other. Whoever trains another inner problem in every outer step
             has no use for an estimator that carries anything over.
+        leaves_out: What a result leaves out by design, in words; empty where it is exact.
     """
 
     uses_inner_gradients: bool = False
@@ -43,6 +44,7 @@ class Estimator(ABC):
     uses_step_losses: bool = True
     differentiates_optimizer: bool = True
     carries_over: str = ""
+    leaves_out: str = ""
 
     @abstractmethod
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:

@@ -46,6 +46,7 @@ class EvolutionStrategies(Estimator):
     uses_second_derivatives = False
     runs_again = True
     differentiates_optimizer = False
+    leaves_out = "the gradient is that of a smoothed outer loss, and sampled"
 
     def __init__(self, sigma: float, pairs: int = 1) -> None:
         self.sigma = check_number("sigma", sigma, above=0)

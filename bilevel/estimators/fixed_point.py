@@ -49,6 +49,7 @@ class FixedPoint(Estimator):
     """
 
     uses_step_losses = False
+    leaves_out = "the run is taken to have converged, so how it got there does not count"
 
     def __init__(self, solver: Solver | None = None, *, batches: int = 1) -> None:
         solver = Neumann(1.0) if solver is None else solver

@@ -69,6 +69,7 @@ class Implicit(Estimator):
     """
 
     uses_step_losses = False
+    leaves_out = "the run is taken to have converged, so how it got there does not count"
     differentiates_optimizer = False
 
     def __init__(

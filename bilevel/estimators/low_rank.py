@@ -69,6 +69,7 @@ class LowRank(Estimator):
     """
 
     uses_inner_gradients = True
+    leaves_out = "one Hessian of low rank stands for those of all steps"
 
     def __init__(
         self, basis: Basis | None = None, group_size: int = 8, guard: float | None = 0.6

@@ -62,6 +62,7 @@ class PersistentEvolutionStrategies(Estimator):
     uses_second_derivatives = False
     runs_again = True
     differentiates_optimizer = False
+    leaves_out = "the gradient is that of a smoothed outer loss, and sampled"
     carries_over = "its particles"
 
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
