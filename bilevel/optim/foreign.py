@@ -103,48 +103,6 @@ def check_differentiable(
         )
 
 
-@torch.no_grad()
-def check_side_by_side(
-    transformation: Any, like: Any, *, hyperparameters: Mapping[str, Any] | None = None
-) -> None:
-    """Raise unless replicas that are stacked go through the steps that each would by itself.
-
-    Args:
-        transformation: As of `check_differentiable`.
-        like: The parameters of several replicas, the first dimension of every leaf.
-        hyperparameters: As of `check_differentiable`.
-
-    Raises:
-        ConfigurationError: A norm or a choice by shape takes all replicas for one.
-    """
-    made = transformation if hyperparameters is None else transformation(**hyperparameters)
-    start = _random(like, 1.0, 0)
-    grads = [_random(like, scale, seed) for seed, scale in enumerate(SCALES, start=1)]
-
-    def updates_of(pick: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        params, found = optree.tree_map(pick, start), []
-        state = made.init(params)
-        for grad in grads:
-            own = optree.tree_map(pick, grad)
-            change, state = made.update(own, state, params=params, inplace=False)
-            found += optree.tree_leaves(change)
-        return found
-
-    together = updates_of(lambda leaf: leaf)
-    try:
-        alone = updates_of(lambda leaf: leaf[0])
-    except ConfigurationError:
-        return  # It has hyperparameters for each replica.
-    for every, one in zip(together, alone, strict=True):
-        if torch.linalg.vector_norm(every[0] - one) > 1e-6 * torch.linalg.vector_norm(one):
-            raise ConfigurationError(
-                f"{name_of(made)} does not treat the parameters of Replicas, which are stacked, as "
-                "it would those of one: its norms are over all replicas, or it looks at the "
-                "dimensions of a leaf: use Hypergradient(inner_replicas=…), which runs them one "
-                "after the other"
-            )
-
-
 def parts_of(transformation: Any) -> Iterator[Any]:
     """The transformations that one is made of, down to those that are not made of others."""
     parts = _direct_parts(transformation)
@@ -205,7 +163,7 @@ def _naming(transformation: Any) -> Iterator[None]:
 @torch.no_grad()
 def _check_pure(transformation: Any, like: Any) -> None:
     """Raise if a step writes to what it is given, or is another one when it is run again."""
-    params, grads = (_random(like, 1.0, seed) for seed in range(2))
+    params, grads = (random_like(like, 1.0, seed) for seed in range(2))
     state = transformation.init(params)
     given = partition((params, grads, state), lambda leaf: isinstance(leaf, Tensor))[0]
     versions = [leaf._version for leaf in given]
@@ -239,16 +197,17 @@ def _culprit(transformation: Any, like: Any) -> str:
 
 
 def _is_wrong(make: Callable[[list[Tensor]], Any], like: Any, values: list[Tensor]) -> bool:
-    """Whether autograd's derivative is wrong at two points or more.
+    """Whether autograd's derivative is wrong at two points for gradients of one size.
 
     With `values` it is that by the hyperparameters, else that by the parameters and gradients.
     """
-    wrong = 0
-    for index, scale in enumerate(SCALES * POINTS):
-        wrong += _is_wrong_at(make, like, values, scale, seed=100 * index)
-        if wrong == 2:
-            return True
-    return False
+    return any(
+        all(
+            _is_wrong_at(make, like, values, scale, seed=100 * (len(SCALES) * point + index))
+            for point in range(POINTS)
+        )
+        for index, scale in enumerate(SCALES)
+    )
 
 
 def _is_wrong_at(
@@ -256,8 +215,8 @@ def _is_wrong_at(
 ) -> bool:
     """Whether autograd's derivative is wrong at one point, along one direction."""
     sizes = [1.0] + [scale] * STEPS
-    start = [_random(like, size, seed + step) for step, size in enumerate(sizes)]
-    noise = [_random(like, size, seed + step) for step, size in enumerate(sizes, start=50)]
+    start = [random_like(like, size, seed + step) for step, size in enumerate(sizes)]
+    noise = [random_like(like, size, seed + step) for step, size in enumerate(sizes, start=50)]
 
     def updates(distance: Tensor | float) -> list[Tensor]:
         if values:
@@ -282,7 +241,7 @@ def _is_wrong_at(
         found = updates(distance)
         weights = [
             other + update.detach() / update.detach().square().mean().sqrt().clamp_min(1e-300)
-            for update, other in zip(found, _random(found, 1.0, seed + 99), strict=True)
+            for update, other in zip(found, random_like(found, 1.0, seed + 99), strict=True)
         ]
         value = _weighed(weights, found)
         slope = 0.0
@@ -305,7 +264,7 @@ def _weighed(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
     return torch.stack([(w * u).sum() for w, u in zip(weights, updates, strict=True)]).sum()
 
 
-def _random(like: Any, scale: float, seed: int) -> Any:
+def random_like(like: Any, scale: float, seed: int) -> Any:
     """Normal float64 numbers of this size in the structure of some parameters."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -105,8 +105,6 @@ class SyntheticDataset:
 
     def images(self, outer: dict[str, Tensor]) -> Tensor:
         """The whole images, [K·I, C, H, W], differentiable in `outer`."""
-        if self.patches_per_side == 1:
-            return outer["images"]
         return compose_patches(outer["images"], self.patches_per_side)
 
     def labels(self, outer: dict[str, Tensor]) -> Tensor:

@@ -15,7 +15,8 @@ from torchopt.schedule import exponential_decay, linear_schedule, polynomial_sch
 
 import bilevel
 from bilevel import optim
-from bilevel.optim.foreign import check_differentiable, check_side_by_side
+from bilevel.optim.foreign import check_differentiable
+from bilevel.optim.side_by_side import check_side_by_side
 
 LIKE = {"scale": torch.zeros(3), "shift": [torch.zeros(2, 2), torch.zeros(())]}
 
