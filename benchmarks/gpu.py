@@ -51,15 +51,15 @@ import bilevel
 from dd.augmentation import NoAugmentation
 from dd.networks import ConvNet
 from dd.objectives.real_images import MetaLoss
-from dd.runtime.precision import Precision
+from dd.runtime.precision import Precision, allow_tf32
 from dd.synthetic.dataset import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = {
     "float32": Precision(),
-    "tf32": Precision(tf32=True),
+    "tf32": Precision(),
     "channels last": Precision(channels_last=True),
-    "tf32, channels last": Precision(tf32=True, channels_last=True),
+    "tf32, channels last": Precision(channels_last=True),
     "bfloat16 outer": Precision(outer="bfloat16"),
     "bfloat16 inner and outer": Precision(inner="bfloat16", outer="bfloat16"),
     "bfloat16, channels last": Precision(inner="bfloat16", outer="bfloat16", channels_last=True),
@@ -264,7 +264,6 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     images_per_class, width, real, steps, window = sizes["quick" if quick else device.type]
 
     def setting(chosen: Precision, dtype: torch.dtype, compile: bool) -> tuple[Any, Any, Any]:
-        chosen.set_global_flags()
         problem, outer, batch = distilling(images_per_class, width, real, device, dtype, chosen)
         return made(problem, steps - window, window, compile=compile), outer, batch
 
@@ -279,8 +278,10 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     reference = direction(own, outer, batch)
     rows = []
     for name, chosen in PRECISIONS.items():
-        if chosen.tf32 and device.type != "cuda":
+        tf32 = name.startswith("tf32")
+        if tf32 and device.type != "cuda":
             continue
+        allow_tf32(tf32)
         for compile in (False, True):
             own, outer, batch = setting(chosen, torch.float32, compile)
             generator = torch.Generator().manual_seed(2)
@@ -298,7 +299,7 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                     "norm / float64": f"{float(found.norm() / reference.norm()):.3f}",
                 }
             )
-    Precision().set_global_flags()
+    allow_tf32(False)
     return rows
 
 
@@ -392,8 +393,7 @@ def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[st
         f"Distiller.snapshot_minutes = {snapshots}",
         "Distiller.compile = True",
         "Distiller.validate_every = 0",
-        "Distiller.precision = @Precision()",
-        "Precision.tf32 = True",
+        "Distiller.tf32 = True",
         f"Experiment.device = '{device.type}'",
         "Evaluator.full_data_networks = 0",
         "Evaluator.networks = 4",
@@ -462,7 +462,7 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here; try --device cpu --quick")
     about = machine()
-    Precision().set_global_flags()
+    allow_tf32(False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         about["device"] = torch.cuda.get_device_name(device)

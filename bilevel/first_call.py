@@ -6,23 +6,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from bilevel.derivatives import wrong_second_derivative
 from bilevel.errors import ProblemError
-from bilevel.estimators.base import Estimator
 from bilevel.graph import functions_of, is_differentiable_once, leaves_of
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.optim.side_by_side import check_side_by_side
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
 from bilevel.repeatable import Kept, check_made_again, global_generators_left_alone, impure, is_same
+from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import detach, needs_gradient, partition
 from bilevel.watch import Watch
+
+if TYPE_CHECKING:
+    from bilevel.estimators.base import Estimator
 
 #: For so many of its steps the inner loss is evaluated again when the first run is over.
 LOSSES_AGAIN = 16
@@ -193,10 +198,14 @@ class FirstCall:
             )
 
     def _check_optimizer(self, iterate: Iterate, inputs: StepInputs) -> None:
-        """Look at the optimizer: is it differentiable, and does it know only what it is given?"""
+        """Look at the optimizer: does it treat replicas one by one and know only what it is given,
+        and is it differentiable?"""
+        inner = self._inner
+        if isinstance(inner.problem, Replicas):
+            made_of = detach(inputs.hyperparameters) or None
+            check_side_by_side(inner.optimizer, inner.layout.example, hyperparameters=made_of)
         if not self._estimator.differentiates_optimizer:
             return
-        inner = self._inner
         inner.check_optimizer(inputs.hyperparameters)
         learned, rebuild = partition(inputs.hyperparameters, needs_gradient)
 

@@ -20,7 +20,8 @@ from bilevel.estimators.evolution_strategies import advance, draw_like
 from bilevel.gradient_check import Comparison, GradientCheck
 from bilevel.hypergradient import Hypergradient
 from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables, outer_loss_value
+from bilevel.outer import OuterVariables
+from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
 from bilevel.recording import record
 from bilevel.repeatable import is_same

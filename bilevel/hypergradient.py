@@ -16,13 +16,14 @@ from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.first_call import FirstCall
 from bilevel.graph import inside_transform
+from bilevel.graph_budget import GraphBudget
 from bilevel.held import Snapshot, modules_held_by
 from bilevel.inner import InnerLoop
 from bilevel.module import refuse_running_statistics
 from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.recording import GraphBudget, record
+from bilevel.recording import record
 from bilevel.result import HypergradientResult, check_finite, mean
 from bilevel.tree import named_leaves, tensors_in
 from bilevel.truncation import Full, Truncation
@@ -148,10 +149,6 @@ class Hypergradient:
             budget = check_integer("graph_budget", graph_budget, minimum=0)
         self.graph_budget = GraphBudget(budget)
         self._calls = 0
-        # A compiled step is not watched while it is made; FirstCall looks at some of them.
-        self._watched = ("init", "inner_batch", "hyperparameters", "inner_loss")[
-            : 3 if compile else 4
-        ]
         self._constants: Snapshot | None = None
         self.keep_on = None if keep_on is None else torch.device(keep_on)
 
@@ -202,7 +199,7 @@ class Hypergradient:
             with (
                 missing_derivatives_named(self.estimator),
                 sdpa_kernel(SDPBackend.MATH),
-                self.inner.watched(watch, *self._watched),
+                self.inner.watched(watch, "init", "inner_batch", "hyperparameters"),
             ):
                 trajectory = record(
                     self.inner,

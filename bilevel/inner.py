@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
+import optree
 import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
@@ -11,34 +12,26 @@ from torchopt.base import GradientTransformation
 from bilevel.compiler import Compiler
 from bilevel.contract import check_hyperparameters, check_params, check_scalar
 from bilevel.errors import ConfigurationError, ProblemError
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.optim.base import on_vector
 from bilevel.optim.foreign import check_differentiable, settle
 from bilevel.problem import Problem, check_signatures, overrides
 from bilevel.random import Key
-from bilevel.trajectory import Iterate
-from bilevel.tree import Layout, detach
+from bilevel.tree import Layout, detach, views_of
 
 #: Calls a method of the problem in the inner loop's stead: its name, it, its arguments by position
 #: and by name.
 Watch = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+#: The methods that are given the outer variables: as views that are made for this one call, so
+#: that what was computed from them in another call can be told apart.
+OF_OUTER = ("init", "inner_batch", "hyperparameters", "outer_loss", "step_loss")
 
 #: Per-step signals of every problem that a truncation schedule may ask for, as functions of the
 #: inner gradient; `Problem.signals` supplies further ones.
 SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
     "gradient_norm": torch.linalg.vector_norm,
 }
-
-
-class StepInputs(NamedTuple):
-    """What inner step t takes of φ.
-
-    Attributes:
-        batch: b_t = B(φ, t), a pytree.
-        hyperparameters: h_t = h(φ, t), by name; each a tensor or a pytree of tensors.
-    """
-
-    batch: Any
-    hyperparameters: dict[str, Any]
 
 
 @final
@@ -167,13 +160,31 @@ class InnerLoop:
                 params=self.unravel(iterate.params),
                 inplace=False,
             )
-            updates = self._layout_now.ravel(updates)
+            updates = self.layout.ravel(updates)
         return Iterate(iterate.params + updates, state)
 
     def step(self, iterate: Iterate, inputs: StepInputs) -> Iterate:
         """One inner step, under any transform of `torch.func`."""
         gradient = self.gradient(iterate.params, inputs.batch)
         return self.update(iterate, gradient, inputs.hyperparameters)
+
+    def step_on_leaves(
+        self, leaves: list[Tensor], state: Any, inputs: StepInputs
+    ) -> tuple[list[Tensor], Tensor]:
+        """(the leaves of θ_{t+1}, ℓ) on the graph of those of θ_t, for optimizers without a state.
+
+        With so little to compute for each, that is faster than cutting up a vector and joining it.
+        """
+        tree = self.layout.unflatten(leaves)
+        loss = check_scalar(self._call("inner_loss", tree, inputs.batch), "inner_loss")
+        gradients = tuple(map(torch.zeros_like, leaves))
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        updates, _ = self._made(inputs.hyperparameters).update(
+            self.layout.unflatten(gradients), state, params=tree, inplace=False
+        )
+        changes = optree.tree_leaves(updates)
+        return [leaf + change for leaf, change in zip(leaves, changes, strict=True)], loss
 
     def advance(
         self,
@@ -236,6 +247,8 @@ class InnerLoop:
         watch, methods = self._watch
         method = getattr(self.problem, name)
         with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+            if name in OF_OUTER:
+                args = views_of(args)
             if watch is not None and name in methods:
                 return watch(name, method, args, kwargs)
             return method(*args, **kwargs)
@@ -253,7 +266,7 @@ class InnerLoop:
         maker = getattr(self.optimizer, "func", self.optimizer)  # Of a functools.partial.
         is_ours = made_of is None or getattr(maker, "__module__", "").startswith("bilevel.optim")
         if not (is_ours and self._transformation(hyperparameters)[1]):
-            example = self._layout_now.example
+            example = self.layout.example
             check_differentiable(self.optimizer, example, hyperparameters=made_of)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -266,10 +279,11 @@ class InnerLoop:
 
     def unravel(self, params: Tensor) -> Any:
         """Flat parameters as the pytree that `Problem.init` returned."""
-        return self._layout_now.unravel(params)
+        return self.layout.unravel(params)
 
     @property
-    def _layout_now(self) -> Layout:
+    def layout(self) -> Layout:
+        """How the pytree lies in the vector."""
         assert self._layout is not None, "start() comes first"
         return self._layout
 
@@ -279,23 +293,28 @@ class InnerLoop:
         """(the optimizer, whether it is for the flat vector)."""
         if self._finished is not None:
             return self._finished
-        transformation = self.optimizer
-        if not self._is_transformation:
-            try:
-                transformation = self.optimizer(**hyperparameters)
-            except (TypeError, ValueError, RuntimeError) as error:
-                if isinstance(error, ConfigurationError):
-                    raise
-                raise ConfigurationError(
-                    "optimizer could not be made from the problem's hyperparameters "
-                    f"{sorted(hyperparameters)}: {error}"
-                ) from error
-            self._settle(transformation, self._layout_now.device)
-        of_vector = on_vector(transformation, self._layout_now.example)
+        transformation = self._made(hyperparameters)
+        of_vector = on_vector(transformation, self.layout.example)
         made = (transformation, False) if of_vector is None else (of_vector, True)
         if self._is_transformation:
             self._finished = made
         return made
+
+    def _made(self, hyperparameters: Mapping[str, Any]) -> GradientTransformation:
+        """The optimizer for the pytree of parameters."""
+        if self._is_transformation:
+            return self.optimizer
+        try:
+            transformation = self.optimizer(**hyperparameters)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, ConfigurationError):
+                raise
+            raise ConfigurationError(
+                "optimizer could not be made from the problem's hyperparameters "
+                f"{sorted(hyperparameters)}: {error}"
+            ) from error
+        self._settle(transformation, self.layout.device)
+        return transformation
 
     def _settle(self, transformation: Any, device: torch.device) -> None:
         settle(transformation, device, check=not self._settled)

@@ -10,15 +10,16 @@ from torch import Tensor
 from bilevel.errors import ProblemError
 from bilevel.graph import leaves_of
 from bilevel.held import modules_held_by
-from bilevel.tree import needs_gradient, partition, tensors_in
+from bilevel.inner import OF_OUTER
+from bilevel.tree import needs_gradient, partition, tensors_in, views_of
 
 
 @final
 class Watch:
     """Calls methods of a problem and looks at where their results come from.
 
-    What a method is given are views made for this one call, so that something which was computed
-    from the same tensors in another method, or in another call of it, is told apart.
+    What a method is given are views made for one call, so that something which was computed from
+    the same tensors in another method, or in another call of it, is told apart.
 
     Args:
         problem: The problem; parameters of modules that it holds are taken for constants.
@@ -53,18 +54,17 @@ class Watch:
         generator = kwargs.get("generator")
         state = None if generator is None else generator.get_state()
 
-        def run() -> tuple[Any, list[Tensor]]:
-            given, rebuild = partition(args, needs_gradient)
-            views = [leaf.view_as(leaf) for leaf in given]
-            returned = function(*rebuild(views), **kwargs)
+        def run(given: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
+            returned = function(*given, **kwargs)
+            views = partition(given, needs_gradient)[0]
             return returned, leaves_of(_outputs(method, returned), beyond=views)
 
         def again() -> list[Tensor]:
             if generator is not None:
                 generator.set_state(state)
-            return run()[1]
+            return run(views_of(args))[1]
 
-        returned, strangers = run()
+        returned, strangers = run(args if method in OF_OUTER else views_of(args))
         self.judge(method, strangers, again, args)
         if method == "init":
             self._versions = self._versions_of_buffers()

@@ -11,11 +11,12 @@ from bilevel.derivatives import check_forward_mode
 from bilevel.estimators.base import Estimator, WindowEnd
 from bilevel.estimators.recursion import BackwardRecursion, pull, pull_update
 from bilevel.estimators.reverse import through_graph
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
 
 
@@ -56,8 +57,8 @@ class Adjoint(Estimator):
         self.uses_graph = hvp == "reverse"
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
-        if trajectory.has_graph and self.hvp == "reverse":
-            return through_graph(trajectory, outer_batch)
+        if trajectory.unrolled is not None and trajectory.has_graph:
+            return through_graph(trajectory, trajectory.unrolled, outer_batch)
         return self.through_window(trajectory, WindowEnd.of(trajectory, outer_batch))
 
     def check_step(

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.inner import InnerLoop, StepInputs
-from bilevel.outer import OuterGradient, OuterVariables
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
+from bilevel.outer_gradient import OuterGradient
 from bilevel.random import Key
 from bilevel.result import HypergradientResult, Stats
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 
 
 class Estimator(ABC):

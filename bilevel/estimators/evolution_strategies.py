@@ -7,11 +7,13 @@ from torch import Tensor
 
 from bilevel.checks import check_integer, check_number
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
-from bilevel.outer import OuterGradient, outer_loss_value
+from bilevel.iterate import Iterate
+from bilevel.outer_gradient import OuterGradient, outer_loss_value
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory, Window
+from bilevel.trajectory import Trajectory
 from bilevel.tree import detach
+from bilevel.window import Window
 
 
 @final

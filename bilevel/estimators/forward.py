@@ -9,11 +9,12 @@ from torch import Tensor
 from bilevel.derivatives import check_forward_mode
 from bilevel.errors import ProblemError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import partition
 
 

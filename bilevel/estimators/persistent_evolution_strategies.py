@@ -18,10 +18,12 @@ from bilevel.estimators.evolution_strategies import (
     end_of,
     set_to_mean,
 )
+from bilevel.iterate import Iterate
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import partition
+from bilevel.window import Window
 
 
 @final
