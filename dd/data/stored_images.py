@@ -9,7 +9,54 @@ from torch import Tensor
 
 from dd.data.transforms import PixelTransform
 
-__all__ = ["Images", "StoredImages"]
+__all__ = ["Images", "StoredImages", "TransformedOnce"]
+
+#: How many images are transformed together, by `TransformedOnce`.
+LEAST_AT_ONCE, MOST_AT_ONCE = 256, 1000
+
+
+@final
+class TransformedOnce:
+    """Images that are transformed when they are first read, and then kept, float32.
+
+    A run that begins does not wait for images that it reads later, or never. What is read has the
+    bits of the whole set transformed at once: a product of few rows is summed in another order than
+    one of many, so at least `LEAST_AT_ONCE` images are transformed together.
+
+    Args:
+        pixels: [M, C, H, W], what `transform` takes.
+        transform: Treats every image on its own.
+    """
+
+    def __init__(self, pixels: Tensor, transform: PixelTransform) -> None:
+        self._pixels = pixels
+        self._transform = transform
+        # Memory that is not written to yet costs nothing.
+        self._images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+        self._is_missing = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+        self.shape, self.dtype, self.device = pixels.shape, torch.float32, pixels.device
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """The images at `rows`, int64 [n]: float32 [n, C, H, W]."""
+        wanted = rows[self._is_missing[rows]].unique()
+        if len(wanted):
+            self._make(wanted)
+        return self._images[rows]
+
+    @torch.no_grad()
+    def _make(self, wanted: Tensor) -> None:
+        if len(wanted) < LEAST_AT_ONCE:
+            is_wanted = torch.zeros_like(self._is_missing)
+            is_wanted[wanted] = True
+            others = (self._is_missing & ~is_wanted).nonzero().squeeze(1)
+            made = (~self._is_missing).nonzero().squeeze(1)
+            wanted = torch.cat([wanted, others, made])[:LEAST_AT_ONCE]
+        for rows in wanted.tensor_split(-(-len(wanted) // MOST_AT_ONCE)):
+            self._images[rows] = self._transform(self._pixels[rows])
+        self._is_missing[wanted] = False
 
 
 @final
@@ -19,7 +66,8 @@ class StoredImages:
     Indexing with a slice or with int64 indices [n] gives float32 [n, C, H, W] on `device`.
 
     Args:
-        pixels: [M, C, H, W], what `transform` takes; without one, floating point.
+        pixels: [M, C, H, W], what `transform` takes; without one, floating point. They may be made
+            as they are read.
         transform: Applied to what is read; None if `pixels` are transformed already.
         device: Where images are read to; default: where `pixels` are.
         on_host: `pixels` stay in the host's memory, or in a memory-mapped file, and only what is
@@ -29,7 +77,7 @@ class StoredImages:
 
     def __init__(
         self,
-        pixels: Tensor,
+        pixels: Tensor | TransformedOnce,
         transform: PixelTransform | None = None,
         device: torch.device | None = None,
         on_host: bool = False,
@@ -68,11 +116,12 @@ class StoredImages:
             # Towards the device nobody need wait; an index from there must have arrived.
             index = index.to(self._rows.device, non_blocking=index.device.type == "cpu")
         rows = self._rows[index]
-        if not (self.on_host and self.device.type == "cuda"):
-            return self._pixels[rows]
-        shape = (len(rows), *self._pixels.shape[1:])
-        target = torch.empty(shape, dtype=self._pixels.dtype, pin_memory=True)
-        return torch.index_select(self._pixels, 0, rows, out=target)
+        pixels = self._pixels
+        if not (isinstance(pixels, Tensor) and self.on_host and self.device.type == "cuda"):
+            return pixels[rows]
+        shape = (len(rows), *pixels.shape[1:])
+        target = torch.empty(shape, dtype=pixels.dtype, pin_memory=True)
+        return torch.index_select(pixels, 0, rows, out=target)
 
     @torch.no_grad()
     def transformed(self, pixels: Tensor) -> Tensor:
