@@ -13,16 +13,11 @@ from torch import nn
 
 import bilevel
 import gin
-from dd import augmentation, data, networks
-from dd.augmentation import Augmentation
+from dd import augmentation, data, networks, objectives
 from dd.distillation.settings import Distiller
+from dd.evaluation import protocols
 from dd.evaluation.evaluator import Evaluator
-from dd.evaluation.protocols import DCProtocol, Protocol
 from dd.experiment import Experiment
-from dd.objectives import MatchExperts, RealImages
-from dd.objectives.alignment import PrototypeAlignment
-from dd.objectives.difficulty import DifficultyPacing
-from dd.objectives.experts import Experts
 from dd.runtime.changes import WHEN_JUDGED
 from dd.runtime.precision import Precision
 from dd.synthetic.dataset import SyntheticDataset
@@ -33,11 +28,12 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Distiller": Distiller,
     "Precision": Precision,
     "Evaluator": Evaluator,
-    "DCProtocol": DCProtocol,
-    "Experts": Experts,
-    "MatchExperts": MatchExperts,
-    "RealImages": RealImages,
-    "DifficultyPacing": DifficultyPacing,
+    "DCProtocol": protocols.DCProtocol,
+    "Experts": objectives.Experts,
+    "MatchExperts": objectives.MatchExperts,
+    "RealImages": objectives.RealImages,
+    "DifficultyPacing": objectives.DifficultyPacing,
+    "PrototypeAlignment": objectives.PrototypeAlignment,
     "SyntheticDataset": SyntheticDataset,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,
@@ -76,7 +72,6 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Eigenvectors": bilevel.basis.Eigenvectors,
     "MovingAverageClip": bilevel.clip.MovingAverageClip,
     "MovingAverageRowClip": bilevel.clip.MovingAverageRowClip,
-    "PrototypeAlignment": PrototypeAlignment,
     "sgd": bilevel.optim.sgd,
     "adam": bilevel.optim.adam,
     "adamw": bilevel.optim.adamw,
@@ -100,7 +95,7 @@ MOVED = {
 }
 
 #: What a set is judged by: all its parameters may change when that is done again.
-JUDGES = (Evaluator, Protocol, Augmentation, nn.Module)
+JUDGES = (Evaluator, protocols.Protocol, augmentation.Augmentation, nn.Module)
 
 _PACKAGED = Path(__file__).parent / "recipes"
 #: The recipes that come with `dd`, beside this file in a wheel; the repository has them in gin/.

@@ -1,15 +1,8 @@
 """Datasets and the transforms between pixels and what the networks see."""
 
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, to_unit_range
-from dd.data.sources import (
-    arrays,
-    cifar10,
-    cifar100,
-    digits,
-    image_folder,
-    imagenet,
-    tiny_imagenet,
-)
+from dd.data.sources import *  # noqa: F403  (whatever is one)
+from dd.data.sources import __all__ as _sources
 from dd.data.transforms import (
     KIPWhitening,
     PixelTransform,
@@ -22,6 +15,7 @@ from dd.data.transforms import (
 )
 
 __all__ = [
+    *_sources,
     "DatasetNotFoundError",
     "ImageDataset",
     "KIPWhitening",
@@ -29,14 +23,7 @@ __all__ = [
     "Standardize",
     "ZCAWhitening",
     "apply_in_chunks",
-    "arrays",
-    "cifar10",
-    "cifar100",
-    "digits",
-    "image_folder",
-    "imagenet",
     "kip_whitening",
-    "tiny_imagenet",
     "to_unit_range",
     "transform_from_state",
     "zca_whitening",

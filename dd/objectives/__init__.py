@@ -1,7 +1,20 @@
 """What the outer loop may minimise over the synthetic set."""
 
-from dd.objectives.base import HELD_OUT, Objective, PreparedObjective
+from dd.objectives.alignment import PrototypeAlignment
+from dd.objectives.base import HELD_OUT, Objective, PreparedObjective, Task
+from dd.objectives.difficulty import DifficultyPacing
+from dd.objectives.experts import Experts
 from dd.objectives.match_experts import MatchExperts
 from dd.objectives.real_images import RealImages
 
-__all__ = ["HELD_OUT", "MatchExperts", "Objective", "PreparedObjective", "RealImages"]
+__all__ = [
+    "HELD_OUT",
+    "DifficultyPacing",
+    "Experts",
+    "MatchExperts",
+    "Objective",
+    "PreparedObjective",
+    "PrototypeAlignment",
+    "RealImages",
+    "Task",
+]
