@@ -19,14 +19,14 @@ class Augmentation(ABC):
         """Augment a batch.
 
         Args:
-            images: floating point, [N, C, H, W]; never written to.
-            generator: the only source of randomness. It may live on another device than
-                ``images``; what is drawn is then moved there.
+            images: Floating point, [N, C, H, W]; never written to.
+            generator: The only source of randomness. It may live on another device than
+                `images`; what is drawn is then moved there.
 
         Returns:
-            [N, C, H, W], of the dtype and on the device of ``images``. Its first derivative with
-            respect to ``images`` is exact; a second derivative need not exist.
+            [N, C, H, W], of the dtype and on the device of `images`. Its first derivative with
+            respect to `images` is exact; a second derivative need not exist.
 
         Raises:
-            ValueError: ``images`` is not a floating-point tensor with four dimensions.
+            ValueError: `images` is not a floating-point tensor with four dimensions.
         """

@@ -44,10 +44,10 @@ class DSA(Augmentation):
     the "siamese" form, one set of parameters shared by a real and a synthetic batch, is not here.
 
     Attributes:
-        strategy: the families to draw from, joined by underscores.
+        strategy: The families to draw from, joined by underscores.
 
     Raises:
-        ValueError: ``strategy`` names a family that does not exist.
+        ValueError: `strategy` names a family that does not exist.
     """
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"

@@ -1,8 +1,8 @@
 """The families of image transformations that augmentations draw from.
 
-Every function maps ``images`` [N, C, H, W] to a tensor of the same shape, dtype and device,
-drawing fresh parameters for each image from ``generator``, on the generator's device. All are
-differentiable once in ``images``; `rotate` and `scale` go through ``grid_sample``, which has no
+Every function maps `images` [N, C, H, W] to a tensor of the same shape, dtype and device,
+drawing fresh parameters for each image from `generator`, on the generator's device. All are
+differentiable once in `images`; `rotate` and `scale` go through `grid_sample`, which has no
 second derivative, and whose backward pass on CUDA adds up in no fixed order.
 
 The families and their published strengths are those of Differentiable Siamese Augmentation
@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 def flip(images: Tensor, generator: torch.Generator, probability: float) -> Tensor:
-    """Mirror left and right where u < ``probability``.
+    """Mirror left and right where u < `probability`.
 
     Raises:
-        ValueError: ``images`` is not a batch of images, or ``probability`` is not in [0, 1].
+        ValueError: `images` is not a batch of images, or `probability` is not in [0, 1].
     """
     _require_between("probability", probability, 0.0, 1.0)
     (u,) = _uniform(1, images, generator)
@@ -29,10 +29,10 @@ def flip(images: Tensor, generator: torch.Generator, probability: float) -> Tens
 
 
 def rotate(images: Tensor, generator: torch.Generator, degrees: float) -> Tensor:
-    """Rotate about the centre by an angle of (2u − 1)·``degrees``; zeros come in at the corners.
+    """Rotate about the centre by an angle of (2u − 1)·`degrees`; zeros come in at the corners.
 
     Raises:
-        ValueError: ``images`` is not a batch of images, or ``degrees`` is not in [0, 180].
+        ValueError: `images` is not a batch of images, or `degrees` is not in [0, 180].
     """
     _require_between("degrees", degrees, 0.0, 180.0)
     (u,) = _uniform(1, images, generator)
@@ -47,11 +47,11 @@ def rotate(images: Tensor, generator: torch.Generator, degrees: float) -> Tensor
 def scale(images: Tensor, generator: torch.Generator, ratio: float) -> Tensor:
     """Stretch width and height about the centre by independent factors.
 
-    A factor is drawn as 1/``ratio`` + u·(``ratio`` − 1/``ratio``) and multiplies the sampling
+    A factor is drawn as 1/`ratio` + u·(`ratio` − 1/`ratio`) and multiplies the sampling
     coordinates, so that a factor above 1 shrinks the content and zeros come in at the border.
 
     Raises:
-        ValueError: ``images`` is not a batch of images, or ``ratio`` is below 1.
+        ValueError: `images` is not a batch of images, or `ratio` is below 1.
     """
     _require_between("ratio", ratio, 1.0, math.inf)
     factors = 1 / ratio + _uniform(2, images, generator) * (ratio - 1 / ratio)
@@ -63,11 +63,11 @@ def scale(images: Tensor, generator: torch.Generator, ratio: float) -> Tensor:
 def crop(images: Tensor, generator: torch.Generator, padding: float) -> Tensor:
     """Pad with zeros on every side, and cut out a window of the original size.
 
-    The padding is ``padding`` times the height above and below and times the width left and
+    The padding is `padding` times the height above and below and times the width left and
     right, rounded half up; the window is uniform over all whole-pixel positions.
 
     Raises:
-        ValueError: ``images`` is not a batch of images, or ``padding`` is not in [0, 1].
+        ValueError: `images` is not a batch of images, or `padding` is not in [0, 1].
     """
     _require_between("padding", padding, 0.0, 1.0)
     count, channels, height, width = _require_images(images)
@@ -83,11 +83,11 @@ def crop(images: Tensor, generator: torch.Generator, padding: float) -> Tensor:
 def cutout(images: Tensor, generator: torch.Generator, fraction: float) -> Tensor:
     """Set a rectangle to zero.
 
-    Its sides are ``fraction`` times the height and the width, rounded half up. Its centre is
+    Its sides are `fraction` times the height and the width, rounded half up. Its centre is
     uniform over the image, so that it may stick out over the border.
 
     Raises:
-        ValueError: ``images`` is not a batch of images, or ``fraction`` is not in [0, 1].
+        ValueError: `images` is not a batch of images, or `fraction` is not in [0, 1].
     """
     _require_between("fraction", fraction, 0.0, 1.0)
     height, width = _require_images(images)[2:]
@@ -98,10 +98,10 @@ def cutout(images: Tensor, generator: torch.Generator, fraction: float) -> Tenso
 
 
 def brightness(images: Tensor, generator: torch.Generator, ratio: float) -> Tensor:
-    """Shift every pixel of an image: x + (u − 1/2)·``ratio``.
+    """Shift every pixel of an image: x + (u − 1/2)·`ratio`.
 
     Raises:
-        ValueError: ``images`` is not a batch of images, or ``ratio`` is negative.
+        ValueError: `images` is not a batch of images, or `ratio` is negative.
     """
     _require_between("ratio", ratio, 0.0, math.inf)
     (u,) = _uniform(1, images, generator)
@@ -109,10 +109,10 @@ def brightness(images: Tensor, generator: torch.Generator, ratio: float) -> Tens
 
 
 def saturation(images: Tensor, generator: torch.Generator, ratio: float) -> Tensor:
-    """Scale the distance of every pixel to its mean m over channels: m + (x − m)·u·``ratio``.
+    """Scale the distance of every pixel to its mean m over channels: m + (x − m)·u·`ratio`.
 
     Raises:
-        ValueError: ``images`` is not a batch of images, or ``ratio`` is negative.
+        ValueError: `images` is not a batch of images, or `ratio` is negative.
     """
     _require_between("ratio", ratio, 0.0, math.inf)
     (u,) = _uniform(1, images, generator)
@@ -121,10 +121,10 @@ def saturation(images: Tensor, generator: torch.Generator, ratio: float) -> Tens
 
 
 def contrast(images: Tensor, generator: torch.Generator, ratio: float) -> Tensor:
-    """Scale the distance of every pixel to the image's mean m: m + (x − m)·(u + ``ratio``).
+    """Scale the distance of every pixel to the image's mean m: m + (x − m)·(u + `ratio`).
 
     Raises:
-        ValueError: ``images`` is not a batch of images, or ``ratio`` is negative.
+        ValueError: `images` is not a batch of images, or `ratio` is negative.
     """
     _require_between("ratio", ratio, 0.0, math.inf)
     (u,) = _uniform(1, images, generator)

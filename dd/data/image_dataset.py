@@ -13,8 +13,6 @@ from torch import Tensor
 
 from bilevel.checks import check_number
 
-__all__ = ["DatasetNotFoundError", "ImageDataset", "stratified_split", "to_unit_range"]
-
 
 @final
 class DatasetNotFoundError(FileNotFoundError):
@@ -25,9 +23,9 @@ class DatasetNotFoundError(FileNotFoundError):
         """Build the error.
 
         Args:
-            directory: where the data was looked for; shown as an absolute path.
-            expected: what should have been there.
-            remedy: what the user can do about it.
+            directory: Where the data was looked for; shown as an absolute path.
+            expected: What should have been there.
+            remedy: What the user can do about it.
         """
         return cls(f"looked in {directory.absolute()} for {expected}; {remedy}")
 
@@ -42,7 +40,7 @@ def to_unit_range(images: Tensor) -> Tensor:
         A float32 tensor of the same shape on the same device.
 
     Raises:
-        ValueError: if the dtype is neither, or a floating point value lies outside [0, 1].
+        ValueError: The dtype is neither, or a floating point value lies outside [0, 1].
     """
     if images.dtype == torch.uint8:
         return images.to(torch.float32).div_(255)
@@ -74,15 +72,15 @@ class ImageDataset:
     Nothing writes to the images.
 
     Attributes:
-        name: what reports and artifacts call it.
+        name: What reports and artifacts call it.
         train_images: [N, C, H, W], uint8, or float32 in [0, 1].
         train_labels: int64 [N], in [0, num_classes); every class occurs.
         test_images: [M, C, H, W], of the same dtype.
         test_labels: int64 [M], in [0, num_classes).
-        class_names: one name per class, in label order.
+        class_names: One name per class, in label order.
 
     Raises:
-        ValueError: if any of this does not hold; the message names the field.
+        ValueError: One of these does not hold; the message names the field.
     """
 
     name: str
@@ -165,14 +163,14 @@ class ImageDataset:
         """Hold out a part of the training set, stratified by class.
 
         Args:
-            fraction: share of the training set to hold out, in (0, 1).
-            seed: the same seed gives the same split.
+            fraction: Share of the training set to hold out, in (0, 1).
+            seed: The same seed gives the same split.
 
         Returns:
-            (training indices, validation indices) into ``train_images``, int64, ascending.
+            (training indices, validation indices) into `train_images`, int64, ascending.
 
         Raises:
-            ValueError: if ``fraction`` is outside (0, 1), or the set is too small for it.
+            ValueError: `fraction` is outside (0, 1), or the set is too small for it.
         """
         return stratified_split(self.train_labels, fraction, seed, "fraction")
 
@@ -180,20 +178,20 @@ class ImageDataset:
 def stratified_split(
     labels: Tensor, fraction: float, seed: int, parameter: str
 ) -> tuple[Tensor, Tensor]:
-    """Split indices in two parts with the class proportions of ``labels``.
+    """Split indices in two parts with the class proportions of `labels`.
 
     Args:
         labels: int64 [N].
-        fraction: share of the second part, in (0, 1).
-        seed: the same seed gives the same split.
-        parameter: name of the caller's fraction argument, for error messages.
+        fraction: Share of the second part, in (0, 1).
+        seed: The same seed gives the same split.
+        parameter: Name of the caller's fraction argument, for error messages.
 
     Returns:
         The indices of the first and of the second part, each int64 and ascending. Every class is
         present in the first part.
 
     Raises:
-        ValueError: if ``fraction`` is outside (0, 1), or the data is too small to give such a
+        ValueError: `fraction` is outside (0, 1), or the data is too small to give such a
             split.
     """
     check_number(parameter, fraction, above=0, below=1)

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dd.data.transforms import PixelTransform
 
-__all__ = ["Images", "StoredImages", "TransformedOnce"]
-
 #: How many images are transformed together, by `TransformedOnce`.
 LEAST_AT_ONCE, MOST_AT_ONCE = 256, 1000
 

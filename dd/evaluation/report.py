@@ -258,7 +258,7 @@ def label_robust_score(
         distilled_hard: On the distilled images with hard labels.
         distilled: On the distilled images with their own labels.
         random_real: On as many random real images.
-        weight: w in [0, 1].
+        weight: W in [0, 1].
 
     Raises:
         ValueError: An accuracy is not a fraction, or the weight is outside [0, 1].
@@ -287,7 +287,7 @@ def augmentation_robust_score(
         random_real: On as many random real images with augmentation.
         distilled_plain: On the distilled set without augmentation.
         random_real_plain: On as many random real images without augmentation.
-        weight: w in [0, 1].
+        weight: W in [0, 1].
 
     Raises:
         ValueError: An accuracy is not a fraction, or the weight is outside [0, 1].

@@ -18,13 +18,13 @@ class AlexNet(nn.Module):
     2006.05929), a small form of Krizhevsky et al., NeurIPS 2012.
 
     Args:
-        num_classes: number of logits.
-        channels: channels of an image.
-        image_size: height and width of an image, at least 8.
-        width: channels of the first convolution; the others have 3/2, 2, 3/2 and 3/2 of it.
+        num_classes: Number of logits.
+        channels: Channels of an image.
+        image_size: Height and width of an image, at least 8.
+        width: Channels of the first convolution; the others have 3/2, 2, 3/2 and 3/2 of it.
 
     Raises:
-        ValueError: an argument is too small.
+        ValueError: An argument is too small.
     """
 
     def __init__(

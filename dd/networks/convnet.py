@@ -10,11 +10,11 @@ from bilevel.checks import check_integer
 
 @final
 class ConvNet(nn.Module):
-    """ConvNet-D: ``depth`` blocks of convolution, normalisation, ReLU and pooling, then a linear.
+    """ConvNet-D: `depth` blocks of convolution, normalisation, ReLU and pooling, then a linear.
 
-    A block is a 3×3 convolution to ``width`` channels with bias and padding 1, a normalisation of
+    A block is a 3×3 convolution to `width` channels with bias and padding 1, a normalisation of
     every channel over its own pixels, ReLU, and 2×2 average pooling, which floors odd sizes. The
-    normalisation, "instance norm" in this field, is ``GroupNorm(width, width)``: it has no running
+    normalisation, "instance norm" in this field, is `GroupNorm(width, width)`: it has no running
     statistics, so an image's logits do not depend on the rest of its batch.
 
     The convolution biases are kept because the published parameter counts include them; the
@@ -25,14 +25,14 @@ class ConvNet(nn.Module):
     ICLR 2021 (arXiv 2006.05929).
 
     Args:
-        num_classes: number of logits.
-        channels: channels of an image.
-        image_size: height and width of an image, at least 2**depth.
-        depth: number of blocks; 3 for 32×32, 4 for 64×64, 5 for 128×128 images.
-        width: channels of every block.
+        num_classes: Number of logits.
+        channels: Channels of an image.
+        image_size: Height and width of an image, at least 2**depth.
+        depth: Number of blocks; 3 for 32×32, 4 for 64×64, 5 for 128×128 images.
+        width: Channels of every block.
 
     Raises:
-        ValueError: an argument is below 1, or ``image_size`` is below 2**depth.
+        ValueError: An argument is below 1, or `image_size` is below 2**depth.
     """
 
     def __init__(

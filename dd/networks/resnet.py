@@ -18,13 +18,13 @@ class ResNet18(nn.Module):
     Source: He et al., arXiv 1512.03385, in the form of Zhao et al., arXiv 2006.05929.
 
     Args:
-        num_classes: number of logits.
-        channels: channels of an image.
-        image_size: height and width of an image, at least 16.
-        width: channels of the first stage; each of the others doubles them.
+        num_classes: Number of logits.
+        channels: Channels of an image.
+        image_size: Height and width of an image, at least 16.
+        width: Channels of the first stage; each of the others doubles them.
 
     Raises:
-        ValueError: an argument is too small.
+        ValueError: An argument is too small.
     """
 
     def __init__(

@@ -18,13 +18,13 @@ class VGG11(nn.Module):
     layer and the normalisation of Zhao et al., arXiv 2006.05929.
 
     Args:
-        num_classes: number of logits.
-        channels: channels of an image.
-        image_size: height and width of an image, at least 32.
-        width: channels of the first convolution; the last has 8 times as many.
+        num_classes: Number of logits.
+        channels: Channels of an image.
+        image_size: Height and width of an image, at least 32.
+        width: Channels of the first convolution; the last has 8 times as many.
 
     Raises:
-        ValueError: an argument is too small.
+        ValueError: An argument is too small.
     """
 
     def __init__(

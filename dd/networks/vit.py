@@ -19,16 +19,16 @@ class ViT(nn.Module):
     Source: Dosovitskiy et al., arXiv 2010.11929, with mean pooling in place of a class token.
 
     Args:
-        num_classes: number of logits.
-        channels: channels of an image.
-        image_size: height and width of an image, a multiple of `patch`.
-        patch: height and width of a patch.
-        width: length of a token, a multiple of `heads`.
-        depth: number of blocks.
-        heads: attention heads of a block.
+        num_classes: Number of logits.
+        channels: Channels of an image.
+        image_size: Height and width of an image, a multiple of `patch`.
+        patch: Height and width of a patch.
+        width: Length of a token, a multiple of `heads`.
+        depth: Number of blocks.
+        heads: Attention heads of a block.
 
     Raises:
-        ValueError: an argument is too small, or does not divide what it has to.
+        ValueError: An argument is too small, or does not divide what it has to.
     """
 
     def __init__(

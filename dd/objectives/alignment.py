@@ -87,7 +87,7 @@ class PrototypeAlignment:
         Args:
             network: The module.
             image_shape: (C, H, W) with H = W.
-            patches_per_side: n.
+            patches_per_side: N.
 
         Raises:
             ValueError: Naming what does not fit.
@@ -131,7 +131,7 @@ class PrototypeAlignment:
             synthetic: The same, of what is learned of the aligned classes.
             classes: Those that are aligned, int64 [k], each once.
             num_classes: K.
-            patches_per_side: n.
+            patches_per_side: N.
         """
         with torch.no_grad():
             real_maps = self._maps(network, params, real[0])

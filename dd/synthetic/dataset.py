@@ -31,7 +31,7 @@ class SyntheticDataset:
         classes_per_step: How many random classes an inner batch holds, or all if there are fewer;
             default: all.
         batch_per_class: How many random images of each of these; default: all.
-        patches_per_side: n; 4 for images of 64×64 and more in patch-wise semantic preservation
+        patches_per_side: N; 4 for images of 64×64 and more in patch-wise semantic preservation
             (AT-BPTT, arXiv 2510.04838).
 
     Raises:

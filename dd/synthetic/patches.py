@@ -8,7 +8,7 @@ def split_patches(images: Tensor, patches_per_side: int) -> Tensor:
 
     Args:
         images: [N, C, H, W], with H and W multiples of n.
-        patches_per_side: n ≥ 1.
+        patches_per_side: N ≥ 1.
 
     Returns:
         [N·n², C, H/n, W/n], image by image, the patches of each row by row.
@@ -31,7 +31,7 @@ def compose_patches(patches: Tensor, patches_per_side: int) -> Tensor:
 
     Args:
         patches: [N·n², C, h, w].
-        patches_per_side: n ≥ 1.
+        patches_per_side: N ≥ 1.
 
     Returns:
         [N, C, n·h, n·w].

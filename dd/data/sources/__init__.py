@@ -1,4 +1,4 @@
-"""Where datasets come from: each function returns an :class:`~dd.data.ImageDataset`."""
+"""Where datasets come from: each function returns an `ImageDataset`."""
 
 from dd.data.sources.arrays import arrays
 from dd.data.sources.cifar import cifar10, cifar100

@@ -1,4 +1,4 @@
-"""A user's own images from an ``.npz`` file."""
+"""A user's own images from an `.npz` file."""
 
 from __future__ import annotations
 
@@ -14,33 +14,31 @@ from torch import Tensor
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
 from dd.runtime.changes import Judging
 
-__all__ = ["arrays"]
-
 _CHANNEL_COUNTS = (1, 3)
 _REQUIRED = ("images", "labels")
 _OPTIONAL = ("test_images", "test_labels", "class_names")
 
 
 def arrays(path: Judging[str | Path], test_fraction: float = 0.1, seed: int = 0) -> ImageDataset:
-    """Images and labels from an ``.npz`` file, as written by ``numpy.savez``.
+    """Images and labels from an `.npz` file, as written by `numpy.savez`.
 
     The file holds
 
-    - ``images``: [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, uint8, or floating
+    - `images`: [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, uint8, or floating
       point in [0, 1];
-    - ``labels``: integers [N], 0 … K−1;
-    - optionally ``test_images`` and ``test_labels``, in the same form; without them a stratified
+    - `labels`: integers [N], 0 … K−1;
+    - optionally `test_images` and `test_labels`, in the same form; without them a stratified
       part of the images becomes the test set;
-    - optionally ``class_names``: strings [K].
+    - optionally `class_names`: strings [K].
 
     Args:
-        path: the file; its stem becomes the dataset's name.
-        test_fraction: share held out as test set if the file has none, in (0, 1).
-        seed: the same seed gives the same split.
+        path: The file; its stem becomes the dataset's name.
+        test_fraction: Share held out as test set if the file has none, in (0, 1).
+        seed: The same seed gives the same split.
 
     Raises:
-        DatasetNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, pickled or incomplete, or its contents do not make a
+        DatasetNotFoundError: There is no such file.
+        ValueError: The file is damaged, pickled or incomplete, or its contents do not make a
             dataset; the message names the file and what is wrong.
     """
     path = Path(path)

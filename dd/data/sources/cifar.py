@@ -12,8 +12,6 @@ from torchvision import datasets
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.runtime.changes import Judging
 
-__all__ = ["cifar10", "cifar100"]
-
 
 def cifar10(root: Judging[str | Path] = "data", download: Judging[bool] = True) -> ImageDataset:
     """CIFAR-10: 50,000 training and 10,000 test images [3, 32, 32], uint8, 10 classes.
@@ -21,11 +19,11 @@ def cifar10(root: Judging[str | Path] = "data", download: Judging[bool] = True) 
     Source: Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 
     Args:
-        root: the directory that holds ``cifar-10-batches-py/``.
-        download: fetch the data into ``root`` if it is not there.
+        root: The directory that holds `cifar-10-batches-py/`.
+        download: Fetch the data into `root` if it is not there.
 
     Raises:
-        DatasetNotFoundError: if the data is not there, or is damaged, and was not downloaded.
+        DatasetNotFoundError: The data is not there, or is damaged, and was not downloaded.
     """
     return _cifar("cifar10", datasets.CIFAR10, "cifar-10-batches-py", Path(root), download)
 
@@ -36,11 +34,11 @@ def cifar100(root: Judging[str | Path] = "data", download: Judging[bool] = True)
     Source: Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 
     Args:
-        root: the directory that holds ``cifar-100-python/``.
-        download: fetch the data into ``root`` if it is not there.
+        root: The directory that holds `cifar-100-python/`.
+        download: Fetch the data into `root` if it is not there.
 
     Raises:
-        DatasetNotFoundError: if the data is not there, or is damaged, and was not downloaded.
+        DatasetNotFoundError: The data is not there, or is damaged, and was not downloaded.
     """
     return _cifar("cifar100", datasets.CIFAR100, "cifar-100-python", Path(root), download)
 

@@ -23,8 +23,6 @@ from dd.data.sources.image_files import decode_image
 from dd.runtime.cache import VARIABLE, cache_folder, checksum
 from dd.runtime.files import DamagedFileError, read_json, write_json
 
-__all__ = ["decoded_images"]
-
 #: Changes when the same files are decoded to other pixels.
 FORMAT = "dd-decoded-images-1"
 
@@ -42,18 +40,18 @@ def decoded_images(
     and the images are decoded again.
 
     Args:
-        paths: the image files, below ``root``.
-        root: paths relative to it, not where it lies, tell one set of files from another.
-        image_size: height and width of the result.
-        name: what the cached files are called.
-        chosen_folder: of the cache; None for the default.
+        paths: The image files, below `root`.
+        root: Paths relative to it, not where it lies, tell one set of files from another.
+        image_size: Height and width of the result.
+        name: What the cached files are called.
+        chosen_folder: Of the cache; None for the default.
 
     Returns:
         uint8 [N, 3, image_size, image_size], read from the file when it is indexed; not writable.
 
     Raises:
-        ValueError: if an image cannot be decoded; the message names it.
-        OSError: if the cache cannot be written, or its disk has too little space.
+        ValueError: An image cannot be decoded; the message names it.
+        OSError: The cache cannot be written, or its disk has too little space.
     """
     shape = (len(paths), 3, image_size, image_size)
     below = f"{root}{os.sep}"

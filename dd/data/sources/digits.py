@@ -7,8 +7,6 @@ from sklearn.datasets import load_digits
 
 from dd.data.image_dataset import ImageDataset, stratified_split
 
-__all__ = ["digits"]
-
 
 def digits(test_fraction: float = 0.2, seed: int = 0) -> ImageDataset:
     """1,797 handwritten digits [1, 8, 8], float32 in [0, 1], 10 classes.
@@ -17,11 +15,11 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> ImageDataset:
     with scikit-learn; the original values 0 … 16 are divided by 16.
 
     Args:
-        test_fraction: share held out as test set, stratified by class, in (0, 1).
-        seed: the same seed gives the same split.
+        test_fraction: Share held out as test set, stratified by class, in (0, 1).
+        seed: The same seed gives the same split.
 
     Raises:
-        ValueError: if ``test_fraction`` is outside (0, 1) or leaves a part without some class.
+        ValueError: `test_fraction` is outside (0, 1) or leaves a part without some class.
     """
     data = load_digits()
     images = torch.from_numpy(data.images).to(torch.float32).div_(16).unsqueeze(1)

@@ -13,8 +13,6 @@ from torchvision.transforms import functional
 
 from dd.data.image_dataset import DatasetNotFoundError
 
-__all__ = ["check_same_classes", "decode_image", "list_class_folders"]
-
 
 def list_class_folders(
     directory: Path, root: Path, layout: str
@@ -22,12 +20,12 @@ def list_class_folders(
     """Paths, labels (int64) and class names of the images below one folder a class, all sorted.
 
     Args:
-        directory: the folder of class folders.
-        root: what an error says was looked in.
-        layout: what an error says was expected there.
+        directory: The folder of class folders.
+        root: What an error says was looked in.
+        layout: What an error says was expected there.
 
     Raises:
-        DatasetNotFoundError: if there is no such folder, or a class is empty.
+        DatasetNotFoundError: There is no such folder, or a class is empty.
     """
     try:
         listing = ImageFolder(str(directory))
@@ -42,7 +40,7 @@ def list_class_folders(
 def check_same_classes(
     root: Path, names: tuple[str, ...], test_names: tuple[str, ...], test_folder: str
 ) -> None:
-    """Raise ``ValueError`` unless ``train/`` and the test folder have the same classes."""
+    """Raise `ValueError` unless `train/` and the test folder have the same classes."""
     different = sorted(set(names) ^ set(test_names))
     if different:
         raise ValueError(
@@ -54,11 +52,11 @@ def check_same_classes(
 def decode_image(path: str, image_size: int) -> Tensor:
     """One image as RGB, uint8 [3, image_size, image_size]; may be called from any thread.
 
-    The shorter side is resized to ``image_size`` (bilinear, antialiased) and the centre is
+    The shorter side is resized to `image_size` (bilinear, antialiased) and the centre is
     cropped; greyscale becomes RGB, its 16 bits, if it has so many, the upper 8 of them.
 
     Raises:
-        ValueError: if the file cannot be decoded, or its pixels are no integers of 8 or 16 bits;
+        ValueError: The file cannot be decoded, or its pixels are no integers of 8 or 16 bits;
             the message names it.
     """
     try:

@@ -13,8 +13,6 @@ from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified
 from dd.data.sources.image_files import check_same_classes, decode_image, list_class_folders
 from dd.runtime.changes import Judging
 
-__all__ = ["image_folder"]
-
 _LAYOUT = "train/<class>/<image files> and test/<class>/<image files>, or <class>/<image files>"
 
 
@@ -23,19 +21,19 @@ def image_folder(
 ) -> ImageDataset:
     """Image files in one folder a class, as RGB uint8 images [3, image_size, image_size].
 
-    ``root`` holds ``train/<class>/`` and ``test/<class>/``, or only ``<class>/``, of which a
+    `root` holds `train/<class>/` and `test/<class>/`, or only `<class>/`, of which a
     stratified part then becomes the test set. The shorter side of each image is resized to
-    ``image_size`` (bilinear, antialiased) and the centre is cropped; greyscale becomes RGB.
+    `image_size` (bilinear, antialiased) and the centre is cropped; greyscale becomes RGB.
 
     Args:
-        root: the directory; its name becomes the dataset's name.
-        image_size: height and width of the result, at least 1.
-        test_fraction: share held out as test set if there is no ``test/``, in (0, 1).
-        seed: the same seed gives the same split.
+        root: The directory; its name becomes the dataset's name.
+        image_size: Height and width of the result, at least 1.
+        test_fraction: Share held out as test set if there is no `test/`, in (0, 1).
+        seed: The same seed gives the same split.
 
     Raises:
-        DatasetNotFoundError: if the directory does not have this layout or a class is empty.
-        ValueError: if ``image_size`` is not positive, the classes of ``train/`` and ``test/``
+        DatasetNotFoundError: The directory does not have this layout or a class is empty.
+        ValueError: `image_size` is not positive, the classes of `train/` and `test/`
             differ, a split is impossible, or an image cannot be decoded (the message names it).
     """
     check_integer("image_size", image_size)

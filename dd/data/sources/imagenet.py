@@ -10,8 +10,6 @@ from dd.data.sources.decoded_images import decoded_images
 from dd.data.sources.image_files import check_same_classes, list_class_folders
 from dd.runtime.changes import Anytime, Judging
 
-__all__ = ["imagenet"]
-
 _LAYOUT = "train/<class>/<image files> and val/<class>/<image files>"
 
 
@@ -22,8 +20,8 @@ def imagenet(
 ) -> ImageDataset:
     """ImageNet-1K, or any part of its classes: uint8 images [3, image_size, image_size].
 
-    ``root`` holds ``train/<class>/`` and ``val/<class>/``; the validation images are the test set.
-    The shorter side of each image is resized to ``image_size`` (bilinear, antialiased) and the
+    `root` holds `train/<class>/` and `val/<class>/`; the validation images are the test set.
+    The shorter side of each image is resized to `image_size` (bilinear, antialiased) and the
     centre is cropped. Images are decoded once, into a cache that later runs memory-map: 1,331,167
     images of 64×64 take 16 GB.
 
@@ -31,16 +29,16 @@ def imagenet(
     (arXiv 1409.0575).
 
     Args:
-        root: the directory; it is not downloaded.
-        image_size: height and width of the result, at least 1; 64 in the distillation papers.
-        cache_folder: where decoded images are kept; default: the environment variable
-            ``DD_CACHE``, or else the platform's folder for caches.
+        root: The directory; it is not downloaded.
+        image_size: Height and width of the result, at least 1; 64 in the distillation papers.
+        cache_folder: Where decoded images are kept; default: the environment variable
+            `DD_CACHE`, or else the platform's folder for caches.
 
     Raises:
-        DatasetNotFoundError: if the directory does not have this layout or a class is empty.
-        ValueError: if ``image_size`` is not positive, the classes of ``train/`` and ``val/``
+        DatasetNotFoundError: The directory does not have this layout or a class is empty.
+        ValueError: `image_size` is not positive, the classes of `train/` and `val/`
             differ, or an image cannot be decoded (the message names it).
-        OSError: if the cache cannot be written.
+        OSError: The cache cannot be written.
     """
     check_integer("image_size", image_size)
     root = Path(root)

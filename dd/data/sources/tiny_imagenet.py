@@ -13,8 +13,6 @@ from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.sources.decoded_images import decoded_images
 from dd.runtime.changes import Anytime, Judging
 
-__all__ = ["tiny_imagenet"]
-
 _URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _LAYOUT = "wnids.txt, train/<wnid>/images/ and val/ with val_annotations.txt of Tiny-ImageNet"
 
@@ -26,7 +24,7 @@ def tiny_imagenet(
 ) -> ImageDataset:
     """Tiny-ImageNet-200: 100,000 training and 10,000 test images [3, 64, 64], uint8, 200 classes.
 
-    The classes are those that ``wnids.txt`` lists, in its order, so that a shorter list gives a
+    The classes are those that `wnids.txt` lists, in its order, so that a shorter list gives a
     smaller dataset. The validation images are the test set: the labels of the original test
     images were never published. Images are decoded once, into a cache that later runs
     memory-map; greyscale becomes RGB.
@@ -34,16 +32,16 @@ def tiny_imagenet(
     Source: Le and Yang, "Tiny ImageNet visual recognition challenge", 2015.
 
     Args:
-        root: the directory that holds ``wnids.txt``; it is not downloaded.
-        image_size: height and width of the result; 64 leaves the images as they are.
-        cache_folder: where decoded images are kept; default: the environment variable
-            ``DD_CACHE``, or else the platform's folder for caches.
+        root: The directory that holds `wnids.txt`; it is not downloaded.
+        image_size: Height and width of the result; 64 leaves the images as they are.
+        cache_folder: Where decoded images are kept; default: the environment variable
+            `DD_CACHE`, or else the platform's folder for caches.
 
     Raises:
-        DatasetNotFoundError: if the directory does not have this layout, or lacks an image.
-        ValueError: if ``image_size`` is not positive, ``wnids.txt`` or the annotations make no
+        DatasetNotFoundError: The directory does not have this layout, or lacks an image.
+        ValueError: `image_size` is not positive, `wnids.txt` or the annotations make no
             sense, or an image cannot be decoded (the message names it).
-        OSError: if the cache cannot be written.
+        OSError: The cache cannot be written.
     """
     check_integer("image_size", image_size)
     root = Path(root)
@@ -108,7 +106,7 @@ def _validation_images(root: Path, label_of: dict[str, int]) -> list[tuple[Path,
 
 
 def _class_names(root: Path, wnids: list[str]) -> tuple[str, ...]:
-    """The first name of each class in ``words.txt``, or its wnid."""
+    """The first name of each class in `words.txt`, or its wnid."""
     words = root / "words.txt"
     entries = words.read_text("utf-8").splitlines() if words.is_file() else []
     names = dict(entry.split("\t", 1) for entry in entries if "\t" in entry)

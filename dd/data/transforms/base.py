@@ -11,14 +11,12 @@ from torch import Tensor
 
 from bilevel.checks import check_integer
 
-__all__ = ["PixelTransform", "apply_in_chunks", "as_float32", "as_pixels", "check_state"]
-
 
 class PixelTransform(abc.ABC):
     """A fitted, immutable, invertible map from pixels in [0, 1] to what the networks see.
 
     Synthetic images live behind the transform, so a distilled set means nothing without it:
-    :meth:`state` travels with the set and :func:`~dd.data.transform_from_state` rebuilds it.
+    `state` travels with the set and `dd.data.transform_from_state` rebuilds it.
     Every transform is differentiable, and treats each image on its own.
     """
 
@@ -40,7 +38,7 @@ class PixelTransform(abc.ABC):
             A float32 tensor of the same shape.
 
         Raises:
-            ValueError: if the shape is not the fitted one or the dtype is not allowed.
+            ValueError: The shape is not the fitted one or the dtype is not allowed.
         """
 
     @abc.abstractmethod
@@ -54,7 +52,7 @@ class PixelTransform(abc.ABC):
             A float32 tensor of the same shape.
 
         Raises:
-            ValueError: if the shape is not the fitted one or the dtype is not allowed.
+            ValueError: The shape is not the fitted one or the dtype is not allowed.
         """
 
     @abc.abstractmethod
@@ -64,10 +62,10 @@ class PixelTransform(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """Rebuild the transform from :meth:`state`, bit for bit.
+        """Rebuild the transform from `state`, bit for bit.
 
         Raises:
-            ValueError: if a tensor is missing, unknown, or has a wrong shape or dtype.
+            ValueError: A tensor is missing, unknown, or has a wrong shape or dtype.
         """
 
     @property
@@ -85,15 +83,15 @@ def apply_in_chunks(transform: PixelTransform, images: Tensor, chunk: int = 1000
     """Transform a whole dataset, with the temporary memory of one chunk.
 
     Args:
-        transform: the fitted transform; the chunks are computed on its device.
+        transform: The fitted transform; the chunks are computed on its device.
         images: [N, C, H, W], uint8, or floating point in [0, 1].
-        chunk: images per chunk, at least 1.
+        chunk: Images per chunk, at least 1.
 
     Returns:
-        float32 [N, C, H, W] on the device of ``images``, without a graph.
+        float32 [N, C, H, W] on the device of `images`, without a graph.
 
     Raises:
-        ValueError: if ``chunk`` is not positive, or the transform refuses the images.
+        ValueError: `chunk` is not positive, or the transform refuses the images.
     """
     check_integer("chunk", chunk)
     output = torch.empty(images.shape, dtype=torch.float32, device=images.device)
@@ -107,12 +105,12 @@ def as_float32(name: str, batch: Tensor, image_shape: tuple[int, ...]) -> Tensor
     """Check a batch against the fitted image shape and return it as float32.
 
     Args:
-        name: what error messages call the batch.
+        name: What error messages call the batch.
         batch: [N, C, H, W], floating point.
         image_shape: (C, H, W), or (C,) if the transform fits any height and width.
 
     Raises:
-        ValueError: if the shape or the dtype is not allowed.
+        ValueError: The shape or the dtype is not allowed.
     """
     if batch.dim() != 4 or batch.shape[1 : 1 + len(image_shape)] != image_shape:
         wanted = ", ".join(["N", *map(str, image_shape), *"HW"][:4])
@@ -123,7 +121,7 @@ def as_float32(name: str, batch: Tensor, image_shape: tuple[int, ...]) -> Tensor
 
 
 def as_pixels(images: Tensor, image_shape: tuple[int, ...]) -> Tensor:
-    """As :func:`as_float32`, for images that may also be uint8, which is scaled by 1/255."""
+    """As `as_float32`, for images that may also be uint8, which is scaled by 1/255."""
     if images.dtype == torch.uint8:
         images = images.to(torch.float32) / 255
     return as_float32("images", images, image_shape)
@@ -135,16 +133,16 @@ def check_state(
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
-    """Check that ``state`` has exactly the tensors of ``shapes``, with these shapes and dtypes.
+    """Check that `state` has exactly the tensors of `shapes`, with these shapes and dtypes.
 
     Args:
-        kind: the transform's kind, for error messages.
-        state: the tensors to check.
-        shapes: for each name the shape it must have; -1 stands for any size.
-        dtypes: the dtype of those that are not float32.
+        kind: The transform's kind, for error messages.
+        state: The tensors to check.
+        shapes: For each name the shape it must have; -1 stands for any size.
+        dtypes: The dtype of those that are not float32.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unknown or wrong.
+        ValueError: Naming the first tensor that is missing, unknown or wrong.
     """
     for name in sorted(shapes.keys() | state.keys()):
         if name not in state:

@@ -19,8 +19,6 @@ from dd.runtime.cache import checksum
 from dd.runtime.changes import Anytime
 from dd.runtime.files import DamagedFileError, read_tensors, write_tensors
 
-__all__ = ["kip_whitening", "zca_whitening"]
-
 #: Changes when a fit gives other numbers from the same images and parameters.
 FORMAT = "dd-fitted-transform-1"
 
@@ -36,18 +34,18 @@ def zca_whitening(
     max_dimension: int = MAX_DIMENSION,
     cache_folder: Anytime[str | Path | None] = None,
 ) -> ZCAWhitening:
-    """:meth:`ZCAWhitening.fit`, remembered.
+    """`ZCAWhitening.fit`, remembered.
 
     Args:
-        images: the training images [N, C, H, W], uint8, or floating point in [0, 1].
-        epsilon: see :meth:`ZCAWhitening.fit`, as for the next two.
-        chunk: images per step.
-        max_dimension: largest C·H·W to accept.
-        cache_folder: where fitted transforms are kept; default: see
-            :func:`dd.runtime.cache.cache_folder`.
+        images: The training images [N, C, H, W], uint8, or floating point in [0, 1].
+        epsilon: See `ZCAWhitening.fit`, as for the next two.
+        chunk: Images per step.
+        max_dimension: Largest C·H·W to accept.
+        cache_folder: Where fitted transforms are kept; default: see
+            `dd.runtime.cache.cache_folder`.
 
     Raises:
-        ValueError: if an argument is not allowed.
+        ValueError: An argument is not allowed.
     """
 
     def fit() -> ZCAWhitening:
@@ -64,18 +62,18 @@ def kip_whitening(
     max_dimension: int = MAX_DIMENSION,
     cache_folder: Anytime[str | Path | None] = None,
 ) -> KIPWhitening:
-    """:meth:`KIPWhitening.fit`, remembered.
+    """`KIPWhitening.fit`, remembered.
 
     Args:
-        images: the training images [N, C, H, W], uint8, or floating point in [0, 1].
-        regularization: see :meth:`KIPWhitening.fit`, as for the next two.
-        chunk: images per step.
-        max_dimension: largest C·H·W to accept.
-        cache_folder: where fitted transforms are kept; default: see
-            :func:`dd.runtime.cache.cache_folder`.
+        images: The training images [N, C, H, W], uint8, or floating point in [0, 1].
+        regularization: See `KIPWhitening.fit`, as for the next two.
+        chunk: Images per step.
+        max_dimension: Largest C·H·W to accept.
+        cache_folder: Where fitted transforms are kept; default: see
+            `dd.runtime.cache.cache_folder`.
 
     Raises:
-        ValueError: if an argument is not allowed.
+        ValueError: An argument is not allowed.
     """
 
     def fit() -> KIPWhitening:

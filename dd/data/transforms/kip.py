@@ -18,8 +18,6 @@ from dd.data.transforms.moments import (
     second_moment,
 )
 
-__all__ = ["KIPWhitening"]
-
 # One pixel that differs by 1/255 in an otherwise constant image gives a norm of about 4e-3.
 _NORM_FLOOR = 1e-4
 
@@ -33,21 +31,21 @@ class KIPWhitening(PixelTransform):
     instead of NaN. V diag(λ) Vᵀ = C = Σ z zᵀ / N is the uncentred second moment of the normalised
     training images, and r = regularization · tr(C) / d.
 
-    The normalisation forgets every image's mean and norm, so :meth:`inverse` cannot be exact: it
+    The normalisation forgets every image's mean and norm, so `inverse` cannot be exact: it
     undoes the matrix exactly, then gives every image the average norm and mean of the training
     images. That is made for people to look at.
 
     Source: Nguyen et al., "Dataset distillation with infinitely wide convolutional networks"
     (arXiv 2107.13034), in the form of RaT-BPTT's released code (arXiv 2311.07025), which does not
-    standardise the channels first. Use :meth:`fit`; the constructor takes tensors that were fitted.
+    standardise the channels first. Use `fit`; the constructor takes tensors that were fitted.
 
     Args:
         image_shape: (C, H, W), int64 [3].
-        mean_pixel: average over training images of their own mean, float32 [].
-        mean_norm: average over training images of their norm after that, float32 [].
+        mean_pixel: Average over training images of their own mean, float32 [].
+        mean_norm: Average over training images of their norm after that, float32 [].
         eigenvectors: V, float32 [d, d] with d = C·H·W, one in each column.
         eigenvalues: λ, float32 [d].
-        ridge: r, float32 [].
+        ridge: R, float32 [].
     """
 
     kind: ClassVar[str] = "kip"
@@ -86,14 +84,14 @@ class KIPWhitening(PixelTransform):
         """Fit on training images, on their device, in float64.
 
         Args:
-            images: the training images [N, C, H, W], uint8, or floating point in [0, 1].
-            regularization: the ridge as a multiple of the average eigenvalue, positive.
-            chunk: images per step; only memory and time depend on it.
-            max_dimension: largest C·H·W to accept; memory grows with its square.
+            images: The training images [N, C, H, W], uint8, or floating point in [0, 1].
+            regularization: The ridge as a multiple of the average eigenvalue, positive.
+            chunk: Images per step; only memory and time depend on it.
+            max_dimension: Largest C·H·W to accept; memory grows with its square.
 
         Raises:
-            ValueError: if an argument is not allowed, the images are larger than
-                ``max_dimension``, or every image is constant.
+            ValueError: An argument is not allowed, the images are larger than
+                `max_dimension`, or every image is constant.
         """
         check_number("regularization", regularization, above=0)
         check_dimension(images, max_dimension)
@@ -121,7 +119,7 @@ class KIPWhitening(PixelTransform):
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See :meth:`PixelTransform.__call__`."""
+        """See `PixelTransform.__call__`."""
         normalized, _, _ = _normalize(as_pixels(images, self._shape))
         return (normalized.flatten(1) @ self._matrix).reshape(normalized.shape)
 
@@ -129,7 +127,7 @@ class KIPWhitening(PixelTransform):
         """Pixels with the training images' average mean and norm, for people to look at.
 
         V diag(√(λ + r)) Vᵀ y · (average norm) + (average mean); the matrix is undone exactly, each
-        image's own mean and norm are gone. See :meth:`PixelTransform.inverse`.
+        image's own mean and norm are gone. See `PixelTransform.inverse`.
         """
         values = as_float32("transformed", transformed, self._shape)
         scale = (self._eigenvalues + self._ridge).sqrt()
@@ -149,7 +147,7 @@ class KIPWhitening(PixelTransform):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """See :meth:`PixelTransform.from_state`."""
+        """See `PixelTransform.from_state`."""
         dimension = int(state["image_shape"].prod()) if "image_shape" in state else -1
         check_state(
             cls.kind,

@@ -10,15 +10,6 @@ from torch import Tensor
 from bilevel.checks import check_integer
 from dd.data.image_dataset import to_unit_range
 
-__all__ = [
-    "MAX_DIMENSION",
-    "check_dimension",
-    "eigendecomposition",
-    "mean_image",
-    "pixel_chunks",
-    "second_moment",
-]
-
 MAX_DIMENSION = 12288
 """Largest C·H·W that whitening accepts by default: 64×64 RGB."""
 
@@ -26,14 +17,14 @@ _BLOCKS = 8
 
 
 def pixel_chunks(images: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Yield the images as float64 pixels in [0, 1], ``chunk`` at a time.
+    """Yield the images as float64 pixels in [0, 1], `chunk` at a time.
 
     Args:
         images: [N, C, H, W], uint8, or floating point in [0, 1].
-        chunk: images per chunk, at least 1.
+        chunk: Images per chunk, at least 1.
 
     Raises:
-        ValueError: if ``chunk`` is not positive, or the shape, dtype or range is not allowed.
+        ValueError: `chunk` is not positive, or the shape, dtype or range is not allowed.
     """
     check_integer("chunk", chunk)
     if images.dim() != 4 or images.numel() == 0:
@@ -48,7 +39,7 @@ def check_dimension(images: Tensor, max_dimension: int) -> None:
     """Refuse images whose whitening would not fit in memory.
 
     Raises:
-        ValueError: if images [N, C, H, W] have C·H·W > ``max_dimension``.
+        ValueError: Images [N, C, H, W] have C·H·W > `max_dimension`.
     """
     dimension = images[0].numel() if len(images) else 0
     if dimension > max_dimension:
@@ -66,12 +57,12 @@ def mean_image(images: Tensor, chunk: int) -> Tensor:
 
 
 def second_moment(images: Tensor, chunk: int, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ_i z_i z_iᵀ with z_i = ``prepare``(x_i) flattened, float64 [d, d].
+    """Σ_i z_i z_iᵀ with z_i = `prepare`(x_i) flattened, float64 [d, d].
 
     Args:
         images: [N, C, H, W], uint8, or floating point in [0, 1].
-        chunk: images per step.
-        prepare: maps float64 pixels [n, C, H, W] to the same shape, each image on its own.
+        chunk: Images per step.
+        prepare: Maps float64 pixels [n, C, H, W] to the same shape, each image on its own.
     """
     dimension = images[0].numel()
     total = torch.zeros(dimension, dimension, dtype=torch.float64, device=images.device)

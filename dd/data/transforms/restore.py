@@ -11,8 +11,6 @@ from dd.data.transforms.kip import KIPWhitening
 from dd.data.transforms.standardize import Standardize
 from dd.data.transforms.zca import ZCAWhitening
 
-__all__ = ["transform_from_state"]
-
 _KINDS: dict[str, type[PixelTransform]] = {
     transform.kind: transform for transform in (KIPWhitening, Standardize, ZCAWhitening)
 }
@@ -22,11 +20,11 @@ def transform_from_state(kind: str, state: Mapping[str, Tensor]) -> PixelTransfo
     """Rebuild a fitted transform, bit for bit.
 
     Args:
-        kind: the transform's ``kind``.
-        state: what its ``state()`` returned.
+        kind: The transform's `kind`.
+        state: What its `state()` returned.
 
     Raises:
-        ValueError: if ``kind`` is unknown, or a tensor is missing, unknown, or has a wrong shape
+        ValueError: `kind` is unknown, or a tensor is missing, unknown, or has a wrong shape
             or dtype.
     """
     if kind not in _KINDS:

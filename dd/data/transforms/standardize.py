@@ -11,8 +11,6 @@ from torch import Tensor
 from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
 from dd.data.transforms.moments import pixel_chunks
 
-__all__ = ["Standardize"]
-
 _CONSTANT = 1e-8
 
 
@@ -29,7 +27,7 @@ class Standardize(PixelTransform):
         std: C values above 0.
 
     Raises:
-        ValueError: if the two differ in length, are empty, or a value of ``std`` is not positive.
+        ValueError: The two differ in length, are empty, or a value of `std` is not positive.
     """
 
     kind: ClassVar[str] = "standardize"
@@ -54,11 +52,11 @@ class Standardize(PixelTransform):
         A constant channel gets std 1, so that it becomes 0 instead of noise.
 
         Args:
-            images: the training images [N, C, H, W], uint8, or floating point in [0, 1].
-            chunk: images per step; only memory and time depend on it.
+            images: The training images [N, C, H, W], uint8, or floating point in [0, 1].
+            chunk: Images per step; only memory and time depend on it.
 
         Raises:
-            ValueError: if the images or ``chunk`` are not allowed.
+            ValueError: The images or `chunk` are not allowed.
         """
         total = sum(part.sum((0, 2, 3)) for part in pixel_chunks(images, chunk))
         count = images.numel() // images.shape[1]
@@ -71,21 +69,21 @@ class Standardize(PixelTransform):
         return cls(mean, torch.where(std > _CONSTANT, std, 1.0))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See :meth:`PixelTransform.__call__`; any height and width."""
+        """See `PixelTransform.__call__`; any height and width."""
         pixels = as_pixels(images, tuple(self._mean.shape))
         return (pixels - self._mean[:, None, None]) / self._std[:, None, None]
 
     def inverse(self, transformed: Tensor) -> Tensor:
-        """The exact inverse, x·std + mean; see :meth:`PixelTransform.inverse`."""
+        """The exact inverse, x·std + mean; see `PixelTransform.inverse`."""
         values = as_float32("transformed", transformed, tuple(self._mean.shape))
         return values * self._std[:, None, None] + self._mean[:, None, None]
 
     def state(self) -> dict[str, Tensor]:
-        """``mean`` and ``std``, float32 [C]."""
+        """`mean` and `std`, float32 [C]."""
         return {"mean": self._mean, "std": self._std}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """See :meth:`PixelTransform.from_state`."""
+        """See `PixelTransform.from_state`."""
         check_state(cls.kind, state, {"mean": (-1,), "std": (-1,)})
         return cls(state["mean"], state["std"])

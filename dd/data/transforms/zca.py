@@ -18,8 +18,6 @@ from dd.data.transforms.moments import (
     second_moment,
 )
 
-__all__ = ["ZCAWhitening"]
-
 
 @final
 class ZCAWhitening(PixelTransform):
@@ -27,11 +25,11 @@ class ZCAWhitening(PixelTransform):
 
     x̄ is the mean image and U diag(S) Uᵀ the covariance of the training images, with divisor N − 1.
 
-    Source: kornia's ``ZCAWhitening(eps=0.1)``, as MTT (arXiv 2203.11932) and ATT (arXiv
-    2407.14245) apply it. Use :meth:`fit`; the constructor takes tensors that were fitted.
+    Source: kornia's `ZCAWhitening(eps=0.1)`, as MTT (arXiv 2203.11932) and ATT (arXiv
+    2407.14245) apply it. Use `fit`; the constructor takes tensors that were fitted.
 
     Args:
-        mean: x̄, float32 [C, H, W].
+        mean: X̄, float32 [C, H, W].
         eigenvectors: U, float32 [d, d] with d = C·H·W, one in each column.
         eigenvalues: S, float32 [d].
         epsilon: ε, float32 [].
@@ -64,14 +62,14 @@ class ZCAWhitening(PixelTransform):
         """Fit on training images, on their device, in float64.
 
         Args:
-            images: the training images [N, C, H, W], N ≥ 2, uint8, or floating point in [0, 1].
+            images: The training images [N, C, H, W], N ≥ 2, uint8, or floating point in [0, 1].
             epsilon: ε, positive.
-            chunk: images per step; only memory and time depend on it.
-            max_dimension: largest C·H·W to accept; memory grows with its square.
+            chunk: Images per step; only memory and time depend on it.
+            max_dimension: Largest C·H·W to accept; memory grows with its square.
 
         Raises:
-            ValueError: if an argument is not allowed, or the images are larger than
-                ``max_dimension``.
+            ValueError: An argument is not allowed, or the images are larger than
+                `max_dimension`.
         """
         check_number("epsilon", epsilon, above=0)
         if len(images) < 2:
@@ -88,12 +86,12 @@ class ZCAWhitening(PixelTransform):
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See :meth:`PixelTransform.__call__`."""
+        """See `PixelTransform.__call__`."""
         pixels = as_pixels(images, tuple(self._mean.shape))
         return ((pixels - self._mean).flatten(1) @ self._matrix).reshape(pixels.shape)
 
     def inverse(self, transformed: Tensor) -> Tensor:
-        """The exact inverse, U diag(√(S + ε)) Uᵀ y + x̄; see :meth:`PixelTransform.inverse`."""
+        """The exact inverse, U diag(√(S + ε)) Uᵀ y + x̄; see `PixelTransform.inverse`."""
         values = as_float32("transformed", transformed, tuple(self._mean.shape))
         scale = (self._eigenvalues + self._epsilon).sqrt()
         flat = (values.flatten(1) @ self._eigenvectors * scale) @ self._eigenvectors.T
@@ -110,7 +108,7 @@ class ZCAWhitening(PixelTransform):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """See :meth:`PixelTransform.from_state`."""
+        """See `PixelTransform.from_state`."""
         dimension = state["mean"].numel() if "mean" in state else -1
         check_state(
             cls.kind,
