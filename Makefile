@@ -4,8 +4,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run make PYTHON=python3.12")'
 
-.PHONY: demo test test-all lint format bench examples docs clean help
+.PHONY: demo test test-all test-oldest lint format bench examples docs clean help
 
 demo: .venv/installed
 	$(BIN)/python -m dd.train --gin_file=gin/digits.gin
@@ -15,6 +16,10 @@ test: .venv/installed
 
 test-all: .venv/installed
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto
+
+# The wheel's tests run every command.
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto -m "not slow" tests/bilevel tests/test_wheel.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
@@ -40,21 +45,29 @@ docs: .venv/installed
 	$(BIN)/mkdocs build --strict
 
 .venv/installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run make PYTHON=python3.12")'
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[dev]'
 	touch $@
 
+.venv-oldest/installed: pyproject.toml .ci/oldest.py
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) .ci/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --progress-bar on -c .venv-oldest/constraints.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 help:
 	@echo "make demo      distil digits into one image per class and print the accuracy table"
 	@echo "make test      run the tests that fit in five minutes"
 	@echo "make test-all  run every test, with more hypothesis examples"
+	@echo "make test-oldest  test bilevel and the commands with the oldest dependencies allowed"
 	@echo "make lint      check format, style and types"
 	@echo "make format    format and fix what can be fixed"
 	@echo "make bench     measure hypergradients against higher, and memory against its model, in runs/bench"
 	@echo "make examples  run the six worked examples and print their tables"
 	@echo "make docs      build the documentation in site/, warnings as errors"
-	@echo "make clean     remove .venv and caches"
+	@echo "make clean     remove both environments and caches"

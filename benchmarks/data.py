@@ -28,9 +28,9 @@ import torch
 from common import machine, table, write_json
 from numpy.lib.format import open_memmap
 
+from dd.cli import keep_freed_memory
 from dd.data import Standardize, kip_whitening
-from dd.data.read_ahead import ReadAhead
-from dd.memory import keep_freed_memory
+from dd.data.prepared import ReadAhead
 from dd.networks import ConvNet
 
 

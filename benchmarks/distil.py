@@ -5,12 +5,12 @@ from pathlib import Path
 from torch import nn
 
 from bilevel import Key
-from dd.checkpoint import TrainingState
 from dd.data.prepared import PreparedData
-from dd.distilled_set import DistilledSet
-from dd.evaluation import Evaluator
+from dd.distillation.state import TrainingState
+from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
-from dd.progress import StopRequest
+from dd.runtime.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +39,7 @@ def distil(
 
     Goes on from what is there, as far as `stop` lets it.
     """
-    job = experiment.job(data, folder, seed)
+    job = experiment.task(data, folder, seed)
     return experiment.distiller.distil(job, stop or StopRequest(), "", lambda: None)
 
 

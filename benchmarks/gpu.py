@@ -50,9 +50,9 @@ from torch.nn import functional as F
 import bilevel
 from dd.augmentation import NoAugmentation
 from dd.networks import ConvNet
-from dd.precision import Precision
-from dd.problems import MetaLoss
-from dd.synthetic import SyntheticDataset
+from dd.objectives.real_images import MetaLoss
+from dd.runtime.precision import Precision
+from dd.synthetic.dataset import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = {

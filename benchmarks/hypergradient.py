@@ -81,7 +81,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import bilevel
-from dd.memory import keep_freed_memory
+from dd.cli import keep_freed_memory
 from dd.networks import ConvNet
 
 LEARNING_RATE = 1e-3

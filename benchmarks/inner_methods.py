@@ -4,7 +4,6 @@ Each method takes a problem and returns a function that makes one hypergradient,
 of `InnerProblem.outer`, or raises `NotOffered` where the library has no way to say the problem.
 """
 
-import inspect
 import sys
 import tempfile
 import types

@@ -37,8 +37,8 @@ from torch.func import functional_call
 import bilevel
 from bilevel.basis import Eigenvectors, Krylov
 from bilevel.estimators import Adjoint, Estimator, LowRank
+from dd.cli import keep_freed_memory
 from dd.data import Standardize, cifar10
-from dd.memory import keep_freed_memory
 from dd.networks import ConvNet
 
 CLASSES = 10

@@ -57,14 +57,14 @@ from bilevel.truncation import (
     WithinTrajectoryPolicy,
 )
 from dd import config
-from dd.data import DifficultyPacing
+from dd.cli import keep_freed_memory
 from dd.data.prepared import PreparedData
-from dd.distillation import DISTILLED
-from dd.distilled_set import DistilledSet
-from dd.evaluation import Evaluator
+from dd.distillation.loop import DISTILLED
+from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
-from dd.memory import keep_freed_memory
 from dd.objectives import RealImages
+from dd.objectives.difficulty import DifficultyPacing
 
 STEPS, WINDOW, RANGE = 60, 20, 5
 #: Outer steps over which a cost is measured: in each stage a recording and four steps that use it.

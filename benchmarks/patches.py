@@ -32,11 +32,11 @@ from distil import ROOT, accuracy, distil
 
 from bilevel.clip import MovingAverageClip, MovingAverageRowClip
 from dd import config
-from dd.distillation import DISTILLED
-from dd.distilled_set import DistilledSet
-from dd.evaluation import Evaluator
-from dd.memory import keep_freed_memory
-from dd.problems import PrototypeAlignment
+from dd.cli import keep_freed_memory
+from dd.distillation.loop import DISTILLED
+from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
+from dd.objectives.alignment import PrototypeAlignment
 
 WHOLE = {"patches": 1, "clip": MovingAverageClip}
 PATCHES = {"patches": 4, "clip": MovingAverageRowClip}

@@ -24,15 +24,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bilevel import Key
 from bilevel.truncation import Full, MinimumDistance
 from dd import config
+from dd.cli import keep_freed_memory
 from dd.data.prepared import PreparedData
-from dd.distillation import DISTILLED
-from dd.distilled_set import DistilledSet
-from dd.evaluation import Evaluator
+from dd.distillation.loop import DISTILLED
+from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
-from dd.expert_buffer import ExpertWriter
-from dd.memory import keep_freed_memory
 from dd.networks import VGG11, AlexNet, ConvNet
-from dd.progress import StopRequest
+from dd.objectives.expert_buffer import ExpertWriter
+from dd.runtime.stopping import StopRequest
 
 #: Narrow forms, so that all of this fits on one CPU thread.
 ARCHITECTURES = {

@@ -27,11 +27,18 @@ from common import table, write_json
 from torch import Tensor
 
 import bilevel
-from bilevel.truncation import ByFraction, EffectiveSteps, Softmax, StageAware, StepDistribution
+from bilevel.truncation import (
+    ByFraction,
+    EffectiveSteps,
+    Plan,
+    Softmax,
+    StageAware,
+    StepDistribution,
+)
 from dd import config
 from dd.data.prepared import PreparedData, RealBatches
 from dd.experiment import Experiment
-from dd.problems import MetaLoss
+from dd.objectives.real_images import MetaLoss
 
 GIN = Path(__file__).parents[1] / "gin" / "cifar10_cpu.gin"
 WINDOW, WIDTH_RANGE = 20, 5
@@ -50,14 +57,10 @@ STAGES = {"early": 0.0, "late": 1.0}
 class Recording(bilevel.truncation.Truncation):
     """Records a whole run; its window is of no interest."""
 
-    signals = ("gradient_norm",)
     minimum_steps = 1
 
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
-        return steps
-
-    def earliest_start(self, horizon: int) -> int:
-        return horizon - 1
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
+        return Plan(steps, earliest_start=steps - 1, signals=("gradient_norm",))
 
     def select(self, trace: bilevel.Trace, generator: torch.Generator) -> bilevel.Window:
         return bilevel.Window(trace.horizon - 1, trace.horizon)
@@ -143,9 +146,9 @@ def widths(ipc: int, step: int, norms: list[Tensor]) -> list[dict[str, Any]]:
                 schedule.update({"progress": progress})
                 generator = torch.Generator().manual_seed(0)
                 for _ in range(500):
-                    horizon = schedule.horizon(len(g), generator)
-                    trace = bilevel.Trace({"inner_loss": g, "gradient_norm": g[:horizon]})
-                    drawn.append(schedule.select(trace, generator).width)
+                    trace = bilevel.Trace({"inner_loss": g, "gradient_norm": g})
+                    window = schedule.plan(len(g), generator).window
+                    drawn.append((window or schedule.select(trace, generator)).width)
                 shown.append(float(schedule.report()["effective_windows"]))
             spread = torch.tensor(drawn, dtype=torch.float64)
             rows.append(

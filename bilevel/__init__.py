@@ -18,15 +18,20 @@ from bilevel.micro_batches import MicroBatches
 from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
+from bilevel.recording import GraphBudget, record
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult, LowRankStats, SolverStats, Stats
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+
+#: Of both packages; `pyproject.toml` reads it here.
+__version__ = "0.2.0"
 
 __all__ = [
     "BilevelError",
     "CompileWarning",
     "ConfigurationError",
     "ConvergenceWarning",
+    "GraphBudget",
     "Hypergradient",
     "HypergradientResult",
     "InnerLoop",
@@ -53,6 +58,7 @@ __all__ = [
     "fresh_parameters",
     "linear",
     "optim",
+    "record",
     "refuse_running_statistics",
     "truncation",
 ]

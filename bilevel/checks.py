@@ -1,33 +1,116 @@
-"""Arguments as a user gives them, checked where they enter."""
+"""Arguments as a user gives them, checked where they enter.
 
-from collections.abc import Sequence
-from typing import Any
+Every check returns the value, or raises a `ConfigurationError` that names the argument, the value
+and what is allowed. True and False are no numbers; NumPy's integers and floats are.
+"""
+
+from collections.abc import Hashable, Sequence
+from math import inf, isfinite
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
 from bilevel.errors import ConfigurationError
 
+T = TypeVar("T")
 
-def check_integer(name: str, value: int, minimum: int = 1) -> int:
-    """`value`, or `ConfigurationError` unless it is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigurationError(f"{name}={value!r}: it must be an integer of at least {minimum}")
+
+def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
+    """`value` as an int: an integer of at least `minimum` and at most `maximum`."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or int(value) < minimum or (maximum is not None and int(value) > maximum):
+        allowed = f"of at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+        raise ConfigurationError(f"{name}={value!r}: it must be an integer {allowed}")
+    return int(value)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
+) -> float:
+    """`value` as a float: a finite number, `above` < or `minimum` ≤ it, < `below` or ≤ `maximum`.
+
+    Of `above` and `minimum`, and of `below` and `maximum`, at most one may be given.
+    """
+    number = _as_float(value)
+    if (
+        not isfinite(number)
+        or (above is not None and not number > above)
+        or (minimum is not None and not number >= minimum)
+        or (below is not None and not number < below)
+        or (maximum is not None and not number <= maximum)
+    ):
+        allowed = _interval(above, minimum, below, maximum)
+        raise ConfigurationError(f"{name}={value!r}: it must be a finite number{allowed}")
+    return number
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[T]) -> T:
+    """The one of `allowed` that equals `value`."""
+    for choice in allowed:
+        same_kind = isinstance(value, bool) == isinstance(choice, bool)
+        if same_kind and isinstance(value, Hashable) and value == choice:
+            return choice
+    names = ", ".join(map(repr, allowed))
+    raise ConfigurationError(f"{name}={value!r}: it must be one of {names}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value`, which must be True or False."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r}: it must be True or False")
     return value
 
 
-def check_positive(name: str, value: float, *, or_zero: bool = False) -> float:
-    """`value` as a float, or `ConfigurationError` unless it is a finite number above 0."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not (0 < value < float("inf") or (or_zero and value == 0))
-    ):
-        allowed = "of at least 0" if or_zero else "above 0"
-        raise ConfigurationError(f"{name}={value!r}: it must be a finite number {allowed}")
-    return float(value)
+def check_instance(name: str, value: T, wanted: type, hint: str) -> T:
+    """`value`, which must be an instance of `wanted`; `hint` shows a right one."""
+    if not isinstance(value, wanted):
+        found = f"the class {value.__name__}" if isinstance(value, type) else _article(type(value))
+        raise ConfigurationError(
+            f"{name} is {found}, not {_article(wanted)}: write for example {hint}"
+        )
+    return value
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
-    """One of a few names as given by a user, checked."""
-    if value not in allowed:
-        names = ", ".join(map(repr, allowed))
-        raise ConfigurationError(f"{name}={value!r}: it must be one of {names}")
-    return str(value)
+def check_callable(name: str, value: T, hint: str) -> T:
+    """`value`, which must be callable; `hint` shows a right one."""
+    if not callable(value):
+        raise ConfigurationError(
+            f"{name}={value!r}: it must be a function or class, for example {hint}"
+        )
+    return value
+
+
+def _as_float(value: Any) -> float:
+    """NaN for what is no number; infinity for an integer that is too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return float("nan")
+    try:
+        return float(value)
+    except OverflowError:
+        return inf
+
+
+def _interval(
+    above: float | None, minimum: float | None, below: float | None, maximum: float | None
+) -> str:
+    """The words for these bounds, with a space before them; empty without bounds."""
+    lower = above if minimum is None else minimum
+    upper = below if maximum is None else maximum
+    if lower is not None and upper is not None:
+        left, right = "(" if minimum is None else "[", ")" if maximum is None else "]"
+        return f" in {left}{lower}, {upper}{right}"
+    if lower is not None:
+        return f" above {lower}" if minimum is None else f" of at least {lower}"
+    if upper is not None:
+        return f" below {upper}" if maximum is None else f" of at most {upper}"
+    return ""
+
+
+def _article(kind: type) -> str:
+    """The name of a class as one says it: a Problem, an Estimator."""
+    return f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"

@@ -3,16 +3,17 @@
 import functools
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, final
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.decompositions import DECOMPOSITIONS
 from bilevel.errors import CompileWarning
+from bilevel.held import Snapshot
 from bilevel.tree import is_differentiable
 
 #: Largest relative error of a compiled result against eager mode, by the result's dtype.
@@ -57,6 +58,10 @@ class Compiler:
         self._eager: set[Hashable] = set()
         self._context: Hashable = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy compiles its own graphs: those of this one belong to its functions."""
+        return {**self.__dict__, "_graphs": {}, "_eager": set(), "_context": None}
+
     @property
     def refused(self) -> int:
         """How many functions are run in eager mode, because their graphs could not be trusted."""
@@ -70,8 +75,8 @@ class Compiler:
         """`function(*args)`, whose result is cut off any autograd graph."""
         if function in self._eager:
             return function(*args)
-        given: Any = args
-        leaves, spec = optree.tree_flatten(given)
+        arguments: Any = args
+        leaves, spec = optree.tree_flatten(arguments)
         key = (function, self._context, spec, tuple(map(_describe, leaves)))
         graph = self._graphs.get(key)
         if graph is None:
@@ -91,8 +96,8 @@ class Compiler:
         needs_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
         structure: Any = None
 
-        def eager(given: Sequence[Any]) -> Any:
-            return function(*optree.tree_unflatten(spec, list(given)))
+        def eager(arguments: Sequence[Any]) -> Any:
+            return function(*optree.tree_unflatten(spec, list(arguments)))
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal structure
@@ -108,8 +113,8 @@ class Compiler:
             outputs, structure = optree.tree_flatten(eager(arguments))
             return [output.detach() for output in outputs]
 
-        def tensors_of(given: Sequence[Any]) -> list[Tensor]:
-            return [x.detach() for x, chosen in zip(given, is_tensor, strict=True) if chosen]
+        def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+            return [x.detach() for x, chosen in zip(arguments, is_tensor, strict=True) if chosen]
 
         def refuse(reason: str) -> Callable[[Sequence[Any]], Any]:
             warnings.warn(f"{name} is run in eager mode: {reason}", CompileWarning, stacklevel=6)
@@ -129,59 +134,28 @@ class Compiler:
             compiled = torch.compile(graph, fullgraph=True, dynamic=False, backend=self.backend)
             found = compiled(*tensors)
         except Exception as error:  # whatever a tracer or a compiler raises
-            return refuse(f"it could not be compiled ({type(error).__name__}: {_first(error)})")
+            return refuse(
+                f"it could not be compiled ({type(error).__name__}: {_first_line(error)})"
+            )
 
         @functools.cache
         def in_double() -> list[Tensor] | None:
             try:
-                return flat(*map(_doubled, tensors))
+                return flat(*map(_in_float64, tensors))
             except RuntimeError:  # It has constants of another dtype.
                 return None
 
         fault = _fault(found, flat(*tensors), flat(*map(_perturbed, tensors)), in_double)
         if fault:
             return refuse(fault)
-        return lambda given: optree.tree_unflatten(structure, list(compiled(*tensors_of(given))))
+        return lambda arguments: optree.tree_unflatten(
+            structure, list(compiled(*tensors_of(arguments)))
+        )
 
 
-def constants_of(value: Any, depth: int = 4) -> Hashable:
-    """What a traced function would take from `value` as constants, in a form to compare.
-
-    Tensors by identity and version, so that a replaced one is noticed and one written to in place
-    is too; numbers and strings by value; modules, containers and other objects by what they hold.
-    """
-    if isinstance(value, Tensor):
-        return _Same(value), value._version
-    if value is None or isinstance(value, bool | int | float | str | torch.device | torch.dtype):
-        return value
-    if depth == 0:
-        return _Same(value)
-    if isinstance(value, nn.Module):
-        tensors = [*value.named_parameters(), *value.named_buffers()]
-        held = [("training", value.training), *tensors]
-    elif isinstance(value, Mapping):
-        held = [(str(name), each) for name, each in value.items()]
-    elif isinstance(value, list | tuple):
-        held = [(str(index), each) for index, each in enumerate(value)]
-    elif hasattr(value, "__dict__"):
-        held = list(vars(value).items())
-    else:
-        return _Same(value)
-    return type(value), tuple((name, constants_of(each, depth - 1)) for name, each in held)
-
-
-@final
-class _Same:
-    """Equal to what wraps the same object, which it keeps alive, so that no other gets its id."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+def constants_of(*holders: Any) -> Snapshot:
+    """What functions that are traced for these objects take from them as constants: all of it."""
+    return Snapshot(*holders)
 
 
 def _describe(leaf: Any) -> Hashable:
@@ -232,10 +206,10 @@ def _fault(
     return ""
 
 
-def _doubled(tensor: Tensor) -> Tensor:
+def _in_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if is_differentiable(tensor) else tensor
 
 
-def _first(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[0][:200] if lines else "no message"

@@ -14,10 +14,11 @@ import optree
 import torch
 from torch import Tensor, distributed
 
-from bilevel.errors import ConfigurationError, NonFiniteError, ProcessError
+from bilevel.checks import check_instance
+from bilevel.errors import NonFiniteError, ProcessError
 from bilevel.hypergradient import Hypergradient
 from bilevel.outer import add_to_grad, leaves_with_grad
-from bilevel.result import HypergradientResult
+from bilevel.result import HypergradientResult, as_float
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with _reaching_the_others():
+    with _lost_processes_named():
         distributed.all_gather_object(values, value)
     return values
 
@@ -68,7 +69,7 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
         alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for group in alike.values():
         flat = torch.cat([tensor.flatten() for tensor in group])
-        with _reaching_the_others():
+        with _lost_processes_named():
             distributed.all_reduce(flat)
         flat /= world_size()
         for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
@@ -84,7 +85,7 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
         ProcessError: Another process is gone.
     """
     if world_size() > 1:
-        with _reaching_the_others():
+        with _lost_processes_named():
             for tensor in tensors:
                 distributed.broadcast(tensor.detach(), src=0)
 
@@ -124,11 +125,9 @@ class AveragedHypergradient:
     """
 
     def __init__(self, hypergradient: Hypergradient) -> None:
-        if not isinstance(hypergradient, Hypergradient):
-            raise ConfigurationError(
-                f"hypergradient is a {type(hypergradient).__name__}, not a Hypergradient"
-            )
-        self.hypergradient = hypergradient
+        self.hypergradient = check_instance(
+            "hypergradient", hypergradient, Hypergradient, "Hypergradient(problem, optimizer, 10)"
+        )
 
     def __call__(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
@@ -159,7 +158,7 @@ class AveragedHypergradient:
             raise
         names = sorted(result.metrics)
         grads, spec = optree.tree_flatten(result.grads)
-        tensors = [result.loss, *(result.metrics[name] for name in names), *grads]
+        tensors = [result.loss, *(as_float(result.metrics[name]) for name in names), *grads]
         layout = (tuple(names), tuple((tuple(t.shape), str(t.dtype)) for t in tensors))
         _check(gather(_Report(layout=layout)))
         loss, *rest = average(tensors)
@@ -213,7 +212,7 @@ def _check(reports: Sequence[_Report]) -> None:
 
 
 @contextmanager
-def _reaching_the_others() -> Iterator[None]:
+def _lost_processes_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises when a connection is closed

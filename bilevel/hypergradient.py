@@ -1,23 +1,27 @@
 """The entry point: record, select, differentiate."""
 
+from dataclasses import replace
 from typing import Any, final
 
 import optree
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.checks import check_integer
 from bilevel.compiler import constants_of
-from bilevel.contract import check_inner_loss
-from bilevel.errors import ConfigurationError, NonFiniteError
+from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
+from bilevel.first_call import FirstCall, missing_derivatives_named
+from bilevel.held import Snapshot, modules_held_by
 from bilevel.inner import InnerLoop
-from bilevel.module import modules_held_by, refuse_running_statistics
+from bilevel.module import refuse_running_statistics
 from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
+from bilevel.recording import GraphBudget, record
 from bilevel.result import HypergradientResult, mean
-from bilevel.trajectory import Window
+from bilevel.tree import named_leaves
 from bilevel.truncation import Full, Truncation
 
 
@@ -27,8 +31,9 @@ class Hypergradient:
 
     Args:
         problem: The nested problem.
-        optimizer: The inner optimizer: a `bilevel.optim` or `torchopt` gradient transformation,
-            or, when the problem has `hyperparameters`, a function that makes one from them.
+        optimizer: The inner optimizer: a `bilevel.optim` or `torchopt` gradient transformation, or
+            one of your own, which sees the pytree of parameters that `init` returned; or, when the
+            problem has `hyperparameters`, a function that makes one from them.
         steps: T, the length of a full inner run.
         truncation: Which steps are differentiated. Default: all of them.
         estimator: How they are differentiated. Default: `Adjoint`, exact in flat memory.
@@ -37,6 +42,12 @@ class Hypergradient:
             forward pass over it. Default: the smallest k whose iterates take 96 MiB on a CPU,
             1/64 of an accelerator's memory.
         keep_on: Device that holds the kept iterates, "cpu" to spare an accelerator's memory.
+        graph_budget: How many bytes of autograd graph a call may keep. Where the window is known
+            before the run and its graph fits, it is recorded and differentiated once, in the time
+            of a loop written by hand; else what each step takes of φ, such as its batch, is kept
+            with its graph if that fits, and made again going backward if not. What is chosen
+            follows from shapes and settings alone and is in `stats.method`. Default: 256 MiB on a
+            CPU, 1/64 of an accelerator's memory. 0: the memory of one step.
         inner_replicas: Independent inner runs for one hypergradient, which is their mean: each has
             its own initialisation and inner batches. They run one after the other, so memory stays
             that of one run; `Replicas` runs them side by side instead. The first one's trace
@@ -58,7 +69,7 @@ class Hypergradient:
         ...     def init(self, outer, *, generator):
         ...         return torch.ones(3)
         ...
-        ...     def hyperparameters(self, outer):
+        ...     def hyperparameters(self, outer, step):
         ...         return {"lr": outer["log_rate"].exp()}
         ...
         ...     def inner_batch(self, outer, step, *, generator):
@@ -95,6 +106,7 @@ class Hypergradient:
         *,
         keep_every: int | None = None,
         keep_on: torch.device | str | None = None,
+        graph_budget: int | None = None,
         inner_replicas: int = 1,
         compile: bool = False,
     ) -> None:
@@ -117,7 +129,22 @@ class Hypergradient:
         for name, module in modules_held_by(problem):
             refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
         self.inner = InnerLoop(problem, optimizer, compile=compile)
-        self._checked = False
+        if self.inner.has_step_loss and not self.estimator.uses_step_losses:
+            raise ConfigurationError(
+                f"estimator={type(self.estimator).__name__}: it differentiates where the run ends, "
+                f"and {type(problem).__name__} has losses along it (step_loss): use Adjoint()"
+            )
+        if not (self.inner.has_step_loss or self.inner.has_outer_loss):
+            raise ConfigurationError(
+                f"{type(problem).__name__} has neither outer_loss nor step_loss: there is nothing "
+                "to minimise"
+            )
+        budget = graph_budget
+        if budget is not None:
+            budget = check_integer("graph_budget", graph_budget, minimum=0)
+        self.graph_budget = GraphBudget(budget)
+        self._first_call_done = False
+        self._constants: Snapshot | None = None
         self.keep_on = None if keep_on is None else torch.device(keep_on)
 
     def __call__(
@@ -142,39 +169,78 @@ class Hypergradient:
             NonFiniteError: The outer loss or the hypergradient is NaN or infinite.
         """
         key = Key.draw(generator)
-        if not self._checked:
-            check_inner_loss(self.inner, outer, key, twice=self.estimator.uses_second_derivatives)
-            self._checked = True
         if self.inner.compiler is not None:
-            self.inner.compiler.depends_on(constants_of(self.inner.problem))
-        outer = optree.tree_map(
-            lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, outer
-        )
+            if self._constants is None or not self._constants.unchanged():
+                self._constants = constants_of(self.inner.problem, self.inner.optimizer)
+            self.inner.compiler.depends_on(self._constants)
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
-        horizon = self.truncation.horizon(self.steps, schedule_generator)
-        keep_from = self.truncation.earliest_start(horizon)
-        window: Window | None = None
+        plan = self.truncation.plan(self.steps, schedule_generator)
+        horizon = check_integer("Plan.horizon", plan.horizon, maximum=self.steps)
+        keep_from, window = plan.earliest_start, plan.window
         results = []
         for replica in range(self.inner_replicas):
-            trajectory = self.inner.rollout(
-                outer,
-                key.fold("replica", replica) if replica else key,
-                steps=self.steps,
-                horizon=horizon,
-                signals=self.truncation.signals,
-                keep_from=keep_from,
-                keep_every=self.keep_every,
-                keep_on=self.keep_on,
-                keep_gradients=self.estimator.uses_inner_gradients,
-            )
-            if window is None:
-                window = self.truncation.select(trajectory.trace, schedule_generator)
-                # The other replicas need no more than that window of their runs.
-                horizon, keep_from = window.stop, window.start
-            result = self.estimator(self.inner, trajectory.select(window), outer, outer_batch)
+            first_call = None if self._first_call_done else FirstCall(self.inner, self.estimator)
+            examine = None if first_call is None else first_call.examine
+            # Fused attention has no second derivative; its kernels made of other operations do.
+            with missing_derivatives_named(self.estimator), sdpa_kernel(SDPBackend.MATH):
+                trajectory = record(
+                    self.inner,
+                    outer,
+                    key.fold("replica", replica) if replica else key,
+                    steps=self.steps,
+                    horizon=horizon,
+                    signals=plan.signals if window is None else (),
+                    outer_batch=outer_batch,
+                    keep_from=keep_from,
+                    keep_every=self.keep_every,
+                    keep_on=self.keep_on,
+                    keep_gradients=self.estimator.uses_inner_gradients,
+                    budget=self.graph_budget,
+                    window=window if self.estimator.uses_graph else None,
+                    first_call=first_call,
+                )
+                if window is None:
+                    window = self.truncation.select(trajectory.trace, schedule_generator)
+                    # The other replicas need no more than that window of their runs.
+                    horizon, keep_from = window.stop, window.start
+                with self.inner.examined(examine, "outer_loss", "step_loss"):
+                    chosen = replace(trajectory.select(window), replica=replica)
+                    result = self.estimator(chosen, outer_batch)
             _check_finite(result)
-            results.append(result)
+            self._first_call_done = True
+            results.append(result if first_call is None else first_call.remarked(result))
         return results[0] if len(results) == 1 else mean(results)
+
+    def loss(
+        self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The outer loss as a scalar that autograd goes on from.
+
+        For outer variables that are made by a network, sums of several hypergradients, and
+        regularisers: `(hypergradient.loss(outer, batch) + penalty).backward()`. The hypergradient
+        is computed here, with the loss, and handed over when autograd comes back.
+
+        Args:
+            outer: φ, a pytree of floating-point tensors, of which some are on a graph.
+            outer_batch: As of a call.
+            generator: As of a call.
+
+        Returns:
+            F, a scalar tensor that can be differentiated once.
+
+        Raises:
+            ProblemError: As a call; and in backward, where a second derivative is asked for.
+        """
+        leaves = [leaf for _, leaf in named_leaves(outer)]
+        with torch.no_grad():
+            result = self(outer, outer_batch, generator)
+        grads = optree.tree_leaves(result.grads)
+        loss: Tensor = _Bridge.apply(result.loss, grads, *leaves)
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy starts with: everything but what belongs to this object's own calls."""
+        return {**self.__dict__, "_constants": None}
 
     def backward(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
@@ -188,6 +254,25 @@ class Hypergradient:
         result = self(outer, outer_batch, generator)
         add_to_grad(leaves, result.grads)
         return result
+
+
+@final
+class _Bridge(torch.autograd.Function):
+    """F, whose derivative was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise ProblemError(
+                "Hypergradient.loss can be differentiated once: a second derivative of it is not "
+                "known (create_graph=True asks for one)"
+            )
+        return None, None, *(cotangents[0] * grad for grad in ctx.grads)
 
 
 def _check_finite(result: HypergradientResult) -> None:

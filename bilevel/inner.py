@@ -1,21 +1,26 @@
-"""The inner loop: one step, and the rollout that records a trajectory without a graph."""
+"""The inner loop: one step of it, as pure functions of flat parameters."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, final
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, final
 
-import optree
 import torch
-from optree.integrations.torch import tree_ravel
 from torch import Tensor
+from torchopt.base import GradientTransformation
 
 from bilevel.compiler import Compiler
-from bilevel.contract import check_params, check_scalar, settle
+from bilevel.contract import check_hyperparameters, check_params, check_scalar
 from bilevel.errors import ConfigurationError, ProblemError
-from bilevel.problem import Problem
+from bilevel.optim.base import on_vector
+from bilevel.optim.foreign import check_differentiable, settle
+from bilevel.problem import Problem, overrides
 from bilevel.random import Key
-from bilevel.trajectory import Iterate, Trace, Trajectory, Window, affordable_spacing
-from bilevel.tree import detach, to_device
+from bilevel.trajectory import Iterate
+from bilevel.tree import Layout, detach
+
+#: Called with the name of a method, what it returned, and its arguments.
+Examine = Callable[[str, Any, Any], None]
 
 #: Per-step signals of every problem that a truncation schedule may ask for, as functions of the
 #: inner gradient; `Problem.signals` supplies further ones.
@@ -24,9 +29,26 @@ SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class StepInputs(NamedTuple):
+    """What inner step t takes of φ.
+
+    Attributes:
+        batch: b_t = B(φ, t), a pytree.
+        hyperparameters: h_t = h(φ, t), by name; each a tensor or a pytree of tensors.
+    """
+
+    batch: Any
+    hyperparameters: dict[str, Any]
+
+
 @final
 class InnerLoop:
-    """The inner optimisation of a `Problem` by a gradient transformation, on one flat vector.
+    """The inner optimisation of a `Problem` by a gradient transformation.
+
+    Parameters are one flat vector here; the problem sees the pytree that its `init` returned, and
+    so does an optimizer, unless it is one of `bilevel.optim` that gives the same on the vector.
+    Every method is a function of its arguments alone, which autograd can differentiate. What is
+    fixed by the first `start` is the layout of the parameters.
 
     Args:
         problem: The nested problem.
@@ -34,8 +56,13 @@ class InnerLoop:
             makes one from the problem's `hyperparameters`.
         compile: Whether steps are run as compiled graphs.
 
+    Attributes:
+        has_step_loss: Whether the problem has losses along the run.
+        has_outer_loss: Whether it has one at the end.
+
     Raises:
         ConfigurationError: `optimizer` is neither.
+        ProblemError: `hyperparameters` does not take (outer, step).
     """
 
     def __init__(self, problem: Problem, optimizer: Any, *, compile: bool = False) -> None:
@@ -48,39 +75,45 @@ class InnerLoop:
                 "such as bilevel.optim.adam(1e-3) or torchopt.adam(1e-3), or a function that "
                 "makes one from the problem's hyperparameters, such as bilevel.optim.sgd"
             )
+        _check_signature(problem)
         self.problem = problem
         self.optimizer = optimizer
         self.compiler = Compiler() if compile else None
+        self.has_step_loss = overrides(problem, "step_loss")
+        self.has_outer_loss = overrides(problem, "outer_loss")
+        self._has_hyperparameters = overrides(problem, "hyperparameters")
+        self._layout: Layout | None = None
+        self._settled = False
+        self._finished: tuple[GradientTransformation, bool] | None = None
+        self._examined: tuple[Examine | None, tuple[str, ...]] = (None, ())
         if self._is_transformation:
-            settle(optimizer, torch.device("cpu"), check=True)
-        self._unravel: Callable[[Tensor], Any] | None = None
-        self._structure: Any = None
-        self._optimizer_checked = self._is_transformation
+            self._settle(optimizer, torch.device("cpu"))
 
-    # Pure functions of their arguments, differentiable by autograd and by torch.func.
-
-    def start(self, outer: Any, key: Key, hyperparameters: Mapping[str, Tensor]) -> Iterate:
+    def start(self, outer: Any, key: Key, hyperparameters: Mapping[str, Any]) -> Iterate:
         """(θ_0, s_0)."""
         params = self.problem.init(outer, generator=key.generator("init"))
         check_params(params)
-        flat, unravel = tree_ravel(params)
-        structure = (
-            optree.tree_structure(params),
-            [leaf.shape for leaf in optree.tree_leaves(params)],
-        )
-        if self._unravel is None:
-            self._unravel, self._structure = unravel, structure
-        elif structure != self._structure:
+        self._examine("init", params, outer)
+        layout = Layout.of(params)
+        if self._layout is None:
+            self._layout = layout
+        elif layout != self._layout:
             raise ProblemError("init returned parameters of another structure than it did before")
-        return Iterate(flat, self._transformation(hyperparameters).init(flat))
+        flat = layout.ravel(params)
+        transformation, of_vector = self._transformation(hyperparameters)
+        return Iterate(flat, transformation.init(flat if of_vector else self.unravel(flat)))
 
-    def batch(self, outer: Any, step: int, key: Key) -> Any:
-        """B(φ, t) with the randomness of inner step `step`."""
-        return self.problem.inner_batch(outer, step, generator=key.generator("inner_batch", step))
+    def inputs(self, outer: Any, step: int, key: Key) -> StepInputs:
+        """(b_t, h_t) with the randomness of inner step t = `step`."""
+        batch = self.problem.inner_batch(outer, step, generator=key.generator("inner_batch", step))
+        self._examine("inner_batch", batch, outer)
+        return StepInputs(batch, self.hyperparameters(outer, step))
 
-    def hyperparameters(self, outer: Any) -> dict[str, Tensor]:
-        """h(φ), checked."""
-        values = dict(self.problem.hyperparameters(outer))
+    def hyperparameters(self, outer: Any, step: int) -> dict[str, Any]:
+        """h(φ, t), checked."""
+        values = (
+            dict(self.problem.hyperparameters(outer, step)) if self._has_hyperparameters else {}
+        )
         if not values and not self._is_transformation:
             raise ConfigurationError(
                 f"optimizer is the function {getattr(self.optimizer, '__name__', '')}, but the "
@@ -91,20 +124,27 @@ class InnerLoop:
                 f"the problem has hyperparameters {sorted(values)}, so optimizer must be a "
                 "function that takes them, such as bilevel.optim.sgd, not a finished transformation"
             )
-        for name, value in values.items():
-            if not isinstance(value, Tensor):
-                raise ProblemError(
-                    f"hyperparameters()[{name!r}] is a {type(value).__name__}; it must be a tensor"
-                )
+        check_hyperparameters(values)
+        self._examine("hyperparameters", values, outer)
         return values
 
     def loss(self, params: Tensor, batch: Any) -> Tensor:
         """ℓ(θ, b) of flat parameters: a scalar."""
-        return check_scalar(self.problem.inner_loss(self.unravel(params), batch), "inner_loss")
+        loss = check_scalar(self.problem.inner_loss(self.unravel(params), batch), "inner_loss")
+        self._examine("inner_loss", loss, (params, batch))
+        return loss
 
     def gradient(self, params: Tensor, batch: Any) -> Tensor:
-        """∇_θ ℓ(θ, b), which can be differentiated again."""
+        """∇_θ ℓ(θ, b), under any transform of `torch.func`."""
         return torch.func.grad(self.loss)(params, batch)
+
+    def gradient_with_graph(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(∇_θ ℓ(θ, b), ℓ(θ, b)) on the graph of θ, which requires a gradient, and of b."""
+        loss = self.loss(params, batch)
+        if not loss.requires_grad:
+            return torch.zeros_like(params), loss
+        (gradient,) = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+        return gradient, loss
 
     def gradient_without_graph(self, params: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """(∇_θ ℓ(θ, b), ℓ(θ, b)), cheaper, for when they are not differentiated again."""
@@ -117,33 +157,107 @@ class InnerLoop:
         return gradient, loss.detach()
 
     def update(
-        self, iterate: Iterate, gradient: Tensor, hyperparameters: Mapping[str, Tensor]
+        self, iterate: Iterate, gradient: Tensor, hyperparameters: Mapping[str, Any]
     ) -> Iterate:
         """Φ: the optimizer's step from (θ_t, s_t) with gradient g_t."""
-        updates, state = self._transformation(hyperparameters).update(
-            gradient, iterate.state, params=iterate.params, inplace=False
-        )
+        transformation, of_vector = self._transformation(hyperparameters)
+        if of_vector:
+            updates, state = transformation.update(
+                gradient, iterate.state, params=iterate.params, inplace=False
+            )
+        else:
+            updates, state = transformation.update(
+                self.unravel(gradient),
+                iterate.state,
+                params=self.unravel(iterate.params),
+                inplace=False,
+            )
+            updates = self._layout_now.ravel(updates)
         return Iterate(iterate.params + updates, state)
 
-    def step(self, iterate: Iterate, batch: Any, hyperparameters: Mapping[str, Tensor]) -> Iterate:
-        """One inner step, which can be differentiated."""
-        return self.update(iterate, self.gradient(iterate.params, batch), hyperparameters)
+    def step(self, iterate: Iterate, inputs: StepInputs) -> Iterate:
+        """One inner step, under any transform of `torch.func`."""
+        gradient = self.gradient(iterate.params, inputs.batch)
+        return self.update(iterate, gradient, inputs.hyperparameters)
+
+    def advance(
+        self,
+        params: Tensor,
+        state: Any,
+        inputs: StepInputs,
+        signals: tuple[str, ...] = (),
+        outer: Any = None,
+    ) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
+        """(θ_{t+1}, s_{t+1}, g_t, per-step scalars) from (θ_t, s_t), without a graph.
+
+        `outer` is needed for signals that the problem supplies, and only for these.
+        """
+        gradient, loss = self.gradient_without_graph(params, inputs.batch)
+        after = self.update(Iterate(params, state), gradient, inputs.hyperparameters)
+        scalars = {"inner_loss": loss, **self.signals(signals, gradient, after.params, outer)}
+        return after.params, after.state, gradient, scalars
+
+    def signals(
+        self, names: tuple[str, ...], gradient: Tensor, after: Tensor, outer: Any
+    ) -> dict[str, Tensor]:
+        """The per-step scalars of these names, from g_t and θ_{t+1}."""
+        recorded = {name: SIGNALS[name](gradient) for name in names if name in SIGNALS}
+        if len(recorded) < len(names):
+            supplied = self.problem.signals(self.unravel(after), outer)
+            recorded |= {name: supplied[name] for name in names if name not in SIGNALS}
+        return recorded
 
     def outer_loss(
         self, params: Tensor, outer: Any, batch: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(F(θ, φ), the metrics reported beside it)."""
-        value = self.problem.outer_loss(self.unravel(params), outer, batch)
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """(F(θ, φ), the metrics reported beside it); None where the problem has no such loss."""
+        with self._graph_to_examine("outer_loss"):
+            value = self.problem.outer_loss(self.unravel(params), outer, batch)
+        if value is None and self.has_step_loss:
+            return None, {}
         loss, metrics = value if isinstance(value, tuple) else (value, {})
-        metrics = {name: torch.as_tensor(metric) for name, metric in metrics.items()}
-        return check_scalar(loss, "outer_loss"), metrics
+        check_scalar(loss, "outer_loss")
+        self._examine("outer_loss", loss, (params, outer, batch))
+        return loss, {name: torch.as_tensor(metric) for name, metric in metrics.items()}
 
-    def unravel(self, params: Tensor) -> Any:
-        """Flat parameters as the pytree that `Problem.init` returned."""
-        assert self._unravel is not None, "start() comes first"
-        return self._unravel(params)
+    def step_loss(self, params: Tensor, outer: Any, step: int, key: Key) -> Tensor:
+        """f_t(θ_{t+1}, φ), t = `step`, for problems that have losses along the run."""
+        generator = key.generator("step_loss", step)
+        with self._graph_to_examine("step_loss"):
+            value = self.problem.step_loss(self.unravel(params), outer, step, generator=generator)
+        loss = check_scalar(value, "step_loss")
+        self._examine("step_loss", loss, (params, outer))
+        return loss
 
-    # Recording and re-running.
+    @contextmanager
+    def examined(self, examine: Examine | None, *methods: str) -> Iterator[None]:
+        """Inside, show `examine` what these methods of the problem return and were given."""
+        before, self._examined = self._examined, (examine, methods)
+        try:
+            yield
+        finally:
+            self._examined = before
+
+    def _examine(self, method: str, returned: Any, arguments: Any) -> None:
+        examine, methods = self._examined
+        if examine is not None and method in methods:
+            examine(method, returned, arguments)
+
+    def _graph_to_examine(self, method: str) -> Any:
+        """Where what a method returns is examined, it needs its graph, asked for or not."""
+        wanted = self._examined[0] is not None and method in self._examined[1]
+        return torch.enable_grad() if wanted else nullcontext()
+
+    def check_optimizer(self, hyperparameters: Mapping[str, Any]) -> None:
+        """Try an optimizer from elsewhere: is its derivative that of what it computes?
+
+        Raises:
+            ConfigurationError: It is not, so that every hypergradient would be wrong.
+        """
+        if not self._transformation(hyperparameters)[1]:
+            made_of = None if self._is_transformation else hyperparameters
+            example = self._layout_now.example
+            check_differentiable(self.optimizer, example, hyperparameters=made_of)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, as one compiled graph if this loop compiles.
@@ -153,160 +267,48 @@ class InnerLoop:
         """
         return function(*args) if self.compiler is None else self.compiler(function, *args)
 
-    def advance(
-        self,
-        params: Tensor,
-        state: Any,
-        batch: Any,
-        hyperparameters: Mapping[str, Tensor],
-        signals: tuple[str, ...] = (),
-        outer: Any = None,
-    ) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
-        """(θ_{t+1}, s_{t+1}, g_t, per-step scalars) from (θ_t, s_t), without a graph.
+    def unravel(self, params: Tensor) -> Any:
+        """Flat parameters as the pytree that `Problem.init` returned."""
+        return self._layout_now.unravel(params)
 
-        `outer` is needed for signals that the problem supplies, and only for these.
-        """
-        gradient, loss = self.gradient_without_graph(params, batch)
-        after = self.update(Iterate(params, state), gradient, hyperparameters)
-        recorded = {name: SIGNALS[name](gradient) for name in signals if name in SIGNALS}
-        if len(recorded) < len(signals):
-            supplied = self.problem.signals(self.unravel(after.params), outer)
-            recorded |= {name: supplied[name] for name in signals if name not in SIGNALS}
-        return after.params, after.state, gradient, {"inner_loss": loss, **recorded}
+    @property
+    def _layout_now(self) -> Layout:
+        assert self._layout is not None, "start() comes first"
+        return self._layout
 
-    @torch.no_grad()
-    def rollout(
-        self,
-        outer: Any,
-        key: Key,
-        *,
-        steps: int,
-        horizon: int,
-        signals: Sequence[str] = (),
-        keep_from: int = 0,
-        keep_every: int | None = None,
-        keep_on: torch.device | None = None,
-        keep_gradients: bool = False,
-    ) -> Trajectory:
-        """Run `horizon` inner steps and record them, without a graph.
-
-        Args:
-            outer: The outer variables.
-            key: The randomness of this run.
-            steps: The length T of a full run, of which `horizon` steps are run.
-            horizon: How many steps to run, 1 … `steps`.
-            signals: Names of per-step scalars to record beside `inner_loss`: of `SIGNALS`, or of
-                those that the problem supplies.
-            keep_from: The first iterate that a window may start from.
-            keep_every: Keep every k-th iterate from there on; the others are recomputed. Default:
-                `affordable_spacing`.
-            keep_on: Device that holds the kept iterates; default: where they are.
-            keep_gradients: Whether kept iterates have their inner gradient with them.
-
-        Raises:
-            ConfigurationError: A signal that nothing supplies.
-            ProblemError: `init` returned no parameters, or the inner loss is no scalar.
-        """
-        outer = detach(outer)
-        hyperparameters = self.hyperparameters(outer)
-        iterate = self.start(outer, key, hyperparameters)
-        if keep_every is None:
-            one = replace(iterate, gradient=iterate.params) if keep_gradients else iterate
-            keep_every = affordable_spacing(one, horizon - keep_from, keep_on)
-        of_problem = set(signals) - set(SIGNALS)
-        if of_problem:
-            self._check_signals(of_problem, self.unravel(iterate.params), outer)
-        kept: dict[int, Iterate] = {}
-        recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
-        for step in range(horizon):
-            batch = self.batch(outer, step, key)
-            params, optimizer_state, gradient, scalars = self.run(
-                self.advance,
-                iterate.params,
-                iterate.state,
-                batch,
-                hyperparameters,
-                tuple(signals),
-                outer if of_problem else None,
-            )
-            if step >= keep_from and (step - keep_from) % keep_every == 0:
-                iterate = replace(iterate, gradient=gradient) if keep_gradients else iterate
-                kept[step] = iterate if keep_on is None else _moved(iterate, keep_on)
-            iterate = Iterate(params, optimizer_state)
-            for name, value in scalars.items():
-                recorded[name].append(value)
-        kept[horizon] = iterate
-        trace = Trace({name: torch.stack(values) for name, values in recorded.items()})
-        return Trajectory(kept, key, steps, trace, Window(min(keep_from, horizon - 1), horizon))
-
-    @torch.no_grad()
-    def iterate_at(self, trajectory: Trajectory, outer: Any, step: int) -> Iterate:
-        """(θ_t, s_t) for any t from the first kept iterate on, recomputed if need be."""
-        return self._segment(trajectory, outer, trajectory.last_kept(step), step)[-1]
-
-    def iterates_backward(
-        self, trajectory: Trajectory, outer: Any
-    ) -> Iterator[tuple[int, Iterate]]:
-        """(t, (θ_t, s_t)) for t = stop−1 down to start.
-
-        With every k-th iterate kept, one segment of k is recomputed at a time, from the same
-        batches and the same randomness, so the iterates are those of the rollout. Where gradients
-        were kept, all but the last iterate of a recomputed segment have theirs.
-        """
-        step = trajectory.window.stop - 1
-        while step >= trajectory.window.start:
-            first = trajectory.last_kept(step)
-            segment = self._segment(trajectory, outer, first, step)
-            while segment and step >= trajectory.window.start:
-                yield step, segment.pop()
-                step -= 1
-
-    @torch.no_grad()
-    def _segment(self, trajectory: Trajectory, outer: Any, first: int, last: int) -> list[Iterate]:
-        """The iterates first … last, from the kept one at `first`."""
-        outer = detach(outer)
-        iterate = trajectory.kept[first]
-        device = trajectory.kept[trajectory.horizon].params.device
-        segment = [_moved(iterate, device) if iterate.params.device != device else iterate]
-        if last > first:
-            hyperparameters = self.hyperparameters(outer)
-            for step in range(first, last):
-                batch = self.batch(outer, step, trajectory.key)
-                params, state, gradient, _ = self.run(
-                    self.advance, segment[-1].params, segment[-1].state, batch, hyperparameters, ()
-                )
-                if iterate.gradient is not None:
-                    segment[-1] = replace(segment[-1], gradient=gradient)
-                segment.append(Iterate(params, state))
-        return segment
-
-    def _check_signals(self, names: set[str], params: Any, outer: Any) -> None:
-        """Raise unless the problem supplies a scalar for every name."""
-        supplied = self.problem.signals(params, outer)
-        unknown = names - set(supplied)
-        if unknown:
-            raise ConfigurationError(
-                f"unknown signals {sorted(unknown)}; known: {sorted({*SIGNALS, *supplied})}"
-            )
-        for name in sorted(names):
-            check_scalar(supplied[name], f"signals()[{name!r}]")
-
-    def _transformation(self, hyperparameters: Mapping[str, Tensor]) -> Any:
+    def _transformation(
+        self, hyperparameters: Mapping[str, Any]
+    ) -> tuple[GradientTransformation, bool]:
+        """(the optimizer, whether it is for the flat vector)."""
+        if self._finished is not None:
+            return self._finished
+        transformation = self.optimizer
+        if not self._is_transformation:
+            try:
+                transformation = self.optimizer(**hyperparameters)
+            except TypeError as error:
+                raise ConfigurationError(
+                    "optimizer could not be made from the problem's hyperparameters "
+                    f"{sorted(hyperparameters)}: {error}"
+                ) from error
+            self._settle(transformation, self._layout_now.device)
+        of_vector = on_vector(transformation, self._layout_now.example)
+        made = (transformation, False) if of_vector is None else (of_vector, True)
         if self._is_transformation:
-            return self.optimizer
-        try:
-            transformation = self.optimizer(**hyperparameters)
-        except TypeError as error:
-            raise ConfigurationError(
-                "optimizer could not be made from the problem's hyperparameters "
-                f"{sorted(hyperparameters)}: {error}"
-            ) from error
-        device = next(iter(hyperparameters.values())).device
-        settle(transformation, device, check=not self._optimizer_checked)
-        self._optimizer_checked = True
-        return transformation
+            self._finished = made
+        return made
+
+    def _settle(self, transformation: Any, device: torch.device) -> None:
+        settle(transformation, device, check=not self._settled)
+        self._settled = True
 
 
-def _moved(iterate: Iterate, device: torch.device) -> Iterate:
-    gradient = None if iterate.gradient is None else iterate.gradient.to(device)
-    return Iterate(iterate.params.to(device), to_device(iterate.state, device), gradient)
+def _check_signature(problem: Problem) -> None:
+    """Raise `ProblemError` unless `hyperparameters` takes (outer, step)."""
+    try:
+        inspect.signature(problem.hyperparameters).bind(None, 0)
+    except TypeError as error:
+        raise ProblemError(
+            f"{type(problem).__name__}.hyperparameters must take (outer, step): what it returns "
+            f"may differ from one inner step to the next ({error})"
+        ) from error

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, final
 
+from bilevel.checks import check_number
 from bilevel.errors import ConfigurationError
 
 
@@ -20,7 +21,7 @@ class MicroBatches:
             adding up to 1.
 
     Raises:
-        ConfigurationError: There is no batch, or not one weight for each.
+        ConfigurationError: There is no batch, or not one finite weight for each.
     """
 
     def __init__(self, batches: Sequence[Any], weights: Sequence[float] | None = None) -> None:
@@ -28,8 +29,12 @@ class MicroBatches:
             raise ConfigurationError("batches is empty: there must be at least one")
         if weights is not None and len(weights) != len(batches):
             raise ConfigurationError(f"{len(weights)} weights for {len(batches)} batches")
+        if weights is None:
+            weights = [1 / len(batches)] * len(batches)
         self.batches = list(batches)
-        self.weights = [1 / len(batches)] * len(batches) if weights is None else list(weights)
+        self.weights = [
+            check_number(f"weights[{index}]", weight) for index, weight in enumerate(weights)
+        ]
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         return iter(zip(self.batches, self.weights, strict=True))

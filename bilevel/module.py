@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,26 +68,10 @@ def refuse_running_statistics(module: nn.Module, name: str = "module") -> None:
     back of a step that is run again, so the hypergradient would be silently wrong.
     """
     for path, layer in module.named_modules():
-        if getattr(layer, "track_running_stats", False):
+        if getattr(layer, "track_running_stats", False) and layer.training:
             raise ProblemError(
                 f"{name}{'.' + path if path else ''} ({type(layer).__name__}) keeps running "
                 "statistics, which an inner loop cannot carry: use GroupNorm or LayerNorm, or "
-                "build the layer with track_running_stats=False"
+                "build the layer with track_running_stats=False; a layer that is not trained "
+                "belongs in eval mode"
             )
-
-
-def modules_held_by(owner: object) -> Iterable[tuple[str, nn.Module]]:
-    """The modules among the attributes of `owner`, looking into lists, tuples and dicts."""
-
-    def walk(name: str, value: Any) -> Iterable[tuple[str, nn.Module]]:
-        if isinstance(value, nn.Module):
-            yield name, value
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                yield from walk(f"{name}[{index}]", item)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                yield from walk(f"{name}[{key!r}]", item)
-
-    for name, value in getattr(owner, "__dict__", {}).items():
-        yield from walk(name, value)

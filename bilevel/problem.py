@@ -1,25 +1,30 @@
 """The interface between a nested optimisation problem and the rest of the package."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, final
 
 import torch
 from torch import Tensor
+
+from bilevel.errors import ConfigurationError
 
 
 class Problem(ABC):
     """A nested optimisation problem: what is trained inside, and what is judged outside.
 
-        minimise over φ    F(θ_stop(φ), φ)
-        where              θ_0 = init(φ),   θ_{t+1} = Φ(θ_t, s_t, ∇_θ ℓ(θ_t, B(φ, t)); h(φ))
+        minimise over φ    F(θ_stop(φ), φ) + Σ_t f_t(θ_{t+1}(φ), φ)
+        where              θ_0 = init(φ),   θ_{t+1} = Φ(θ_t, s_t, ∇_θ ℓ(θ_t, B(φ, t)); h(φ, t))
 
-    `φ` (`outer`) is a pytree of floating-point tensors, `θ` (`params`) is a pytree of
-    floating-point tensors of one dtype, `Φ` is the optimizer given to `Hypergradient`.
+    with F the outer loss and f_t losses along the run, of which a problem has one or both. `φ`
+    (`outer`) is a pytree of floating-point tensors, `θ` (`params`) is a pytree of floating-point
+    tensors of one dtype, `Φ` is the optimizer given to `Hypergradient`.
 
     The outer variables reach the inner loss only through the batch: whatever `inner_loss` needs of
     them, `inner_batch` puts there. Each method must be a pure function of its arguments: every
-    random draw comes from the `generator` it is given, so that a step can be run again.
+    random draw comes from the `generator` it is given, so that a step can be run again. That is
+    checked: docs/contract.md says how. `from_functions` makes a problem without a class.
 
     Example:
         Gradient descent from 0 towards a point φ that is learned:
@@ -60,20 +65,33 @@ class Problem(ABC):
     def inner_loss(self, params: Any, batch: Any) -> Tensor:
         """ℓ(θ, b): a scalar. The only function that is differentiated twice."""
 
-    @abstractmethod
     def outer_loss(
         self, params: Any, outer: Any, batch: Any
-    ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
-        """F(θ, φ): a scalar, or a pair of a scalar and a dict of tensors worth reporting.
+    ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]] | None:
+        """F(θ_stop, φ): a scalar, or a pair of a scalar and a dict of tensors worth reporting.
 
-        `batch` is whatever was given to `Hypergradient` as `outer_batch`.
+        `batch` is whatever was given to `Hypergradient` as `outer_batch`. Problems with a
+        `step_loss` may leave it out.
         """
+        return None
 
-    def hyperparameters(self, outer: Any) -> Mapping[str, Tensor]:
-        """h(φ): keyword arguments for the optimizer that depend on `outer`; none by default.
+    def step_loss(
+        self, params: Any, outer: Any, step: int, *, generator: torch.Generator
+    ) -> Tensor | None:
+        """f_t(θ_{t+1}, φ): a scalar, the loss after inner step t = `step`; none by default.
 
-        When there are any, `Hypergradient` must be given a function that makes the optimizer from
-        them: `optimizer=bilevel.optim.sgd` with `hyperparameters` returning `{"lr": ...}`.
+        Added up over the steps of the window. Backpropagation through time of a recurrent network,
+        the training of a learned optimizer, and multi-step MAML have losses along the run.
+        """
+        return None
+
+    def hyperparameters(self, outer: Any, step: int) -> Mapping[str, Any]:
+        """h(φ, t): what the optimizer of inner step t = `step` is made from; none by default.
+
+        By name, each a tensor, or a pytree of tensors like the parameters or like the upper part of
+        their tree: a learning rate for each layer, say. When there are any, `Hypergradient` must be
+        given a function that makes the optimizer from them: `optimizer=bilevel.optim.sgd` with
+        `hyperparameters` returning `{"lr": ...}`.
         """
         return {}
 
@@ -85,3 +103,115 @@ class Problem(ABC):
         in `outer`.
         """
         return {}
+
+    @staticmethod
+    def from_functions(
+        *,
+        init: Callable[..., Any],
+        inner_loss: Callable[..., Any],
+        outer_loss: Callable[..., Any] | None = None,
+        inner_batch: Callable[..., Any] | None = None,
+        step_loss: Callable[..., Any] | None = None,
+        hyperparameters: Callable[..., Any] | None = None,
+        signals: Callable[..., Any] | None = None,
+    ) -> "Problem":
+        """A problem made of plain functions, each with the arguments of the method of its name.
+
+        `generator` is passed to those that have a parameter of this name. Without `inner_batch`,
+        the batch is φ itself.
+
+        Raises:
+            ConfigurationError: There is neither an outer loss nor one along the run, or a function
+                does not take the arguments of its method.
+
+        Example:
+            >>> problem = bilevel.Problem.from_functions(
+            ...     init=lambda outer: torch.zeros(()),
+            ...     inner_loss=lambda params, batch: 0.5 * (params - batch) ** 2,
+            ...     outer_loss=lambda params, outer, batch: 0.5 * (params - batch) ** 2,
+            ... )
+            >>> hypergradient = bilevel.Hypergradient(problem, bilevel.optim.sgd(0.5), steps=3)
+            >>> hypergradient(torch.tensor(2.0), torch.tensor(1.0)).grads
+            tensor(0.6562)
+        """
+        return _OfFunctions(
+            init=init,
+            inner_batch=inner_batch or _outer_itself,
+            inner_loss=inner_loss,
+            outer_loss=outer_loss,
+            step_loss=step_loss,
+            hyperparameters=hyperparameters,
+            signals=signals,
+        )
+
+
+def overrides(problem: Problem, name: str) -> bool:
+    """Whether a problem has a method of its own where `Problem` has a default."""
+    return getattr(getattr(problem, name), "__func__", None) is not getattr(Problem, name)
+
+
+def _outer_itself(outer: Any, step: int) -> Any:
+    return outer
+
+
+#: The positional arguments of every method, and whether it also gets a generator.
+_ARGUMENTS = {
+    "init": (1, True),
+    "inner_batch": (2, True),
+    "inner_loss": (2, False),
+    "outer_loss": (3, False),
+    "step_loss": (3, True),
+    "hyperparameters": (2, False),
+    "signals": (2, False),
+}
+
+
+@final
+class _OfFunctions(Problem):
+    """The methods are attributes of the object; those that were not given are `Problem`'s."""
+
+    def __init__(self, **functions: Callable[..., Any] | None) -> None:
+        for name, function in functions.items():
+            if function is not None:
+                setattr(self, name, _Method(name, function))
+
+    def init(self, outer: Any, *, generator: torch.Generator) -> Any:
+        raise NotImplementedError
+
+    def inner_batch(self, outer: Any, step: int, *, generator: torch.Generator) -> Any:
+        raise NotImplementedError
+
+    def inner_loss(self, params: Any, batch: Any) -> Tensor:
+        raise NotImplementedError
+
+
+@final
+class _Method:
+    """A function that stands for a method; a generator is passed on if it takes one."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        count, has_generator = _ARGUMENTS[name]
+        if not callable(function):
+            raise ConfigurationError(f"{name}={function!r}: it must be a function")
+        signature = inspect.signature(function)
+        self._function = function
+        self._takes_generator = has_generator and (
+            "generator" in signature.parameters
+            or any(x.kind is x.VAR_KEYWORD for x in signature.parameters.values())
+        )
+        self._drops_generator = has_generator and not self._takes_generator
+        try:
+            signature.bind(
+                *(None,) * count, **({"generator": None} if self._takes_generator else {})
+            )
+        except TypeError as error:
+            arguments = list(inspect.signature(getattr(Problem, name)).parameters)[1:]
+            raise ConfigurationError(
+                f"{name} must take the arguments of Problem.{name}, ({', '.join(arguments)}), of "
+                f"which generator may be left out: {error}"
+            ) from error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._drops_generator:
+            kwargs.pop("generator")
+        return self._function(*args, **kwargs)

@@ -6,10 +6,11 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer
-from bilevel.errors import ConfigurationError
-from bilevel.problem import Problem
+from bilevel.checks import check_instance, check_integer
+from bilevel.contract import check_scalar
+from bilevel.problem import Problem, overrides
 from bilevel.random import Key
+from bilevel.result import as_float
 
 
 @final
@@ -18,11 +19,11 @@ class Replicas(Problem):
 
         ℓ(θ₁ … θ_R, b₁ … b_R) = Σ_r ℓ(θ_r, b_r),    F(θ₁ … θ_R, φ) = (1/R) Σ_r F(θ_r, φ)
 
-    by `torch.func.vmap`, so each operation is done once for all R. The hypergradient is the mean
-    of R independent ones: its variance over inner randomness is 1/R of one's. Exact as long as the
-    inner optimizer treats every coordinate on its own, which all of `bilevel.optim` do, while
-    TorchOpt's clipping by the norm would clip the R gradients together. Recorded inner losses are
-    sums over the replicas.
+    and losses along the run like the one at its end. The first two go through `torch.func.vmap`,
+    so each operation is done once for all R. The hypergradient is the mean of R independent ones:
+    its variance over inner randomness is 1/R of one's. Exact as long as the inner optimizer treats
+    every coordinate on its own; clipping by the norm would clip the R gradients together. Recorded
+    inner losses are sums over the replicas.
 
     Side by side wins where single operations are too small to fill the processor, as for a small
     network on a GPU, and loses where they are not, because convolutions with different weights
@@ -39,10 +40,13 @@ class Replicas(Problem):
     """
 
     def __init__(self, problem: Problem, count: int) -> None:
-        if not isinstance(problem, Problem):
-            raise ConfigurationError(f"problem is a {type(problem).__name__}, not a Problem")
-        self.problem = problem
+        self.problem = check_instance("problem", problem, Problem, "Replicas(MyProblem(), count=4)")
         self.count = check_integer("count", count)
+        # Only what the problem has, since what there is of losses decides what is computed.
+        if overrides(problem, "outer_loss"):
+            self.outer_loss = self._outer_losses  # type: ignore[method-assign]
+        if overrides(problem, "step_loss"):
+            self.step_loss = self._step_losses  # type: ignore[method-assign]
 
     def init(self, outer: Any, *, generator: torch.Generator) -> Any:
         return self._stacked(
@@ -57,16 +61,30 @@ class Replicas(Problem):
     def inner_loss(self, params: Any, batch: Any) -> Tensor:
         return torch.func.vmap(self.problem.inner_loss)(params, batch).sum()
 
-    def outer_loss(self, params: Any, outer: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _outer_losses(
+        self, params: Any, outer: Any, batch: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         def one(params: Any) -> tuple[Tensor, dict[str, Tensor]]:
             value = self.problem.outer_loss(params, outer, batch)
-            return (value[0], dict(value[1])) if isinstance(value, tuple) else (value, {})
+            assert value is not None, "looked at when this was made"
+            loss, metrics = value if isinstance(value, tuple) else (value, {})
+            return loss, {name: torch.as_tensor(metric) for name, metric in metrics.items()}
 
         loss, metrics = torch.func.vmap(one)(params)
-        return loss.mean(), {name: value.mean() for name, value in metrics.items()}
+        return loss.mean(), {name: as_float(value).mean(0) for name, value in metrics.items()}
 
-    def hyperparameters(self, outer: Any) -> Any:
-        return self.problem.hyperparameters(outer)
+    def _step_losses(
+        self, params: Any, outer: Any, step: int, *, generator: torch.Generator
+    ) -> Tensor:
+        losses = []
+        for index, own in enumerate(self._split(generator)):
+            replica = optree.tree_map(lambda leaf, index=index: leaf[index], params)
+            loss = self.problem.step_loss(replica, outer, step, generator=own)
+            losses.append(check_scalar(loss, "step_loss"))
+        return torch.stack(losses).mean()
+
+    def hyperparameters(self, outer: Any, step: int) -> Any:
+        return self.problem.hyperparameters(outer, step)
 
     def _split(self, generator: torch.Generator) -> list[torch.Generator]:
         key = Key.draw(generator)

@@ -1,6 +1,7 @@
 """What a hypergradient call returns."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel.errors import ProblemError
 from bilevel.trajectory import Trace, Window
 
 
@@ -68,9 +70,11 @@ class Stats:
             run tends: how far from converged it was, in units of the outer loss. A scalar tensor,
             of implicit estimators only.
         standard_error: Estimated standard deviation of the hypergradient's error, ‖·‖₂ over all
-            outer variables, from the spread of its samples. A scalar tensor, of estimators that
-            sample more than once.
+            outer variables. A scalar tensor: with `inner_replicas`, from their spread; else from
+            that of the samples, of estimators that sample more than once.
         low_rank: How `LowRank` came to its result.
+        method: How the window was differentiated where there is a choice: by the "recorded graph",
+            or by the "recursion" and why.
     """
 
     status: str
@@ -81,6 +85,7 @@ class Stats:
     outer_loss_gap: Tensor | None = None
     standard_error: Tensor | None = None
     low_rank: LowRankStats | None = None
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,33 +112,80 @@ class HypergradientResult:
 
 
 def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
-    """The mean of several results over one window, with the first one's parameters and trace."""
-    first = results[0]
-    grads = optree.tree_map(
-        lambda *leaves: torch.stack(leaves).mean(0), *(each.grads for each in results)
+    """The mean of the results of several independent runs over one window.
+
+    The standard error is that of the mean, from the spread over the runs: it covers all that is
+    random in them. Solver and low-rank numbers are the worst of all runs, products their sum;
+    parameters, trace and cotangent norms are those of the first.
+
+    Raises:
+        ProblemError: A metric has not the same shape in all runs.
+    """
+    first, stats = results[0], [each.stats for each in results]
+    stacked = optree.tree_map(
+        lambda *leaves: torch.stack(leaves), *(each.grads for each in results)
     )
-    low_rank = [each.stats.low_rank for each in results if each.stats.low_rank is not None]
-    others = [each.stats.status for each in results if each.stats.status != "ok"]
-    stats = replace(
-        first.stats,
-        status="; ".join(dict.fromkeys(others)) or "ok",
-        hypergradient_norm=torch.nn.utils.get_total_norm(optree.tree_leaves(grads)),
-        hessian_vector_products=sum(each.stats.hessian_vector_products for each in results),
-        low_rank=_over_all(low_rank) if low_rank else None,
-    )
+    grads = optree.tree_map(lambda leaf: leaf.mean(0), stacked)
+    variances = [leaf.var(0).sum() / len(results) for leaf in optree.tree_leaves(stacked)]
+    gaps = [each.outer_loss_gap for each in stats if each.outer_loss_gap is not None]
+    low_rank = [each.low_rank for each in stats if each.low_rank is not None]
+    solvers = [each.solver for each in stats if each.solver is not None]
     return replace(
         first,
         loss=torch.stack([each.loss for each in results]).mean(),
         grads=grads,
-        stats=stats,
-        metrics={
-            name: torch.stack([each.metrics[name] for each in results]).mean()
-            for name in first.metrics
-        },
+        stats=replace(
+            first.stats,
+            status=_status_of_all([each.status for each in stats]),
+            hypergradient_norm=torch.nn.utils.get_total_norm(optree.tree_leaves(grads)),
+            hessian_vector_products=sum(each.hessian_vector_products for each in stats),
+            solver=_worst(solvers) if solvers else None,
+            outer_loss_gap=torch.stack(gaps).mean() if gaps else None,
+            standard_error=torch.stack(variances).sum().sqrt() if len(results) > 1 else None,
+            low_rank=_combined_low_rank(low_rank) if low_rank else None,
+        ),
+        metrics=_mean_metrics([each.metrics for each in results]),
     )
 
 
-def _over_all(runs: Sequence[LowRankStats]) -> LowRankStats:
+def as_float(metric: Tensor) -> Tensor:
+    """A metric that can be averaged: a count or a truth value as a number."""
+    return metric if metric.is_floating_point() else metric.to(torch.get_default_dtype())
+
+
+def _mean_metrics(runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of every metric over the runs that reported it, entry by entry."""
+    found: dict[str, list[Tensor]] = {}
+    for metrics in runs:
+        for name, value in metrics.items():
+            found.setdefault(name, []).append(as_float(value))
+    for name, values in found.items():
+        shapes = {tuple(value.shape) for value in values}
+        if len(shapes) > 1:
+            raise ProblemError(
+                f"the metric {name!r} of outer_loss has the shapes {sorted(shapes)} in different "
+                "inner runs, so it has no mean: report something of one shape"
+            )
+    return {name: torch.stack(values).mean(0) for name, values in found.items()}
+
+
+def _status_of_all(statuses: Sequence[str]) -> str:
+    """Every sentence once, with how many runs it is about if not all."""
+    remarks = [
+        status if count == len(statuses) else f"{status} (in {count} of {len(statuses)} inner runs)"
+        for status, count in Counter(statuses).items()
+        if status != "ok"
+    ]
+    return "; ".join(remarks) or "ok"
+
+
+def _worst(runs: Sequence[SolverStats]) -> SolverStats:
+    """The status of the worst residual, and the most iterations."""
+    worst = max(runs, key=lambda run: run.residual)
+    return replace(worst, iterations=max(run.iterations for run in runs))
+
+
+def _combined_low_rank(runs: Sequence[LowRankStats]) -> LowRankStats:
     """The first run's spectrum, the passes of all, the worst staleness; exact if any run was."""
     staleness = [each.staleness for each in runs if each.staleness is not None]
     return LowRankStats(

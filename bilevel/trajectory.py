@@ -1,17 +1,21 @@
-"""What a rollout records: iterates, per-step signals, and the window chosen over them."""
+"""What a rollout records: iterates, what each step took of φ, signals, and the chosen window."""
 
-import math
-import os
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optree
 import torch
 from torch import Tensor
 
-from bilevel.errors import ConfigurationError
+from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.random import Key
+from bilevel.tree import detach, to_device
+
+if TYPE_CHECKING:
+    from bilevel.inner import InnerLoop, StepInputs
+    from bilevel.outer import OuterVariables
 
 
 @dataclass(frozen=True)
@@ -51,28 +55,16 @@ class Iterate:
     state: Any
     gradient: Tensor | None = None
 
+    def to(self, device: torch.device) -> Iterate:
+        """The same on another device."""
+        if self.params.device == device:
+            return self
+        gradient = None if self.gradient is None else self.gradient.to(device)
+        return Iterate(self.params.to(device), to_device(self.state, device), gradient)
 
-def affordable_spacing(iterate: Iterate, count: int, kept_on: torch.device | None = None) -> int:
-    """The smallest k such that keeping every k-th of `count` iterates is cheap where they are kept.
-
-    Cheap is 96 MiB on a CPU and 1/64 of an accelerator's memory, for the ⌈count / k⌉ kept ones and
-    the k of a recomputed segment; for what an accelerator keeps in the host's memory, a quarter of
-    that. Where nothing is, k = ⌈√count⌉, which takes the least memory.
-    """
-    leaves = [iterate.params, iterate.gradient, *optree.tree_leaves(iterate.state)]
-    size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-    device = iterate.params.device
-    budget = 96 * 2**20
-    if device.type == "cuda":
-        budget = torch.cuda.get_device_properties(device).total_memory // 64
-    if kept_on is not None and kept_on.type == "cpu" and device.type != "cpu":
-        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    least = max(1, math.ceil(math.sqrt(count)))
-    for spacing in range(1, least):
-        segment = spacing if spacing > 1 else 0
-        if (math.ceil(count / spacing) + segment) * size <= budget:
-            return spacing
-    return least
+    def detached(self) -> Iterate:
+        """The same without a graph."""
+        return Iterate(*detach((self.params, self.state, self.gradient)))
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,8 @@ class Trace(Mapping[str, Tensor]):
     """Per-step scalars of a rollout by name, each of shape [horizon].
 
     `inner_loss` (ℓ at θ_t, t = 0 … horizon−1) is always there; the truncation schedule may ask for
-    more: `gradient_norm` (‖∇_θ ℓ‖₂ at θ_t), or any of `Problem.signals` (at θ_{t+1}).
+    more: `gradient_norm` (‖∇_θ ℓ‖₂ at θ_t), `outer_loss` (F at θ_{t+1}), or any of
+    `Problem.signals` (at θ_{t+1}).
     """
 
     signals: dict[str, Tensor]
@@ -104,28 +97,50 @@ class Trace(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A recorded inner run. It holds no autograd graph.
+    """A recorded inner run, made by `record`.
+
+    Only what the recording kept of the graphs from φ is on a graph: `first`, `inputs` and `graphs`.
+    Each of these graphs can be differentiated once.
 
     Attributes:
-        kept: Iterates by step, those from which every other one is recomputed exactly.
+        inner: The inner loop that was run.
+        variables: φ, as leaves of a private graph.
         key: The randomness of this run.
         steps: The length T of a full inner run; `horizon` ≤ T steps of it were run.
+        first: (θ_0, s_0), on the graph of φ.
+        kept: Iterates by step, those from which every other one is recomputed exactly.
+        inputs: By step, what steps took of φ, on its graph, where that was kept.
+        graphs: By step, θ_start … θ_stop of a window that was recorded with its graph.
+        no_graph: Why it was not, a sentence; empty where nobody asked.
         trace: Per-step signals.
         window: What is differentiated.
+        replica: Which of several independent runs for one hypergradient this is, from 0.
     """
 
-    kept: dict[int, Iterate]
+    inner: InnerLoop
+    variables: OuterVariables
     key: Key
     steps: int
+    first: Iterate
+    kept: dict[int, Iterate]
+    inputs: dict[int, StepInputs]
+    graphs: dict[int, Iterate]
     trace: Trace
     window: Window
+    no_graph: str = ""
+    replica: int = 0
 
     @property
     def horizon(self) -> int:
         """The number of inner steps that were run."""
         return self.trace.horizon
 
-    def select(self, window: Window) -> "Trajectory":
+    @property
+    def has_graph(self) -> bool:
+        """Whether the window was recorded with its graph."""
+        return self.window.start in self.graphs and self.window.stop in self.graphs
+
+    def select(self, window: Window) -> Trajectory:
         """The same recording with another window.
 
         Raises:
@@ -140,6 +155,103 @@ class Trajectory:
             )
         return replace(self, window=window)
 
-    def last_kept(self, step: int) -> int:
-        """The latest step ≤ `step` whose iterate is kept."""
-        return max(kept for kept in self.kept if kept <= step)
+    def inputs_at(self, step: int) -> StepInputs:
+        """(b_t, h_t) on the graph of φ: as recorded, or made again.
+
+        Raises:
+            ProblemError: Making them again failed, though it had not before.
+        """
+        if step in self.inputs:
+            return self.inputs[step]
+        with torch.enable_grad():
+            return self._made_again(self.variables.tree, step)
+
+    def _made_again(self, outer: Any, step: int) -> StepInputs:
+        try:
+            return self.inner.inputs(outer, step, self.key)
+        except Exception as error:
+            raise ProblemError(
+                f"inner_batch raised {type(error).__name__} when inner step {step} was made "
+                f"again, though it had not before. {_REPEATABLE}"
+            ) from error
+
+    @torch.no_grad()
+    def iterate_at(self, step: int) -> Iterate:
+        """(θ_t, s_t) for any t from the first kept iterate on, recomputed if need be."""
+        return self._segment(max(kept for kept in self.kept if kept <= step), step)[-1]
+
+    def iterates_backward(self) -> Iterator[tuple[int, Iterate]]:
+        """(t, (θ_t, s_t)) for t = stop−1 down to start.
+
+        With every k-th iterate kept, one segment of k is recomputed at a time, from the same
+        batches and the same randomness, so the iterates are those of the rollout. Where gradients
+        were kept, all but the last iterate of a recomputed segment have theirs.
+        """
+        step = self.window.stop - 1
+        for first in sorted(self.kept, reverse=True):
+            if first > step:
+                continue
+            segment = self._segment(first, step)
+            while segment and step >= self.window.start:
+                yield step, segment.pop()
+                step -= 1
+            if step < self.window.start:
+                return
+
+    @torch.no_grad()
+    def _segment(self, first: int, last: int) -> list[Iterate]:
+        """The iterates first … last, from the kept one at `first`."""
+        segment = [self.kept[first].to(self.first.params.device)]
+        keeps_gradients = segment[0].gradient is not None
+        for step in range(first, last):
+            if step in self.inputs:
+                inputs = detach(self.inputs[step])
+            else:
+                inputs = self._made_again(detach(self.variables.tree), step)
+            before = segment[-1]
+            params, state, gradient, _ = self.inner.run(
+                self.inner.advance, before.params, before.state, inputs, ()
+            )
+            if keeps_gradients:
+                segment[-1] = replace(segment[-1], gradient=gradient)
+            segment.append(Iterate(params, state))
+        return segment
+
+    def check_repeated(self, losses: Mapping[int, Tensor]) -> None:
+        """Compare inner losses that an estimator has evaluated again with the recorded ones.
+
+        They may differ by rounding, which is taken as the root of the rounding unit times the
+        largest loss of the run.
+
+        Args:
+            losses: ℓ(θ_t, b_t) by step t.
+
+        Raises:
+            ProblemError: One differs, so the hypergradient would be that of another run.
+        """
+        if not losses:
+            return
+        steps = sorted(losses)
+        recorded = self.trace["inner_loss"]
+        again = torch.stack([losses[step].detach() for step in steps]).to(recorded)
+        before = recorded[steps]
+        scale = recorded.abs().max() * torch.finfo(self.first.params.dtype).eps ** 0.5
+        off = ((again - before).abs() > scale) & torch.isfinite(before)
+        if not bool(off.any()):
+            return
+        index = int(off.nonzero()[-1])
+        step = steps[index]
+        method = "inner_loss" if step in self.inputs else "inner_batch or inner_loss"
+        raise ProblemError(
+            f"{method} is not the same when it is run again: the inner loss of step {step} was "
+            f"{float(before[index]):.6g} and is now {float(again[index]):.6g}, from the same "
+            f"parameters. {_REPEATABLE}"
+        )
+
+
+#: What to do about a step that differs when it is run again.
+_REPEATABLE = (
+    "A step must be a pure function of its arguments (docs/contract.md): draw from the generator "
+    "that inner_batch is given, choose examples by `step`, and let no module, counter or iterator "
+    "change while it runs"
+)

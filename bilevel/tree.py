@@ -1,7 +1,9 @@
 """The few operations on pytrees of tensors that the rest of the package shares."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
 
 import optree
 import torch
@@ -40,6 +42,11 @@ def partition(
     return [leaf for leaf, is_chosen in zip(leaves, chosen, strict=True) if is_chosen], rebuild
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Every tensor of a pytree."""
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def detach(tree: Any) -> Any:
     """The same pytree with every tensor cut off its graph."""
     return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
@@ -55,3 +62,48 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     paths, leaves, _ = optree.tree_flatten_with_path(tree)
     names = ["/".join(str(part) for part in path) or "outer" for path in paths]
     return list(zip(names, leaves, strict=True))
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """How a pytree of tensors of one dtype lies in one flat vector: leaf after leaf.
+
+    The order is that of `optree.tree_leaves`, in which the keys of a dict are sorted.
+    """
+
+    spec: optree.PyTreeSpec
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tree: Any) -> "Layout":
+        """That of a pytree with at least one leaf."""
+        leaves, spec = optree.tree_flatten(tree)
+        shapes = tuple(leaf.shape for leaf in leaves)
+        return cls(spec, shapes, leaves[0].dtype, leaves[0].device)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Entries of every leaf."""
+        return [shape.numel() for shape in self.shapes]
+
+    @cached_property
+    def example(self) -> Any:
+        """A pytree of this layout, to look at shapes, dtype and device; it takes no memory."""
+        leaf = torch.zeros((), dtype=self.dtype, device=self.device)
+        return optree.tree_unflatten(self.spec, [leaf.expand(shape) for shape in self.shapes])
+
+    def ravel(self, tree: Any) -> Tensor:
+        """The leaves as one vector."""
+        leaves = [leaf.reshape(-1) for leaf in optree.tree_leaves(tree)]
+        return leaves[0] if len(leaves) == 1 else torch.cat(leaves)
+
+    def unravel(self, vector: Tensor) -> Any:
+        """The pytree whose leaves are views of the vector."""
+        if len(self.shapes) == 1:
+            return optree.tree_unflatten(self.spec, [vector.view(self.shapes[0])])
+        pieces = vector.split(self.sizes)
+        leaves = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return optree.tree_unflatten(self.spec, leaves)

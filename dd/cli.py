@@ -1,16 +1,19 @@
-"""What the commands share: arguments, errors and the table of results."""
+"""What the commands share: arguments, errors and the table of results.
+
+Importing it costs nothing: help and mistakes in arguments are told before PyTorch is imported.
+"""
 
 import argparse
+import ctypes
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import bilevel
-from bilevel.distributed import rank, world_size
-from dd.processes import joined
-
 #: Exit status after Ctrl-C, as the shell has it.
 INTERRUPTED = 130
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -34,8 +37,9 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> Non
 
 def fail(message: str) -> int:
     """Print a one-line error; returns the exit status for a usage error."""
-    where = f" in process {rank()} of {world_size()}" if rank() else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    from dd.runtime.processes import which_process
+
+    print(f"error{which_process()}: {message}", file=sys.stderr)
     return 2
 
 
@@ -44,14 +48,18 @@ def run(command: Callable[[], int]) -> int:
 
     That is, when Ctrl-C comes outside the parts that handle it, or when another process is gone.
     """
+    from bilevel import ProcessError
+    from dd.runtime.processes import is_first_process, joined
+
+    keep_freed_memory()
     try:
         with joined():
             return command()
     except KeyboardInterrupt:
-        if rank() == 0:
+        if is_first_process():
             print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
-    except bilevel.ProcessError as error:
+    except ProcessError as error:
         return fail(str(error))
 
 
@@ -82,3 +90,19 @@ def _print_row(label: str, accuracy: Mapping[str, Any] | None) -> None:
         return
     value = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
     print(f"{label:<20}{value:>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from giving every large block back to the system as soon as it is freed.
+
+    Activations are large, so by default each is mapped, zeroed page by page, and unmapped again
+    in every step. Afterwards the process's size stays at its peak, and reuses what it has.
+
+    Returns:
+        Whether it took effect; False where the C library is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -6,22 +6,26 @@ import io
 import re
 import tokenize
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import nn
 
 import bilevel
 import gin
-from dd import augmentation, data, networks, problems
-from dd.distiller import Distiller
-from dd.evaluation import Evaluator
+from dd import augmentation, data, networks
+from dd.augmentation import Augmentation
+from dd.distillation.settings import Distiller
+from dd.evaluation.evaluator import Evaluator
+from dd.evaluation.protocols import DCProtocol, Protocol
 from dd.experiment import Experiment
-from dd.expert_training import Experts
 from dd.objectives import MatchExperts, RealImages
-from dd.precision import Precision
-from dd.protocols import DCProtocol
-from dd.synthetic import SyntheticDataset
+from dd.objectives.alignment import PrototypeAlignment
+from dd.objectives.difficulty import DifficultyPacing
+from dd.objectives.experts import Experts
+from dd.runtime.changes import WHEN_JUDGED
+from dd.runtime.precision import Precision
+from dd.synthetic.dataset import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
@@ -33,7 +37,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Experts": Experts,
     "MatchExperts": MatchExperts,
     "RealImages": RealImages,
-    "DifficultyPacing": data.DifficultyPacing,
+    "DifficultyPacing": DifficultyPacing,
     "SyntheticDataset": SyntheticDataset,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,
@@ -55,7 +59,9 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "ViT": networks.ViT,
     "Full": bilevel.truncation.Full,
     "Last": bilevel.truncation.Last,
+    "LogUniform": bilevel.truncation.LogUniform,
     "MinimumDistance": bilevel.truncation.MinimumDistance,
+    "Pessimistic": bilevel.truncation.Pessimistic,
     "RandomWindow": bilevel.truncation.RandomWindow,
     "StageAware": bilevel.truncation.StageAware,
     "ByMetric": bilevel.truncation.ByMetric,
@@ -70,7 +76,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Eigenvectors": bilevel.basis.Eigenvectors,
     "MovingAverageClip": bilevel.clip.MovingAverageClip,
     "MovingAverageRowClip": bilevel.clip.MovingAverageRowClip,
-    "PrototypeAlignment": problems.PrototypeAlignment,
+    "PrototypeAlignment": PrototypeAlignment,
     "sgd": bilevel.optim.sgd,
     "adam": bilevel.optim.adam,
     "adamw": bilevel.optim.adamw,
@@ -83,6 +89,22 @@ for _name, _target in CONFIGURABLES.items():
     if _name != "Experiment":
         gin.external_configurable(_target, _name)
 
+
+#: What parameters of version 0.1 are called now.
+MOVED = {
+    **{
+        f"Distiller.{name}": f"RealImages.{name}"
+        for name in ("real_batch", "real_micro_batch", "held_out_batch", "alignment", "precision")
+    },
+    "Precision.tf32": "Distiller.tf32",
+}
+
+#: What a set is judged by: all its parameters may change when that is done again.
+JUDGES = (Evaluator, Protocol, Augmentation, nn.Module)
+
+_PACKAGED = Path(__file__).parent / "recipes"
+#: The recipes that come with `dd`, beside this file in a wheel; the repository has them in gin/.
+RECIPES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "gin"
 
 #: Parameters that the named files and bindings set themselves, not those they include.
 _set_by_user: set[str] = set()
@@ -115,23 +137,20 @@ class ConfigError(Exception):
 def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     """Build the experiment that gin files and bindings describe.
 
+    A file is looked for in the working directory, then among the recipes of `dd`: from any
+    directory, "digits", "gin/digits" and "gin/digits.gin" are the same recipe.
+
     Raises:
         ConfigError: A file is missing, a name is misspelt, or a value cannot work.
     """
     gin.clear_config()
     _set_by_user.clear()
-    for name in files:
-        if not Path(name).is_file():
-            beside = sorted(path.name for path in Path(name).parent.glob("*.gin"))
-            raise ConfigError(
-                f"gin file {name} does not exist"
-                + (_nearest(Path(name).name, beside) if beside else "")
-            )
+    paths = [_found(name, Path()) for name in files]
     try:
-        for source in [*(Path(name).read_text() for name in files), *bindings]:
+        for source in [*(path.read_text("utf-8") for path in paths), *bindings]:
             _set_by_user.update(re.findall(r"^\s*([\w./]+)\s*=", source, re.MULTILINE))
-        for name in files:
-            _parse(Path(name))
+        for path in paths:
+            _parse(path)
         gin.parse_config_files_and_bindings([], list(bindings))
         return _EXPERIMENT()
     except (
@@ -146,10 +165,30 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
         raise ConfigError(one_line(error)) from error
 
 
+def _found(name: str, folder: Path) -> Path:
+    recipe = PurePath(name)
+    if recipe.parts[:1] == ("gin",):
+        recipe = recipe.relative_to("gin")
+    for path in (folder / name, RECIPES / recipe):
+        for spelled in (path, Path(f"{path}.gin")):
+            if spelled.is_file():
+                return spelled
+    beside = sorted(path.name for path in (folder / name).parent.glob("*.gin"))
+    recipes = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.gin"))
+    near = difflib.get_close_matches(recipe.name, [*beside, *recipes], n=1)
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    elif beside:
+        hint = f"there are {', '.join(beside)}"
+    else:
+        hint = f"recipes are in {RECIPES}"
+    raise ConfigError(f"gin file {name} does not exist; {hint}")
+
+
 def _parse(path: Path) -> None:
-    """Parse a file; what it includes is looked for beside it, wherever one is."""
+    """Parse a file; what it includes is looked for beside it, wherever one is, then in `dd`."""
     begin = 0
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8").splitlines()
 
     def flush(end: int) -> None:
         text = io.StringIO("\n" * begin + "\n".join(lines[begin:end]) + "\n")
@@ -161,9 +200,10 @@ def _parse(path: Path) -> None:
         if include:
             flush(number)
             begin = number + 1
-            target = path.absolute().parent / include[2]
-            if not target.is_file():
-                raise ConfigError(f"{path} includes {include[2]}, which is not beside it")
+            try:
+                target = _found(include[2], path.absolute().parent)
+            except ConfigError as error:
+                raise ConfigError(f"{path} includes {include[2]}: {error}") from error
             _parse(target)
     flush(len(lines))
 
@@ -198,6 +238,11 @@ def one_line(error: BaseException) -> str:
     )
     if parameter:
         owner, name = parameter[1].split(".")[-1], parameter[2]
+        moved = MOVED.get(f"{owner}.{name}")
+        if moved is not None:
+            return f"{owner}.{name} is now {moved}" + (
+                " (with Distiller.objective = @RealImages())" if "RealImages" in moved else ""
+            )
         known = [
             p
             for p in inspect.signature(CONFIGURABLES[owner]).parameters
@@ -221,13 +266,41 @@ def one_line(error: BaseException) -> str:
     return f"{inside[1]}: {gist}" if inside else gist
 
 
-def differences(old: str, new: str, allowed: tuple[str, ...]) -> list[str]:
-    """What two operative configurations disagree in, beyond names that start with `allowed`."""
+def saved_text(path: Path) -> str:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: The run is of version 0.1.
+        OSError: It cannot be read.
+    """
+    saved = path.read_text()
+    if not MOVED.keys().isdisjoint(parameters(saved)):
+        raise ConfigError(
+            f"{path.parent} holds a run of version 0.1, which cannot be resumed or judged again; "
+            "its distilled set can be judged as that of another run, by --set"
+        )
+    return saved
+
+
+def changeable(mark: str) -> set[str]:
+    """The parameters that carry a mark of `dd.runtime.changes`."""
+    names = set()
+    for name, target in CONFIGURABLES.items():
+        judges = isinstance(target, type) and issubclass(target, JUDGES)
+        for parameter in inspect.signature(target, eval_str=True).parameters.values():
+            marks = getattr(parameter.annotation, "__metadata__", ())
+            if mark in marks or (judges and mark == WHEN_JUDGED):
+                names.add(f"{name}.{parameter.name}")
+    return names
+
+
+def differences(old: str, new: str, allowed: set[str]) -> list[str]:
+    """What two operative configurations disagree in, beyond the parameters in `allowed`."""
     first, second = parameters(old), parameters(new)
     return [
         f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
         for name in sorted(first.keys() | second.keys())
-        if first.get(name) != second.get(name) and not name.startswith(allowed)
+        if first.get(name) != second.get(name) and name not in allowed
     ]
 
 

@@ -4,42 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from dd import config
 from dd.cli import add_gin_arguments, fail, print_results, run
-from dd.comparison import comparison_plot, comparison_table, load_results
-from dd.distillation import DISTILLED
-from dd.experiment import CONFIG
-from dd.files import DamagedFileError, write_bytes
-from dd.foreign_set import PIXELS, TRANSFORMED
-from dd.memory import keep_freed_memory
-from dd.processes import one_first
-from dd.results import RESULTS, TRAINING_SETS
-
-#: Parameters that change neither the split of the data nor the set.
-CHANGEABLE = (
-    "Evaluator.",
-    "DCProtocol.",
-    "FlipOrRotate",
-    "DSA",
-    "Experiment.network",
-    "ConvNet.",
-    "ResNet18.",
-    "VGG11.",
-    "AlexNet.",
-    "ViT.",
-    "Experiment.device",
-    "Experiment.images_on",
-    "cifar10.",
-    "cifar100.",
-    "arrays.path",
-    "image_folder.root",
-    "tiny_imagenet.root",
-    "tiny_imagenet.cache_folder",
-    "imagenet.root",
-    "imagenet.cache_folder",
-    "kip_whitening.cache_folder",
-    "zca_whitening.cache_folder",
-)
+from dd.evaluation.names import PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
 
 EPILOG = """\
 examples:
@@ -115,10 +81,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_gin_arguments(parser, required=False)
     options = parser.parse_args(arguments)
-    keep_freed_memory()
-    folder = Path(options.run_dir)
     if options.compare:
-        return _compare([folder, *map(Path, options.compare)], Path(options.plot))
+        return run(lambda: _compare(options))
+    return run(lambda: _evaluate(options))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from dd import config
+    from dd.distillation.recorder import DISTILLED
+    from dd.experiment import CONFIG
+    from dd.runtime.changes import WHEN_JUDGED
+    from dd.runtime.files import DamagedFileError
+    from dd.runtime.processes import one_first
+
+    folder = Path(options.run_dir)
     configuration = folder / CONFIG
     if not configuration.is_file():
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
@@ -126,11 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
     whole = chosen == folder / DISTILLED and not options.only
     name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
+        saved = config.saved_text(configuration)
         with one_first():
             experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
-        saved = configuration.read_text()
         # What the transform was fitted with is known only in training.
-        changed = config.differences(saved, f"{saved}\n{config.text()}", CHANGEABLE)
+        changed = config.differences(
+            saved, f"{saved}\n{config.text()}", config.changeable(WHEN_JUDGED)
+        )
         if changed:
             return fail(
                 f"the set was distilled with another configuration ({'; '.join(changed)}), so "
@@ -138,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "and of networks"
             )
         names = [name for name in options.architectures.split(",") if name]
-        results = experiment.evaluate(
+        report = experiment.evaluate(
             chosen,
             Path(options.json) if options.json else folder / name,
             options.only or TRAINING_SETS,
@@ -149,13 +127,17 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
         return fail(str(error))
-    print_results(results)
+    print_results(report.as_dict())
     return 0
 
 
-def _compare(folders: list[Path], plot: Path) -> int:
+def _compare(options: argparse.Namespace) -> int:
+    from dd.evaluation.comparison import comparison_plot, comparison_table, load_results
+    from dd.runtime.files import DamagedFileError, write_bytes
+
+    folders, plot = [options.run_dir, *options.compare], Path(options.plot)
     try:
-        runs = load_results(folders)
+        runs = load_results([Path(folder) for folder in folders])
     except (DamagedFileError, OSError) as error:
         return fail(str(error))
     print(comparison_table(runs))
@@ -165,4 +147,4 @@ def _compare(folders: list[Path], plot: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -9,24 +10,33 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel.distributed import rank, world_size
-from dd.assessment import Assessment
+from bilevel.distributed import world_size
 from dd.augmentation import Augmentation
-from dd.checks import check_callable, check_choice, check_instance, check_integer, check_number
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
-from dd.devices import chosen_device
-from dd.distillation import DISTILLED
-from dd.distilled_set import DistilledSet
-from dd.distiller import Distiller
-from dd.evaluation import Evaluator
-from dd.expert_buffer import describe
-from dd.files import write_text
-from dd.foreign_set import TRANSFORMED, load_foreign_set
-from dd.job import Job
-from dd.progress import StopRequest
-from dd.results import RESULTS, TRAINING_SETS, empty_results, versions, write_results
-from dd.synthetic import SyntheticDataset
+from dd.distillation.loop import begin
+from dd.distillation.recorder import DISTILLED, record
+from dd.distillation.settings import Distiller
+from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
+from dd.evaluation.foreign_set import load_foreign_set
+from dd.evaluation.names import RESULTS, TRAINING_SETS, TRANSFORMED
+from dd.evaluation.report import Assessment, Report, new_report, versions
+from dd.objectives.base import Task
+from dd.objectives.expert_buffer import describe
+from dd.runtime.changes import Judging
+from dd.runtime.checks import (
+    check_callable,
+    check_choice,
+    check_instance,
+    check_integer,
+    check_number,
+)
+from dd.runtime.devices import chosen_device
+from dd.runtime.files import write_json, write_text
+from dd.runtime.run_folder import RunFolder
+from dd.runtime.stopping import StopRequest
+from dd.synthetic.dataset import SyntheticDataset
 
 CONFIG = "config.gin"
 
@@ -58,15 +68,15 @@ class Experiment:
         self,
         dataset: ImageDataset,
         transform: Callable[[torch.Tensor], PixelTransform],
-        network: Callable[..., nn.Module],
+        network: Judging[Callable[..., nn.Module]],
         augmentation: Augmentation,
         synthetic: SyntheticDataset,
         distiller: Distiller,
         evaluator: Evaluator,
         seed: int = 0,
         validation_fraction: float = 0.1,
-        device: str = "auto",
-        images_on: str = "device",
+        device: Judging[str] = "auto",
+        images_on: Judging[str] = "device",
     ) -> None:
         check_instance("dataset", dataset, ImageDataset, "@cifar10() with ()")
         check_callable("transform", transform, "@kip_whitening without ()")
@@ -100,8 +110,7 @@ class Experiment:
             "image_size": height,
         }
         self.network = network(**self.image_format)
-        if distiller.alignment is not None:
-            distiller.alignment.check(self.network, dataset.image_shape, synthetic.patches_per_side)
+        distiller.objective.check(self.network, dataset.image_shape, synthetic)
         # On the CPU, so that a seed means the same on every device.
         self.key = bilevel.Key(seed)
 
@@ -129,16 +138,22 @@ class Experiment:
             self.validation_fraction,
         )
 
-    def job(self, data: PreparedData, folder: Path, seed: int | None = None) -> Job:
-        """What the distiller works on, in `folder`, from this experiment's seed or another one."""
+    def task(self, data: PreparedData, folder: Path | None, seed: int | None = None) -> Task:
+        """What the distiller works on, from this experiment's seed or another one.
+
+        Args:
+            data: What `prepare` returned.
+            folder: Where the run is kept; None: nowhere.
+            seed: Of the distillation; the split of the data has the experiment's.
+        """
         seed = self.seed if seed is None else seed
-        return Job(
+        return Task(
             data=data,
             network=self.network,
             augmentation=self.augmentation,
             synthetic=self.synthetic,
             evaluator=self.evaluator,
-            folder=folder,
+            folder=RunFolder(folder),
             key=bilevel.Key(seed),
             device=self.device,
             provenance={
@@ -152,29 +167,35 @@ class Experiment:
 
     def train(
         self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
-    ) -> dict[str, Any]:
-        """Distil into `folder`, then evaluate unless asked to stop; returns the results."""
-        results = empty_results(self)
+    ) -> Report:
+        """Distil into `folder`, then evaluate unless asked to stop."""
+        report = self._new_report(self.synthetic.images_per_class)
+        task = self.task(data, folder)
 
-        def begin() -> None:
-            if rank() == 0:
-                write_text(folder / CONFIG, config_text)
-            write_results(folder / RESULTS, results)
+        def write(report: Report) -> None:
+            task.folder.write(RESULTS, partial(write_json, content=report.as_dict()))
 
         try:
-            state = self.distiller.distil(self.job(data, folder), stop, config_text, begin)
-            results["outer_steps"] = state.step
-            results["wall_clock_seconds"]["distilling"] = state.seconds
+            run = begin(self.distiller, task)
+            task.folder.write(CONFIG, partial(write_text, content=config_text))
+            write(report)
+            record(run, folder, stop, config_text)
+            report = replace(
+                report, outer_steps=run.state.step, seconds_distilling=run.state.seconds
+            )
             if not stop.agreed():
                 stop.at_once = True
                 distilled = DistilledSet.load(folder / DISTILLED)
-                results["distilled_set"] = {"file": DISTILLED, **distilled.provenance}
-                return Assessment(self, distilled, data, results, folder / RESULTS).run()
+                report = report.of_set(DISTILLED, distilled)
+                for measured in self._assessment(distilled, data).measured(report):
+                    report = measured
+                    write(report)
+                return report
         except KeyboardInterrupt:
             pass  # a second Ctrl-C while distilling, or the first while evaluating
-        results["status"] = "interrupted"
-        write_results(folder / RESULTS, results)
-        return results
+        report = replace(report, status="interrupted")
+        write(report)
+        return report
 
     def evaluate(
         self,
@@ -186,8 +207,8 @@ class Experiment:
         architectures: Mapping[str, nn.Module] | None = None,
         hard_labels: bool = False,
         scores: bool = False,
-    ) -> dict[str, Any]:
-        """Evaluate a distilled set with its own transform; returns and writes the results.
+    ) -> Report:
+        """Evaluate a distilled set with its own transform; the results are also written.
 
         Args:
             set_path: A set of ours, or whatever `load_foreign_set` reads, for which the transform
@@ -217,11 +238,29 @@ class Experiment:
             )
         if hard_labels and distilled.labels.is_floating_point():
             distilled = replace(distilled, labels=distilled.labels.argmax(dim=1))
-        results = empty_results(self)
-        results["images_per_class"] = len(distilled.images) // self.dataset.num_classes
-        results["wall_clock_seconds"]["distilling"] = distilled.provenance.get("seconds")
-        results["outer_steps"] = distilled.provenance.get("outer_step")
-        results["distilled_set"] = {"file": set_path.name, **distilled.provenance}
+        report = replace(
+            self._new_report(len(distilled.images) // self.dataset.num_classes),
+            seconds_distilling=distilled.provenance.get("seconds"),
+            outer_steps=distilled.provenance.get("outer_step"),
+        ).of_set(set_path.name, distilled)
         data = self.prepare(distilled.transform) if data is None else data
-        assessment = Assessment(self, distilled, data, results, results_path)
-        return assessment.run(training_sets, architectures, scores)
+        folder = RunFolder(results_path.parent)
+        assessment = self._assessment(distilled, data)
+        for measured in assessment.measured(report, training_sets, architectures, scores):
+            report = measured
+            folder.write(results_path.name, partial(write_json, content=report.as_dict()))
+        return report
+
+    def _new_report(self, images_per_class: int) -> Report:
+        return new_report(
+            self.dataset.name,
+            images_per_class,
+            self.network,
+            self.evaluator,
+            self.seed,
+            self.device,
+        )
+
+    def _assessment(self, distilled: DistilledSet, data: PreparedData) -> Assessment:
+        key = self.key.fold("evaluation")
+        return Assessment(distilled, data, self.network, self.evaluator, key)

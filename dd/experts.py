@@ -2,17 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from bilevel import BilevelError
-from dd import config
 from dd.cli import INTERRUPTED, add_gin_arguments, fail, run
-from dd.distiller import Distiller
-from dd.expert_buffer import ExpertWriter
-from dd.expert_training import Experts
-from dd.files import DamagedFileError
-from dd.memory import keep_freed_memory
-from dd.objectives import MatchExperts
-from dd.progress import stop_on_signal
 
 EPILOG = """\
 examples:
@@ -40,10 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_gin_arguments(parser, required=True)
     options = parser.parse_args(arguments)
-    keep_freed_memory()
+    return run(lambda: _train(options))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from bilevel import BilevelError
+    from dd import config
+    from dd.runtime.files import DamagedFileError
+    from dd.runtime.stopping import stop_on_signal
+
     try:
         experiment = config.load(options.gin_file, options.gin_param)
-        experts = _experts(experiment.distiller)
+        experts = experiment.distiller.objective.experts
         if experts is None:
             return fail(
                 "this configuration has no use for experts: set "
@@ -66,31 +68,25 @@ def main(arguments: list[str] | None = None) -> int:
     if stop.requested:
         print(f"stopped with {len(writer.done)} experts; to go on, repeat the command")
         return INTERRUPTED
-    _print(writer)
+    _print(writer.folder, writer.index)
     return 0
 
 
-def _experts(distiller: Distiller) -> Experts | None:
-    if isinstance(distiller.objective, MatchExperts):
-        return distiller.objective.experts
-    return None if distiller.alignment is None else distiller.alignment.experts
-
-
-def _print(writer: ExpertWriter) -> None:
-    shards = writer.index["shards"]
-    size = sum((writer.folder / shard["file"]).stat().st_size for shard in shards)
+def _print(folder: Path, index: Mapping[str, Any]) -> None:
+    shards = index["shards"]
+    size = sum((folder / shard["file"]).stat().st_size for shard in shards)
 
     def mean(name: str) -> float:
         return float(sum(shard[name] for shard in shards) / len(shards))
 
-    print(f"\n{len(shards)} experts, {size / 1e6:.1f} MB in {writer.folder}")
+    print(f"\n{len(shards)} experts, {size / 1e6:.1f} MB in {folder}")
     print(f"validation accuracy  {100 * mean('validation_accuracy'):.1f} %")
     print(
-        f"stored as {writer.index['training']['storage']}: "
+        f"stored as {index['training']['storage']}: "
         f"{100 * mean('stored_validation_accuracy'):.1f} %, rounding error "
         f"{mean('storage_error'):.1e} of the distance between snapshots"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

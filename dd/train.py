@@ -5,34 +5,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from bilevel import BilevelError
-from bilevel.distributed import gather
-from dd import config
 from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
-from dd.distillation import CHECKPOINT, DISTILLED, PICTURE
-from dd.experiment import CONFIG, Experiment
-from dd.files import DamagedFileError
-from dd.memory import keep_freed_memory
-from dd.processes import one_first
-from dd.progress import stop_on_signal
-from dd.results import RESULTS
-
-#: Parameters that may change when a run is resumed: how long it goes on, how it is judged, and
-#: where cached files are.
-RESUMABLE = (
-    "Distiller.outer_steps",
-    "Distiller.minutes",
-    "Distiller.snapshot_minutes",
-    "Distiller.image_every",
-    "Evaluator.networks",
-    "Evaluator.steps",
-    "Evaluator.full_data_networks",
-    "Evaluator.full_data_steps",
-    "kip_whitening.cache_folder",
-    "zca_whitening.cache_folder",
-    "tiny_imagenet.cache_folder",
-    "imagenet.cache_folder",
-)
 
 EPILOG = """\
 examples:
@@ -70,7 +43,21 @@ def main(arguments: list[str] | None = None) -> int:
         "(default: a new one below runs/)",
     )
     options = parser.parse_args(arguments)
-    keep_freed_memory()
+    return run(lambda: _train(options))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from bilevel import BilevelError
+    from dd import config
+    from dd.distillation.loop import CHECKPOINT
+    from dd.distillation.recorder import DISTILLED, PICTURE
+    from dd.evaluation.names import RESULTS
+    from dd.experiment import CONFIG
+    from dd.runtime.changes import WHEN_RESUMED
+    from dd.runtime.files import DamagedFileError
+    from dd.runtime.processes import from_first_process, one_first
+    from dd.runtime.stopping import stop_on_signal
+
     try:
         with one_first():
             experiment = config.load(options.gin_file, options.gin_param)
@@ -78,11 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(str(error))
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(options.gin_file[0]).stem}-{started}"
-    folder = Path(gather(options.run_dir or default)[0])
-    return _run(experiment, folder)
-
-
-def _run(experiment: Experiment, folder: Path) -> int:
+    folder = Path(from_first_process(options.run_dir or default))
     for name in config.unused():
         print(f"note: {name} is set, but nothing refers to {name.rsplit('.', 1)[0]}")
     print(f"preparing {experiment.dataset!r}", flush=True)
@@ -94,29 +77,32 @@ def _run(experiment: Experiment, folder: Path) -> int:
     text = config.text()
     try:
         if (folder / CHECKPOINT).exists():
-            differences = config.differences((folder / CONFIG).read_text(), text, RESUMABLE)
+            saved = config.saved_text(folder / CONFIG)
+            differences = config.differences(saved, text, config.changeable(WHEN_RESUMED))
             if differences:
                 return fail(
                     f"{folder} holds a run with another configuration ({'; '.join(differences)}): "
                     "choose another --run_dir, or repeat the command that started it"
                 )
             print(f"resuming the run in {folder}")
+    except config.ConfigError as error:
+        return fail(str(error))
     except OSError as error:
         return fail(f"--run_dir={folder} cannot be used: {error}")
     print(f"writing to {folder} (watch it: tensorboard --logdir {folder})", flush=True)
     try:
         with stop_on_signal() as stop:
-            results = experiment.train(data, folder, stop, text)
+            report = experiment.train(data, folder, stop, text)
     except (BilevelError, DamagedFileError, OSError) as error:
         return fail(str(error))
-    if results["status"] == "interrupted":
-        done = results["outer_steps"]
+    if report.status == "interrupted":
+        done = report.outer_steps
         print(
             ("stopped at once" if done is None else f"stopped after outer step {done}")
             + f"; to go on, repeat the command with --run_dir={folder}"
         )
         return INTERRUPTED
-    print_results(results)
+    print_results(report.as_dict())
     print(
         f"\ndistilled set: {folder / DISTILLED}\npicture:       {folder / PICTURE}"
         f"\nresults:       {folder / RESULTS}"
@@ -125,4 +111,4 @@ def _run(experiment: Experiment, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

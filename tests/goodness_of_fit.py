@@ -17,6 +17,8 @@ def p_value(counts, expected, draws):
         cells.append((sum(counts[p] for p in rare), sum(expected[p] for p in rare) * draws))
     if sum(count for count, _ in cells) < draws:
         return 0.0
+    if len(cells) == 1:
+        return 1.0
     statistic = sum((count - mean) ** 2 / mean for count, mean in cells)
     half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(*half))

@@ -135,7 +135,7 @@ class LearnedStart(bilevel.Problem):
 class LearnedRate(LearnedStart):
     """The learning rate is learned beside the start, through `hyperparameters`."""
 
-    def hyperparameters(self, outer):
+    def hyperparameters(self, outer, step):
         return {"lr": outer["log_lr"].exp()}
 
 
@@ -256,13 +256,14 @@ def make(name: str, seed: int, size: int = 4) -> Case:
 
 
 def unroll(case: Case, optimizer: Any, outer: Any, key: bilevel.Key, start: int, stop: int):
-    """θ_stop as a pytree with a graph to `outer`, the iterate at `start` > 0 detached."""
+    """(θ_stop as a pytree, Σ f_t) with a graph to `outer`, the iterate at `start` > 0 detached."""
     problem = case.problem
-    hyper = problem.hyperparameters(outer)
-    transformation = optimizer(**hyper) if hyper else optimizer
     params = problem.init(outer, generator=key.generator("init"))
-    state = transformation.init(params)
+    state, total = None, 0.0
     for step in range(stop):
+        hyper = problem.hyperparameters(outer, step)
+        transformation = optimizer(**hyper) if hyper else optimizer
+        state = transformation.init(params) if state is None else state
         if step == start and start > 0:
             params, state = optree.tree_map(lambda x: x.detach(), (params, state))
         params = optree.tree_map(
@@ -276,19 +277,21 @@ def unroll(case: Case, optimizer: Any, outer: Any, key: bilevel.Key, start: int,
             optree.tree_unflatten(spec, grads), state, params=params, inplace=False
         )
         params = optree.tree_map(lambda p, u: p + u, params, updates)
-    return params
+        along = problem.step_loss(params, outer, step, generator=key.generator("step_loss", step))
+        total = total + along if along is not None and step >= start else total
+    return params, total
 
 
 def outer_value(case: Case, params: Any, outer: Any) -> Tensor:
     value = case.problem.outer_loss(params, outer, case.outer_batch)
-    return value[0] if isinstance(value, tuple) else value
+    return 0.0 if value is None else value[0] if isinstance(value, tuple) else value
 
 
 def brute_force(case: Case, optimizer: Any, key: bilevel.Key, window: bilevel.Window):
     """(F, dF/dφ) by autograd through the unroll."""
     outer = optree.tree_map(lambda x: x.detach().clone().requires_grad_(), case.outer)
-    params = unroll(case, optimizer, outer, key, window.start, window.stop)
-    loss = outer_value(case, params, outer)
+    params, along = unroll(case, optimizer, outer, key, window.start, window.stop)
+    loss = outer_value(case, params, outer) + along
     leaves, spec = optree.tree_flatten(outer)
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
     grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
@@ -315,14 +318,8 @@ class Fixed(bilevel.truncation.Truncation):
     def minimum_steps(self) -> int:
         return self.window.stop
 
-    def horizon(self, steps, generator):
-        return steps
-
-    def earliest_start(self, horizon):
-        return self.window.start
-
-    def select(self, trace, generator):
-        return self.window
+    def plan(self, steps, generator):
+        return bilevel.truncation.Plan(steps, self.window, self.window.start)
 
 
 def seeded(seed: int) -> torch.Generator:

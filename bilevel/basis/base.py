@@ -62,7 +62,13 @@ class Anchor:
 
 
 class Basis(ABC):
-    """Replaces a Hessian by a matrix of low rank."""
+    """Replaces a Hessian by a matrix of low rank.
+
+    Attributes:
+        carries_over: What a call takes over from the one before, in words, as of an `Estimator`.
+    """
+
+    carries_over: str = ""
 
     @abstractmethod
     def approximate(self, anchor: Anchor) -> LowRankMatrix:

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 
 from bilevel.basis.base import Anchor, Basis, LowRankMatrix
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.linear import randomized_eigendecomposition
 
@@ -53,7 +53,9 @@ class Eigenvectors(Basis):
         self.oversampling = check_integer("oversampling", oversampling, 0)
         self.power_iterations = check_integer("power_iterations", power_iterations, 0)
         self.refresh_every = check_integer("refresh_every", refresh_every)
-        self.refresh_change = check_positive("refresh_change", refresh_change)
+        self.refresh_change = check_number("refresh_change", refresh_change, above=0)
+        if self.refresh_every > 1:
+            self.carries_over = f"its eigenvectors (refresh_every={self.refresh_every})"
         self._kept: dict[str, Any] = {}
 
     def approximate(self, anchor: Anchor) -> LowRankMatrix:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.basis.base import Anchor, Basis, LowRankMatrix
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.linear import Lanczos
 
 #: Below this exponent a growing direction is not followed further: e⁶⁰⁰ is still a number.
@@ -42,7 +42,7 @@ class Krylov(Basis):
 
     def __init__(self, max_rank: int = 12, tolerance: float = 1e-2) -> None:
         self.max_rank = check_integer("max_rank", max_rank)
-        self.tolerance = check_positive("tolerance", tolerance, or_zero=True)
+        self.tolerance = check_number("tolerance", tolerance, minimum=0)
 
     def approximate(self, anchor: Anchor) -> LowRankMatrix:
         root = anchor.response.sqrt()
@@ -56,7 +56,7 @@ class Krylov(Basis):
                 image = root * anchor.image / torch.linalg.vector_norm(start)
             process.extend(image)
             flows.append(_flow(process.matrix, anchor.steps))
-            if len(flows) > 2 and _change(flows[-3], flows[-1]) < self.tolerance:
+            if len(flows) > 2 and _relative_change(flows[-3], flows[-1]) < self.tolerance:
                 break
         values, vectors = torch.linalg.eigh(process.matrix)
         order = values.abs().argsort(descending=True)
@@ -73,7 +73,7 @@ def _flow(matrix: Tensor, steps: int) -> Tensor:
     return vectors @ (growth * vectors[0])
 
 
-def _change(before: Tensor, after: Tensor) -> float:
+def _relative_change(before: Tensor, after: Tensor) -> float:
     """‖after − before‖ / ‖after‖, the shorter vector filled up with zeros."""
     difference = after.clone()
     difference[: len(before)] -= before

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_number
 from bilevel.errors import ConfigurationError, NonFiniteError
 
 
@@ -32,15 +33,9 @@ class Clip(ABC):
     """
 
     def __init__(self, decay: float = 0.9, factor: float = 2.0, cap: float | None = None) -> None:
-        if not isinstance(decay, (int, float)) or not 0 <= decay < 1:
-            raise ConfigurationError(f"decay={decay!r}: it must be a number in [0, 1)")
-        if not isinstance(factor, (int, float)) or not factor > 0:
-            raise ConfigurationError(f"factor={factor!r}: it must be a number above 0")
-        if cap is not None and (not isinstance(cap, (int, float)) or not cap >= 1):
-            raise ConfigurationError(f"cap={cap!r}: it must be a number of at least 1, or None")
-        self.decay = decay
-        self.factor = factor
-        self.cap = math.inf if cap is None else cap
+        self.decay = check_number("decay", decay, minimum=0, below=1)
+        self.factor = check_number("factor", factor, above=0)
+        self.cap = math.inf if cap is None else check_number("cap", cap, minimum=1)
         self.average: float | None = None
 
     @abstractmethod

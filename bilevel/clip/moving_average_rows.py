@@ -25,11 +25,11 @@ class MovingAverageRowClip(Clip):
     def __call__(self, tensors: Iterable[Tensor]) -> tuple[float, float]:
         grads = [torch.atleast_1d(grad) for grad in gradients_of(tensors)]
         norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads]
-        together = torch.cat(norms)
-        norm = float(together.sum() / together.count_nonzero().clamp_min(1))
+        all_norms = torch.cat(norms)
+        norm = float(all_norms.sum() / all_norms.count_nonzero().clamp_min(1))
         bound = self._bound(norm)
-        for grad, lengths in zip(grads, norms, strict=True):
+        for grad, row_norms in zip(grads, norms, strict=True):
             # A zero length gives 0/0, which fmin passes over.
-            scale = (bound / lengths).fmin(torch.ones_like(lengths))
+            scale = (bound / row_norms).fmin(torch.ones_like(row_norms))
             grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
         return norm, bound

@@ -1,40 +1,44 @@
-"""The exact hypergradient by the adjoint recursion, one step's graph at a time."""
+"""The exact hypergradient: the recorded graph, or the adjoint recursion one step at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
-from bilevel.errors import ConfigurationError
-from bilevel.estimators.base import Estimator
-from bilevel.estimators.inner_hessian import InnerHessian
-from bilevel.estimators.recursion import BackwardRecursion, WindowEnd, pull_update
-from bilevel.inner import InnerLoop
+from bilevel.checks import check_choice
+from bilevel.estimators.base import Estimator, WindowEnd
+from bilevel.estimators.recursion import BackwardRecursion, pull, pull_update
+from bilevel.estimators.reverse import through_graph
+from bilevel.inner import InnerLoop, StepInputs
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory
+from bilevel.trajectory import Iterate, Trajectory
 from bilevel.tree import needs_gradient, partition
 
 
 @final
 class Adjoint(Estimator):
-    """Exact, and the default: what autograd gives through the whole window, in flat memory.
+    """Exact, and the default: what autograd gives through the whole window.
 
     From λ = ∂F/∂θ_stop and μ = 0, for t = stop−1 … start:
 
-        λ', μ', ḡ, h̄ = VJP of the optimizer step Φ at (θ_t, s_t, g_t, h), applied to (λ, μ)
+        λ', μ', ḡ, h̄ = VJP of the optimizer step Φ at (θ_t, s_t, g_t, h_t), applied to (λ, μ)
         (H_t ḡ, b̄)   = ∇_{θ,b} ⟨∇_θ ℓ(θ_t, b_t), ḡ⟩
-        λ ← λ' + H_t ḡ,   μ ← μ',   φ̄ ← φ̄ + (∂b_t/∂φ)ᵀ b̄,   h̄ summed
+        λ ← λ' + H_t ḡ,   μ ← μ',   φ̄ ← φ̄ + (∂b_t/∂φ)ᵀ b̄ + (∂h_t/∂φ)ᵀ h̄
 
-    with φ̄ starting at ∂F/∂φ, and (∂θ_0/∂φ)ᵀ λ added when start = 0. Memory: the kept iterates
-    plus the graph of one step, whatever the width of the window.
+    with φ̄ starting at ∂F/∂φ, and (∂θ_0/∂φ)ᵀ λ added when start = 0. Of losses along the run,
+    ∂f_t/∂θ is added to λ at θ_{t+1}, and ∂f_t/∂φ to φ̄. Memory: the kept iterates plus the graph of
+    one step, whatever the width of the window.
+
+    Where the schedule knows its window before the run and the graphs of all its steps fit the
+    budget of `Hypergradient(graph_budget=…)`, the run is recorded with its graph, and autograd
+    goes through that once: the same up to rounding, in the time of a loop written by hand.
 
     Args:
         hvp: How H_t ḡ and the mixed product are computed, together. "reverse": reverse mode over
-            reverse mode, one gradient evaluation fewer and usually faster. "forward": forward mode
-            over reverse mode, with less memory for the step; the inner loss may then use only
-            operations that have a forward derivative (not `mse_loss(reduction="mean")`, `cdist`,
-            or fused attention).
+            reverse mode, usually faster. "forward": forward mode over reverse mode, always by the
+            recursion, with less memory for the step; the inner loss may then use only operations
+            that have a forward derivative (not `mse_loss(reduction="mean")`, `cdist`).
 
     Exact for: any window, any number of outer variables. Not for: inner losses without a second
     derivative (use finite differences), or very long windows near a converged inner problem, where
@@ -45,21 +49,17 @@ class Adjoint(Estimator):
     """
 
     def __init__(self, hvp: Literal["reverse", "forward"] = "reverse") -> None:
-        if hvp not in ("reverse", "forward"):
-            raise ConfigurationError(f"hvp={hvp!r}: it must be 'reverse' or 'forward'")
-        self.hvp = hvp
+        self.hvp = check_choice("hvp", hvp, ("reverse", "forward"))
+        self.uses_graph = hvp == "reverse"
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        end = WindowEnd.of(inner, trajectory, outer, outer_batch)
-        return self.through_window(inner, trajectory, outer, end)
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        if trajectory.has_graph and self.hvp == "reverse":
+            return through_graph(trajectory, outer_batch)
+        return self.through_window(trajectory, WindowEnd.of(trajectory, outer_batch))
 
     def through_window(
         self,
-        inner: InnerLoop,
         trajectory: Trajectory,
-        outer: Any,
         end: WindowEnd,
         *,
         products_before: int = 0,
@@ -69,78 +69,77 @@ class Adjoint(Estimator):
         """The recursion from the end of the window, for estimators that fall back on it.
 
         Args:
-            inner: The inner loop.
             trajectory: The recorded run and its window.
-            outer: φ.
-            end: The end of the window; its outer variables are used up.
+            end: The end of the window; its gradient is used up.
             products_before: Hessian-vector products that were already taken.
             remarks: As of `make_result`.
             **stats: As of `make_result`.
         """
-        recursion = BackwardRecursion(inner, trajectory, outer, end)
-        for step, iterate in recursion.steps():
-            batch, inputs = recursion.batch(step)
-            cotangent, state_cotangents, batch_cotangents, hyper_cotangents = inner.run(
-                self._adjoint_step,
+        inner = trajectory.inner
+        recursion = BackwardRecursion(trajectory, end)
+        step_back = _step_back if self.hvp == "reverse" else _step_back_forward
+        for step, iterate, inputs in recursion.steps():
+            loss, cotangent, state_cotangents, input_cotangents = inner.run(
+                step_back,
                 inner,
                 iterate.params,
                 iterate.state,
-                batch,
-                recursion.hyperparameters,
+                inputs,
                 recursion.cotangent,
                 recursion.state_cotangents,
             )
-            recursion.accumulate(inputs, batch_cotangents)
-            recursion.step_back(cotangent, state_cotangents, hyper_cotangents)
+            end.gradient.pull(partition(inputs, needs_gradient)[0], input_cotangents)
+            recursion.step_back(step, cotangent, state_cotangents, loss=loss)
         return recursion.result(
             hessian_vector_products=products_before + trajectory.window.width,
             remarks=remarks,
             **stats,
         )
 
-    def _adjoint_step(
-        self,
-        inner: InnerLoop,
-        params: Tensor,
-        state: Any,
-        batch: Any,
-        hyperparameters: Mapping[str, Tensor],
-        cotangent: Tensor,
-        state_cotangents: list[Tensor],
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], dict[str, Tensor]]:
-        """(λ, μ, b̄, h̄) one step earlier."""
-        linearise = _reverse_over_reverse if self.hvp == "reverse" else _forward_over_reverse
-        gradient, pull_gradient = linearise(inner, params, batch)
-        through_update, state_cotangents, gradient_cotangent, hyper_cotangents = pull_update(
-            inner, params, state, gradient, hyperparameters, cotangent, state_cotangents
-        )
-        product, *batch_cotangents = pull_gradient(gradient_cotangent)
-        return through_update + product, state_cotangents, batch_cotangents, hyper_cotangents
+
+def _step_back(
+    inner: InnerLoop,
+    params: Tensor,
+    state: Any,
+    inputs: StepInputs,
+    cotangent: Tensor,
+    state_cotangents: list[Tensor],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """(ℓ, λ, μ, cotangents of the inputs) one step earlier: the step again, and autograd once."""
+    state_leaves, rebuild_state = partition(state)
+    input_leaves, rebuild_inputs = partition(inputs, needs_gradient)
+    at = [leaf.detach().requires_grad_() for leaf in (params, *state_leaves, *input_leaves)]
+    count = 1 + len(state_leaves)
+    with torch.enable_grad():
+        batch, hyperparameters = rebuild_inputs(at[count:])
+        gradient, loss = inner.gradient_with_graph(at[0], batch)
+        here = Iterate(at[0], rebuild_state(at[1:count]))
+        after = inner.update(here, gradient, hyperparameters)
+    pulled = pull(after, at, cotangent, state_cotangents)
+    return loss.detach(), pulled[0], pulled[1:count], pulled[count:]
 
 
-#: From ḡ to (H ḡ, b̄).
-Pullback = Callable[[Tensor], Sequence[Tensor]]
+def _step_back_forward(
+    inner: InnerLoop,
+    params: Tensor,
+    state: Any,
+    inputs: StepInputs,
+    cotangent: Tensor,
+    state_cotangents: list[Tensor],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """As `_step_back`, by a directional derivative of (∇_θ ℓ, ∇_b ℓ)."""
+    batch_leaves, rebuild_batch = partition(inputs.batch, needs_gradient)
+    batch_leaves = [leaf.detach() for leaf in batch_leaves]
+    gradient, loss = inner.gradient_without_graph(params, rebuild_batch(batch_leaves))
+    through_update, state_cotangents, direction, hyper_cotangents = pull_update(
+        inner, params, state, gradient, inputs.hyperparameters, cotangent, state_cotangents
+    )
 
-
-def _reverse_over_reverse(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[Tensor, Pullback]:
-    """∇_θ ℓ and its pullback, by autograd over autograd."""
-    hessian = InnerHessian(inner, params, batch)
-    return hessian.gradient, hessian.with_mixed
-
-
-def _forward_over_reverse(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[Tensor, Pullback]:
-    """∇_θ ℓ and its pullback, by a directional derivative of (∇_θ ℓ, ∇_b ℓ)."""
-    inputs, rebuild = partition(batch, needs_gradient)
-    inputs = [leaf.detach() for leaf in inputs]
-
-    def gradients(params: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def gradients(params: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
         return torch.func.grad(
-            lambda params, inputs: inner.loss(params, rebuild(inputs)), argnums=(0, 1)
-        )(params, inputs)
+            lambda params, leaves: inner.loss(params, rebuild_batch(leaves)), argnums=(0, 1)
+        )(params, leaves)
 
-    def pull(direction: Tensor) -> Sequence[Tensor]:
-        tangents = (direction, *(torch.zeros_like(leaf) for leaf in inputs))
-        product, mixed = torch.func.jvp(gradients, (params, *inputs), tangents)[1]
-        return product, *mixed
-
-    return inner.gradient_without_graph(params, rebuild(inputs))[0], pull
+    tangents = (direction, *(torch.zeros_like(leaf) for leaf in batch_leaves))
+    product, mixed = torch.func.jvp(gradients, (params, *batch_leaves), tangents)[1]
+    return loss, through_update + product, state_cotangents, [*mixed, *hyper_cotangents]

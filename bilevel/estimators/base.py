@@ -1,17 +1,19 @@
-"""The interface of a hypergradient estimator."""
+"""The interface of a hypergradient estimator, and what every one of them returns."""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables
+from bilevel.outer import OuterGradient
 from bilevel.result import HypergradientResult, Stats
-from bilevel.trajectory import Trajectory
+from bilevel.trajectory import Iterate, Trajectory
 
 
 class Estimator(ABC):
@@ -20,15 +22,26 @@ class Estimator(ABC):
     Attributes:
         uses_inner_gradients: Whether the run should keep g_t beside every iterate it keeps.
         uses_second_derivatives: Whether the inner loss must be differentiable twice.
+        uses_graph: Whether it differentiates a window that was recorded with its graph.
+        runs_again: Whether it runs steps again for other φ, so that a batch which is not the same
+            when it is made again would mislead it.
+        uses_step_losses: Whether it can differentiate losses along the run.
+        differentiates_optimizer: Whether it differentiates the optimizer's step.
+        carries_over: What a call takes over from the one before, in words; empty where calls have
+            nothing to do with each other. Whoever trains another inner problem in every outer step
+            has no use for an estimator that carries anything over.
     """
 
     uses_inner_gradients: bool = False
     uses_second_derivatives: bool = True
+    uses_graph: bool = False
+    runs_again: bool = False
+    uses_step_losses: bool = True
+    differentiates_optimizer: bool = True
+    carries_over: str = ""
 
     @abstractmethod
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
         """The hypergradient over `trajectory.window`.
 
         The iterate at the start of the window is a constant, unless the window starts at step 0:
@@ -51,28 +64,56 @@ class Estimator(ABC):
             )
 
 
+@dataclass(frozen=True)
+class WindowEnd:
+    """Where a window ends, and what the outer loss is there.
+
+    Attributes:
+        gradient: dF/dφ so far: ∂F/∂φ.
+        iterate: (θ_stop, s_stop).
+        loss: F.
+        metrics: What `Problem.outer_loss` reported beside it.
+        cotangent: λ = ∂F/∂θ_stop, of shape [p].
+    """
+
+    gradient: OuterGradient
+    iterate: Iterate
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    cotangent: Tensor
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, outer_batch: Any, *, twice: bool = True) -> WindowEnd:
+        """The end of `trajectory.window`; `twice` as of `OuterGradient`."""
+        gradient = OuterGradient(trajectory, twice=twice)
+        stop = trajectory.iterate_at(trajectory.window.stop)
+        return cls(gradient, stop, *gradient.outer_loss_at(stop.params, outer_batch))
+
+
 def make_result(
-    inner: InnerLoop,
     trajectory: Trajectory,
-    variables: OuterVariables,
+    end: WindowEnd,
     *,
-    loss: Tensor,
-    metrics: dict[str, Tensor],
-    stop_params: Tensor,
     hessian_vector_products: int,
-    cotangent_norms: Tensor | None = None,
+    loss: Tensor | None = None,
     remarks: Sequence[str] = (),
     **stats: Any,
 ) -> HypergradientResult:
-    """Assemble a result from what accumulated on `variables`, all of it without a graph.
+    """What has gathered on `end.gradient` as a result, all of it without a graph.
 
-    `remarks` are sentences that join the status; `stats` are further fields of `Stats`.
+    Args:
+        trajectory: The recorded run and its window.
+        end: The end of the window.
+        hessian_vector_products: As in `Stats`.
+        loss: The outer loss with those along the run; default: that at the end of the window.
+        remarks: Sentences that join the status.
+        **stats: Further fields of `Stats`.
     """
-    grads, status = variables.gradients(inner, trajectory)
+    grads, status = end.gradient.total()
     remarks = [*([] if status == "ok" else [status]), *remarks]
     return HypergradientResult(
-        loss=loss.detach(),
-        grads=variables.like(grads),
+        loss=(end.loss if loss is None else loss).detach(),
+        grads=trajectory.variables.like(grads),
         window=trajectory.window,
         stats=Stats(
             status="; ".join(remarks) or "ok",
@@ -80,10 +121,9 @@ def make_result(
                 torch.stack([torch.linalg.vector_norm(grad) for grad in grads])
             ),
             hessian_vector_products=hessian_vector_products,
-            cotangent_norms=cotangent_norms,
             **stats,
         ),
-        params=inner.unravel(stop_params.detach()),
+        params=trajectory.inner.unravel(end.iterate.params.detach()),
         trace=trajectory.trace,
-        metrics=metrics,
+        metrics=end.metrics,
     )

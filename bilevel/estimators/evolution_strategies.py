@@ -1,17 +1,16 @@
 """A hypergradient from values of the outer loss alone."""
 
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
-from bilevel.estimators.base import Estimator, make_result
-from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables, outer_loss_value
+from bilevel.checks import check_integer, check_number
+from bilevel.estimators.base import Estimator, WindowEnd, make_result
+from bilevel.outer import OuterGradient, outer_loss_value
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Iterate, Trajectory, Window
 from bilevel.tree import detach
 
 
@@ -43,65 +42,97 @@ class EvolutionStrategies(Estimator):
     """
 
     uses_second_derivatives = False
+    runs_again = True
+    differentiates_optimizer = False
 
     def __init__(self, sigma: float, pairs: int = 1) -> None:
-        self.sigma = check_positive("sigma", sigma)
+        self.sigma = check_number("sigma", sigma, above=0)
         self.pairs = check_integer("pairs", pairs)
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        window, key = trajectory.window, trajectory.key
-        variables = OuterVariables(outer)
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        window, variables = trajectory.window, trajectory.variables
         centre = [leaf.detach() for leaf in variables.leaves]
-        stop = inner.iterate_at(trajectory, outer, window.stop)
-        loss, metrics = outer_loss_value(inner, stop.params, detach(outer), outer_batch)
-        start = None if window.start == 0 else inner.iterate_at(trajectory, outer, window.start)
+        start = None if window.start == 0 else trajectory.iterate_at(window.start)
 
         def judge(leaves: list[Tensor]) -> Tensor:
-            tree = variables.like(leaves)
-            end, _ = advance(inner, start, tree, key, window.start, window.stop)
-            return outer_loss_value(inner, end.params, tree, outer_batch)[0]
+            segment = advance(trajectory, start, variables.like(leaves), window)
+            return (
+                segment.loss
+                + outer_loss_value(
+                    trajectory.inner, segment.iterate.params, segment.outer, outer_batch
+                )[0]
+            )
 
         samples: list[list[Tensor]] = []
         for pair in range(self.pairs):
-            noise = draw_like(centre, key.fold("evolution_strategies", pair))
+            noise = draw_like(centre, trajectory.key.fold("evolution_strategies", pair))
             above, below = (
                 judge([leaf + sign * e for leaf, e in zip(centre, noise, strict=True)])
                 for sign in (self.sigma, -self.sigma)
             )
             samples.append([e * ((above - below) / (2 * self.sigma)) for e in noise])
-        error = set_to_mean(variables, samples)
-        return make_result(
-            inner,
-            trajectory,
-            variables,
-            loss=loss,
-            metrics=metrics,
-            stop_params=stop.params,
-            hessian_vector_products=0,
-            standard_error=error,
-        )
+        end = end_of(trajectory, _recorded(trajectory, start), outer_batch)
+        error = set_to_mean(end.gradient, samples)
+        return make_result(trajectory, end, hessian_vector_products=0, standard_error=error)
+
+
+class Segment(NamedTuple):
+    """Some steps of a run, without derivatives.
+
+    Attributes:
+        iterate: (θ, s) after them.
+        outer: The outer variables of this run.
+        loss: Σ_t f_t over them, 0 where the problem has no losses along the run.
+        inner_losses: ℓ of every step.
+    """
+
+    iterate: Iterate
+    outer: Any
+    loss: Tensor
+    inner_losses: Tensor
 
 
 @torch.no_grad()
-def advance(
-    inner: InnerLoop, iterate: Iterate | None, outer: Any, key: Key, start: int, stop: int
-) -> tuple[Iterate, Tensor]:
-    """(the iterate at `stop`, the inner losses on the way) of the run from `iterate` at `start`.
+def advance(trajectory: Trajectory, iterate: Iterate | None, outer: Any, window: Window) -> Segment:
+    """The steps of `window` from `iterate` with other outer variables and the same randomness.
 
-    Without an iterate it starts at (θ_0, s_0).
+    Without an iterate they start at (θ_0, s_0).
     """
-    hyperparameters = inner.hyperparameters(outer)
+    inner, key = trajectory.inner, trajectory.key
     if iterate is None:
-        iterate = inner.start(outer, key, hyperparameters)
-    losses = []
-    for step in range(start, stop):
-        batch = inner.batch(outer, step, key)
-        gradient, loss = inner.gradient_without_graph(iterate.params, batch)
-        iterate = inner.update(iterate, gradient, hyperparameters)
-        losses.append(loss)
-    return iterate, torch.stack(losses)
+        iterate = inner.start(outer, key, inner.hyperparameters(outer, 0))
+    inner_losses, total = [], iterate.params.new_zeros(())
+    for step in range(window.start, window.stop):
+        inputs = inner.inputs(outer, step, key)
+        gradient, loss = inner.gradient_without_graph(iterate.params, inputs.batch)
+        iterate = inner.update(iterate, gradient, inputs.hyperparameters)
+        inner_losses.append(loss)
+        if inner.has_step_loss:
+            total = total + inner.step_loss(iterate.params, outer, step, key)
+    return Segment(iterate, outer, total, torch.stack(inner_losses))
+
+
+def _recorded(trajectory: Trajectory, start: Iterate | None) -> Segment:
+    """The window as it was recorded; losses along it are not, so for these it is run again."""
+    outer, window = detach(trajectory.variables.tree), trajectory.window
+    if trajectory.inner.has_step_loss:
+        return advance(trajectory, start, outer, window)
+    end = trajectory.iterate_at(window.stop)
+    return Segment(end, outer, end.params.new_zeros(()), trajectory.trace["inner_loss"])
+
+
+def end_of(trajectory: Trajectory, segment: Segment, outer_batch: Any) -> WindowEnd:
+    """The end of a segment, without derivatives: a zero gradient is then no proof of anything."""
+    loss, metrics = outer_loss_value(
+        trajectory.inner, segment.iterate.params, segment.outer, outer_batch
+    )
+    return WindowEnd(
+        OuterGradient(trajectory, twice=False, certain=False),
+        segment.iterate,
+        loss + segment.loss,
+        metrics,
+        torch.zeros_like(segment.iterate.params),
+    )
 
 
 def draw_like(leaves: list[Tensor], key: Key) -> list[Tensor]:
@@ -117,16 +148,15 @@ def draw_like(leaves: list[Tensor], key: Key) -> list[Tensor]:
     ]
 
 
-def set_to_mean(variables: OuterVariables, samples: list[list[Tensor]]) -> Tensor | None:
+def set_to_mean(gradient: OuterGradient, samples: list[list[Tensor]]) -> Tensor | None:
     """Make the mean of the samples the gradient.
 
     Returns:
         √(Σ variance / N) over all outer scalars; None for a single sample.
     """
-    variances = []
-    for leaf, *values in zip(variables.leaves, *samples, strict=True):
-        stacked = torch.stack(values)
-        leaf.grad = stacked.mean(0)
-        if len(samples) > 1:
-            variances.append(stacked.var(0).sum() / len(samples))
-    return torch.stack(variances).sum().sqrt() if variances else None
+    by_leaf = [torch.stack(values) for values in zip(*samples, strict=True)]
+    gradient.add([values.mean(0) for values in by_leaf])
+    if len(samples) == 1:
+        return None
+    variances = [values.var(0).sum() / len(samples) for values in by_leaf]
+    return torch.stack(variances).sum().sqrt()

@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_positive
+from bilevel.checks import check_number
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.recursion import BackwardRecursion, WindowEnd, pull_update
 from bilevel.inner import InnerLoop
@@ -43,27 +43,30 @@ class FiniteDifference(Estimator):
     uses_second_derivatives = False
 
     def __init__(self, radius: float = 1e-2) -> None:
-        self.radius = check_positive("radius", radius)
+        self.radius = check_number("radius", radius, above=0)
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        end = WindowEnd.of(inner, trajectory, outer, outer_batch)
-        recursion = BackwardRecursion(inner, trajectory, outer, end)
-        for step, iterate in recursion.steps():
-            batch, inputs = recursion.batch(step)
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        inner = trajectory.inner
+        end = WindowEnd.of(trajectory, outer_batch, twice=False)
+        recursion = BackwardRecursion(trajectory, end)
+        for step, iterate, inputs in recursion.steps():
+            gradient, loss = inner.gradient_without_graph(iterate.params, inputs.batch)
             through_update, state_cotangents, direction, hyper_cotangents = pull_update(
                 inner,
                 iterate.params,
                 iterate.state,
-                inner.gradient_without_graph(iterate.params, batch)[0],
-                recursion.hyperparameters,
+                gradient,
+                inputs.hyperparameters,
                 recursion.cotangent,
                 recursion.state_cotangents,
             )
-            product, batch_cotangents = self._differences(inner, iterate.params, batch, direction)
-            recursion.accumulate(inputs, batch_cotangents)
-            recursion.step_back(through_update + product, state_cotangents, hyper_cotangents)
+            product, batch_cotangents = self._differences(
+                inner, iterate.params, inputs.batch, direction
+            )
+            end.gradient.pull(
+                partition(inputs, needs_gradient)[0], [*batch_cotangents, *hyper_cotangents]
+            )
+            recursion.step_back(step, through_update + product, state_cotangents, loss=loss)
         return recursion.result(hessian_vector_products=0)
 
     def _differences(

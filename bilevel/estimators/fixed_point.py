@@ -6,17 +6,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer
-from bilevel.estimators.base import Estimator, make_result
-from bilevel.estimators.implicit import (
-    check_solver,
-    last_batches,
-    remarks,
-    solver_stats,
-)
-from bilevel.inner import InnerLoop
+from bilevel.checks import check_instance, check_integer
+from bilevel.estimators.base import Estimator, WindowEnd, make_result
+from bilevel.estimators.implicit import last_inputs, remarks, solver_stats
 from bilevel.linear import LinearOperator, Neumann, Solver
-from bilevel.outer import OuterVariables
 from bilevel.result import HypergradientResult
 from bilevel.trajectory import Iterate, Trajectory
 from bilevel.tree import needs_gradient, partition
@@ -54,54 +47,38 @@ class FixedPoint(Estimator):
     Source: Christianson, Optim. Methods Softw. 3 (1994), 311–326; Grazzi et al., arXiv 2006.16218.
     """
 
+    uses_step_losses = False
+
     def __init__(self, solver: Solver | None = None, *, batches: int = 1) -> None:
-        self.solver = Neumann(1.0) if solver is None else check_solver(solver)
+        solver = Neumann(1.0) if solver is None else solver
+        self.solver = check_instance("solver", solver, Solver, "bilevel.linear.Neumann(1.0)")
         self.batches = check_integer("batches", batches)
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        variables = OuterVariables(outer)
-        stop = inner.iterate_at(trajectory, outer, trajectory.window.stop)
-        loss, metrics, slope = variables.outer_loss_at(inner, stop.params, outer_batch)
-        batches = last_batches(inner, trajectory, variables, self.batches)
-        inputs, rebuild = partition(batches, needs_gradient)
-        with torch.enable_grad():
-            hyperparameters = inner.hyperparameters(variables.tree)
-        flatten, unflatten = _as_one_vector(stop)
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        inner, end = trajectory.inner, WindowEnd.of(trajectory, outer_batch)
+        leaves, rebuild = partition(last_inputs(trajectory, self.batches), needs_gradient)
+        flatten, unflatten = _as_one_vector(end.iterate)
 
-        def step(point: Tensor, inputs: list[Tensor], hyperparameters: dict[str, Tensor]) -> Tensor:
+        def step(point: Tensor, leaves: list[Tensor]) -> Tensor:
             here = unflatten(point)
-            every = [inner.step(here, batch, hyperparameters) for batch in rebuild(inputs)]
+            every = [inner.step(here, inputs) for inputs in rebuild(leaves)]
             return torch.stack([flatten(after) for after in every]).mean(0)
 
-        point = flatten(stop)
-        after, pull, *_ = torch.func.vjp(
-            step,
-            point,
-            [leaf.detach() for leaf in inputs],
-            {name: value.detach() for name, value in hyperparameters.items()},
-        )
+        point = flatten(end.iterate)
+        after, pull, *_ = torch.func.vjp(step, point, [leaf.detach() for leaf in leaves])
         operator = _OneMinusTransposedJacobian(point, pull)
-        rhs = torch.cat([slope, slope.new_zeros(len(point) - len(slope))])
+        rhs = torch.cat([end.cotangent, point.new_zeros(len(point) - len(end.cotangent))])
         generator = trajectory.key.generator("solver", device=rhs.device)
         solution = self.solver.solve(operator, rhs, generator=generator)
         with torch.no_grad():
-            _, input_cotangents, hyper_cotangents = pull(solution.x)
-        variables.accumulate(inputs, input_cotangents)
-        variables.accumulate(
-            list(hyperparameters.values()), [hyper_cotangents[name] for name in hyperparameters]
-        )
+            _, cotangents = pull(solution.x)
+        end.gradient.pull(leaves, cotangents)
         gap = solution.x @ (after.detach() - point)
         return make_result(
-            inner,
             trajectory,
-            variables,
-            loss=loss,
-            metrics=metrics,
-            stop_params=stop.params,
+            end,
             hessian_vector_products=(solution.products + 1) * self.batches,
-            remarks=remarks(solution, gap, loss),
+            remarks=remarks(solution, gap, end.loss),
             solver=solver_stats(solution),
             outer_loss_gap=gap,
         )

@@ -6,9 +6,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.estimators.base import Estimator, make_result
-from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables
+from bilevel.errors import ProblemError
+from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.result import HypergradientResult
 from bilevel.trajectory import Iterate, Trajectory
 from bilevel.tree import partition
@@ -20,30 +19,40 @@ class Forward(Estimator):
 
         Z_{t+1} = ∂Φ_t Z_t + ∂Φ_t/∂φ,      dF/dφ = Z_stopᵀ ∂F/∂θ + ∂F/∂φ
 
-    Time grows with the number m of outer scalars (m forward-mode steps for each inner step) and
-    memory with m·p, neither with the width of the window beyond that: right for up to about ten
-    outer scalars (a learned rate, a few penalties), wrong for images. Everything that the problem
-    computes, batches included, must have a forward derivative (`grid_sample` has none).
+    and the same at every step for losses along the run. Time grows with the number m of outer
+    scalars (m forward-mode steps for each inner step) and memory with m·p, neither with the width
+    of the window beyond that: right for up to about ten outer scalars (a learned rate, a few
+    penalties), wrong for images. Everything that the problem computes, batches included, must have
+    a forward derivative (`grid_sample` has none).
     """
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        window, key = trajectory.window, trajectory.key
-        variables = OuterVariables(outer)
+    runs_again = True
+
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        window, key, inner = trajectory.window, trajectory.key, trajectory.inner
+        variables = trajectory.variables
         primals = tuple(leaf.detach() for leaf in variables.leaves)
         directions = _basis(primals)
 
         def start(*leaves: Tensor) -> tuple[Tensor, ...]:
             tree = variables.like(leaves)
-            return _flat(inner.start(tree, key, inner.hyperparameters(tree)))
+            return _flat(inner.start(tree, key, inner.hyperparameters(tree, 0)))
 
-        iterate = inner.iterate_at(trajectory, outer, window.start)
+        end = WindowEnd.of(trajectory, outer_batch)
+        iterate = trajectory.iterate_at(window.start)
         if window.start == 0:
             columns = [torch.func.jvp(start, primals, direction)[1] for direction in directions]
         else:
             columns = [tuple(map(torch.zeros_like, _flat(iterate))) for _ in directions]
 
+        def gather(slope: Tensor) -> None:
+            products = torch.stack([column[0] @ slope for column in columns])
+            pieces = products.split([leaf.numel() for leaf in primals])
+            end.gradient.add(
+                [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, primals, strict=True)]
+            )
+
+        losses = [end.loss]
         for step in range(window.start, window.stop):
             rebuild_state = partition(iterate.state)[1]
 
@@ -53,10 +62,8 @@ class Forward(Estimator):
                 step: int = step,
                 rebuild_state: Callable[[Sequence[Tensor]], Any] = rebuild_state,
             ) -> Iterate:
-                tree = variables.like(leaves)
-                batch = inner.batch(tree, step, key)
                 here = Iterate(point[0], rebuild_state(point[1:]))
-                return inner.step(here, batch, inner.hyperparameters(tree))
+                return inner.step(here, inner.inputs(variables.like(leaves), step, key))
 
             columns = [
                 torch.func.jvp(
@@ -68,22 +75,29 @@ class Forward(Estimator):
             ]
             with torch.no_grad():
                 iterate = one_step(_flat(iterate), primals)
-
-        loss, metrics, cotangent = variables.outer_loss_at(inner, iterate.params, outer_batch)
-        products = torch.stack([column[0] @ cotangent for column in columns])
-        for leaf, through_run in zip(
-            variables.leaves, products.split([leaf.numel() for leaf in primals]), strict=True
-        ):
-            total = through_run.reshape(leaf.shape).to(leaf.dtype)
-            leaf.grad = total if leaf.grad is None else leaf.grad + total
+            if inner.has_step_loss:
+                loss, slope = end.gradient.step_loss_at(iterate.params, step)
+                losses.append(loss.to(end.loss))
+                gather(slope)
+        _check_same_end(iterate.params, end.iterate.params)
+        gather(end.cotangent)
         return make_result(
-            inner,
             trajectory,
-            variables,
-            loss=loss,
-            metrics=metrics,
-            stop_params=iterate.params,
+            end,
+            loss=torch.stack(losses).sum(),
             hessian_vector_products=window.width * len(directions),
+        )
+
+
+def _check_same_end(again: Tensor, recorded: Tensor) -> None:
+    """Raise if the window, run again, ends elsewhere."""
+    distance = torch.linalg.vector_norm(again - recorded)
+    size = torch.linalg.vector_norm(recorded)
+    if bool(distance > torch.finfo(recorded.dtype).eps ** 0.5 * size):
+        raise ProblemError(
+            "inner_batch or inner_loss is not the same when it is run again: the window then "
+            f"ends {float(distance / size):.1e} of ‖θ‖ from where it was recorded "
+            "(docs/contract.md)"
         )
 
 

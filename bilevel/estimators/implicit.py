@@ -7,12 +7,11 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_flag, check_instance, check_integer, check_number
 from bilevel.errors import ConfigurationError
-from bilevel.estimators.base import Estimator, make_result
-from bilevel.inner import InnerLoop
+from bilevel.estimators.base import Estimator, WindowEnd, make_result
+from bilevel.inner import InnerLoop, StepInputs
 from bilevel.linear import ConjugateGradient, HessianOperator, LinearOperator, Solution, Solver
-from bilevel.outer import OuterVariables
 from bilevel.result import HypergradientResult, SolverStats
 from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
@@ -68,6 +67,9 @@ class Implicit(Estimator):
     arXiv 1909.04630.
     """
 
+    uses_step_losses = False
+    differentiates_optimizer = False
+
     def __init__(
         self,
         solver: Solver | None = None,
@@ -77,54 +79,50 @@ class Implicit(Estimator):
         warm_start: bool = False,
         tasks: int | None = None,
     ) -> None:
-        self.solver = ConjugateGradient() if solver is None else check_solver(solver)
+        solver = ConjugateGradient() if solver is None else solver
+        self.solver = check_instance("solver", solver, Solver, "bilevel.linear.ConjugateGradient()")
+        self.warm_start = check_flag("warm_start", warm_start)
         if warm_start and not self.solver.uses_start:
             raise ConfigurationError(
                 f"warm_start=True: {type(self.solver).__name__} does not iterate from a start"
             )
-        self.damping = check_positive("damping", damping, or_zero=True)
+        self.damping = check_number("damping", damping, minimum=0)
         self.batches = check_integer("batches", batches)
-        self.warm_start = warm_start
         self.tasks = None if tasks is None else check_integer("tasks", tasks)
+        if self.warm_start:
+            self.carries_over = "the solution of its linear system (warm_start=True)"
         self._solution: Tensor | None = None
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        variables = OuterVariables(outer)
-        stop = inner.iterate_at(trajectory, outer, trajectory.window.stop)
-        loss, metrics, slope = variables.outer_loss_at(inner, stop.params, outer_batch)
-        batches = last_batches(inner, trajectory, variables, self.batches)
-        inputs, rebuild = partition(batches, needs_gradient)
-        constants = [leaf.detach() for leaf in inputs]
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        inner, end = trajectory.inner, WindowEnd.of(trajectory, outer_batch)
+        batches = [inputs.batch for inputs in last_inputs(trajectory, self.batches)]
+        leaves, rebuild = partition(batches, needs_gradient)
+        constants = [leaf.detach() for leaf in leaves]
 
-        def gradient(params: Tensor, inputs: list[Tensor]) -> Tensor:
-            every = [inner.gradient(params, batch) for batch in rebuild(inputs)]
+        def gradient(params: Tensor, leaves: list[Tensor]) -> Tensor:
+            every = [inner.gradient(params, batch) for batch in rebuild(leaves)]
             return torch.stack(every).mean(0)
 
-        hessian = HessianOperator(lambda params: gradient(params, constants), stop.params)
-        solution, x = self._solve(hessian, slope, inner, trajectory)
-        if inputs:
-            _, pull, *_ = torch.func.vjp(lambda inputs: gradient(stop.params, inputs), constants)
+        params = end.iterate.params
+        hessian = HessianOperator(lambda params: gradient(params, constants), params)
+        solution, x = self._solve(hessian, end.cotangent, trajectory)
+        if leaves:
+            _, pull, *_ = torch.func.vjp(lambda leaves: gradient(params, leaves), constants)
             with torch.no_grad():
                 (cotangents,) = pull(-x)
-            variables.accumulate(inputs, cotangents)
+            end.gradient.pull(leaves, cotangents)
         gap = -(x @ hessian.gradient.detach())
         return make_result(
-            inner,
             trajectory,
-            variables,
-            loss=loss,
-            metrics=metrics,
-            stop_params=stop.params,
+            end,
             hessian_vector_products=solution.products,
-            remarks=remarks(solution, gap, loss),
+            remarks=remarks(solution, gap, end.loss),
             solver=solver_stats(solution),
             outer_loss_gap=gap,
         )
 
     def _solve(
-        self, hessian: HessianOperator, slope: Tensor, inner: InnerLoop, trajectory: Trajectory
+        self, hessian: HessianOperator, slope: Tensor, trajectory: Trajectory
     ) -> tuple[Solution, Tensor]:
         """(the solution, x as one flat vector)."""
         start = self._solution if self.warm_start else None
@@ -136,7 +134,7 @@ class Implicit(Estimator):
         operator: LinearOperator = hessian
         blocks = None
         if self.tasks is not None:
-            operator = blocks = _TaskBlocks(hessian, inner, self.tasks)
+            operator = blocks = _TaskBlocks(hessian, trajectory.inner, self.tasks)
         solution = self.solver.solve(
             operator,
             slope if blocks is None else blocks.split(slope),
@@ -191,19 +189,14 @@ class _TaskBlocks(LinearOperator):
         return torch.cat([leaf.reshape(-1) for leaf in rows.split(self._widths, dim=1)])
 
 
-def last_batches(
-    inner: InnerLoop, trajectory: Trajectory, variables: OuterVariables, count: int
-) -> list[Any]:
-    """The batches of the `count` steps before θ_stop, with a graph to the outer variables."""
+def last_inputs(trajectory: Trajectory, count: int) -> list[StepInputs]:
+    """What the `count` steps before θ_stop take of φ, on its graph."""
     stop = trajectory.window.stop
     if count > stop:
         raise ConfigurationError(
             f"batches={count}: there are only {stop} inner steps before the end of the window"
         )
-    with torch.enable_grad():
-        return [
-            inner.batch(variables.tree, step, trajectory.key) for step in range(stop - count, stop)
-        ]
+    return [trajectory.inputs_at(step) for step in range(stop - count, stop)]
 
 
 def remarks(solution: Solution, gap: Tensor, loss: Tensor) -> list[str]:
@@ -222,13 +215,3 @@ def solver_stats(solution: Solution) -> SolverStats:
     return SolverStats(
         solution.status, int(solution.iterations.max()), float(solution.residual.max())
     )
-
-
-def check_solver(solver: Any) -> Solver:
-    """A solver as given by a user, checked."""
-    if not isinstance(solver, Solver):
-        raise ConfigurationError(
-            f"solver={solver!r} is not a Solver: use one of bilevel.linear, such as "
-            "ConjugateGradient()"
-        )
-    return solver

@@ -25,6 +25,7 @@ class InnerHessian(LinearOperator):
 
     Attributes:
         gradient: ∇_θ ℓ(θ, b), of shape [p], without a graph.
+        loss: ℓ(θ, b), without a graph.
     """
 
     def __init__(self, inner: InnerLoop, params: Tensor, batch: Any) -> None:
@@ -32,12 +33,10 @@ class InnerHessian(LinearOperator):
         inputs, rebuild = partition(batch, needs_gradient)
         self._points = [leaf.detach().requires_grad_() for leaf in (params, *inputs)]
         with torch.enable_grad():
-            loss = inner.loss(self._points[0], rebuild(self._points[1:]))
-            self._gradient = torch.zeros_like(params)
-            if loss.requires_grad:
-                (self._gradient,) = torch.autograd.grad(
-                    loss, self._points[0], create_graph=True, materialize_grads=True
-                )
+            self._gradient, loss = inner.gradient_with_graph(
+                self._points[0], rebuild(self._points[1:])
+            )
+        self.loss = loss.detach()
         self.gradient = self._gradient.detach()
 
     def product(self, vector: Tensor) -> Tensor:
@@ -46,10 +45,6 @@ class InnerHessian(LinearOperator):
     def mixed(self, vector: Tensor) -> Sequence[Tensor]:
         """∂_b ⟨∇_θ ℓ, v⟩ by leaf, for one v: the graph is gone afterwards."""
         return self._pull(self._points[1:], vector, keep=False)
-
-    def with_mixed(self, vector: Tensor) -> Sequence[Tensor]:
-        """(Hv, then as `mixed`), for one v: the graph is gone afterwards."""
-        return self._pull(self._points, vector, keep=False)
 
     def _pull(self, points: list[Tensor], vector: Tensor, *, keep: bool) -> Sequence[Tensor]:
         if not self._gradient.requires_grad or not points:

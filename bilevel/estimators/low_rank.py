@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.basis import Anchor, Basis, Krylov, LowRankMatrix
-from bilevel.checks import check_integer, check_positive
-from bilevel.errors import ConfigurationError
+from bilevel.checks import check_instance, check_integer, check_number
 from bilevel.estimators.adjoint import Adjoint
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.inner_hessian import InnerHessian
@@ -18,10 +17,10 @@ from bilevel.estimators.recursion import (
     gradient_response,
     pull_update,
 )
-from bilevel.inner import InnerLoop
+from bilevel.inner import InnerLoop, StepInputs
 from bilevel.result import HypergradientResult, LowRankStats
 from bilevel.trajectory import Iterate, Trajectory, Window
-from bilevel.tree import detach
+from bilevel.tree import detach, needs_gradient, partition
 
 
 @final
@@ -72,24 +71,22 @@ class LowRank(Estimator):
     def __init__(
         self, basis: Basis | None = None, group_size: int = 8, guard: float | None = 0.6
     ) -> None:
-        if basis is not None and not isinstance(basis, Basis):
-            raise ConfigurationError(
-                f"basis={basis!r} is not a Basis: use one of bilevel.basis, such as Krylov()"
-            )
-        self.basis = Krylov() if basis is None else basis
+        basis = Krylov() if basis is None else basis
+        self.basis = check_instance("basis", basis, Basis, "bilevel.basis.Krylov()")
         self.group_size = check_integer("group_size", group_size)
-        self.guard = None if guard is None else check_positive("guard", guard)
+        self.guard = None if guard is None else check_number("guard", guard, above=0)
+        self.carries_over = self.basis.carries_over
+        # One for all calls, since compiled graphs belong to the object whose method they are of.
+        self._adjoint = Adjoint()
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        end = WindowEnd.of(inner, trajectory, outer, outer_batch)
-        anchor = self._anchor(inner, trajectory, outer, end)
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        end = WindowEnd.of(trajectory, outer_batch)
+        anchor = self._anchor(trajectory, end)
         staleness, reason = None, ""
         if not bool(torch.isfinite(anchor.gradient.norm() + end.cotangent.norm())):
             reason = "the inner gradient or ∂F/∂θ is not finite"
         elif self.guard is not None:
-            staleness = _staleness(inner, trajectory, outer, anchor)
+            staleness = _staleness(trajectory, anchor)
             if not staleness <= self.guard:
                 reason = (
                     f"the Hessian changes by {staleness:.2g} of itself within the window, more "
@@ -99,10 +96,8 @@ class LowRank(Estimator):
         products = anchor.hessian.products + (0 if staleness is None else 2)
         del anchor  # and the graph that it holds
         if hessian is None:
-            return Adjoint().through_window(
-                inner,
+            return self._adjoint.through_window(
                 trajectory,
-                outer,
                 end,
                 products_before=products,
                 remarks=[f"exact recursion: {reason}"],
@@ -113,43 +108,42 @@ class LowRank(Estimator):
                     exact=True,
                 ),
             )
-        return self._through_window(inner, trajectory, outer, end, hessian, products, staleness)
+        return self._through_window(trajectory, end, hessian, products, staleness)
 
     def _through_window(
         self,
-        inner: InnerLoop,
         trajectory: Trajectory,
-        outer: Any,
         end: WindowEnd,
         hessian: LowRankMatrix,
         products: int,
         staleness: float | None,
     ) -> HypergradientResult:
-        recursion = BackwardRecursion(inner, trajectory, outer, end)
+        inner, recursion = trajectory.inner, BackwardRecursion(trajectory, end)
         groups = _groups(trajectory.window, self.group_size)
         group, total, mixed_products = groups.pop(), torch.zeros_like(end.cotangent), 0
-        for step, iterate in recursion.steps():
+        for step, iterate, inputs in recursion.steps():
             cotangent, state_cotangents, gradient_cotangent, hyper_cotangents = inner.run(
                 pull_update,
                 inner,
                 iterate.params,
                 iterate.state,
-                _gradient(inner, trajectory, outer, step, iterate),
-                recursion.hyperparameters,
+                _gradient(inner, iterate, inputs),
+                inputs.hyperparameters,
                 recursion.cotangent,
                 recursion.state_cotangents,
             )
-            recursion.step_back(
-                cotangent + hessian(gradient_cotangent), state_cotangents, hyper_cotangents
+            end.gradient.pull(
+                partition(inputs.hyperparameters, needs_gradient)[0], hyper_cotangents
             )
+            recursion.step_back(step, cotangent + hessian(gradient_cotangent), state_cotangents)
             total = total + gradient_cotangent
-            centre = group[len(group) // 2]
-            if step == centre:
-                params = iterate.params
+            if step == group[len(group) // 2]:
+                params, batch = iterate.params, inputs.batch
             if step == group[0]:
-                batch, inputs = recursion.batch(centre)
-                if inputs:
-                    recursion.accumulate(inputs, inner.run(_mixed, inner, params, batch, total))
+                leaves = partition(batch, needs_gradient)[0]
+                if leaves:
+                    cotangents = inner.run(_mixed, inner, params, batch, total)
+                    end.gradient.pull(leaves, cotangents)
                     mixed_products += 1
                 group, total = groups.pop() if groups else [], torch.zeros_like(total)
         return recursion.result(
@@ -162,20 +156,18 @@ class LowRank(Estimator):
             ),
         )
 
-    def _anchor(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, end: WindowEnd
-    ) -> Anchor:
-        window = trajectory.window
+    def _anchor(self, trajectory: Trajectory, end: WindowEnd) -> Anchor:
+        window, inner = trajectory.window, trajectory.inner
         step = window.start + window.width // 2
-        iterate = inner.iterate_at(trajectory, outer, step)
-        hessian = _hessian_at(inner, trajectory, outer, step, iterate.params)
-        hyperparameters = detach(inner.hyperparameters(detach(outer)))
+        iterate, inputs = trajectory.iterate_at(step), trajectory.inputs_at(step)
+        hessian = InnerHessian(inner, iterate.params, detach(inputs.batch))
+        trajectory.check_repeated({step: hessian.loss})
         return Anchor(
             hessian=hessian,
             gradient=hessian.gradient,
             cotangent=end.cotangent,
             response=gradient_response(
-                inner, iterate, hessian.gradient, hyperparameters, steps=window.width
+                inner, iterate, hessian.gradient, inputs.hyperparameters, steps=window.width
             ),
             steps=window.width,
             generator=trajectory.key.generator("basis", device=end.cotangent.device),
@@ -194,32 +186,21 @@ def _mixed(inner: InnerLoop, params: Tensor, batch: Any, cotangent: Tensor) -> S
     return InnerHessian(inner, params, batch).mixed(cotangent)
 
 
-def _hessian_at(
-    inner: InnerLoop, trajectory: Trajectory, outer: Any, step: int, params: Tensor
-) -> InnerHessian:
-    with torch.no_grad():
-        batch = inner.batch(detach(outer), step, trajectory.key)
-    return InnerHessian(inner, params, batch)
-
-
-def _gradient(
-    inner: InnerLoop, trajectory: Trajectory, outer: Any, step: int, iterate: Iterate
-) -> Tensor:
+def _gradient(inner: InnerLoop, iterate: Iterate, inputs: StepInputs) -> Tensor:
     """g_t, taken again where it was not kept."""
     if iterate.gradient is not None:
         return iterate.gradient
-    with torch.no_grad():
-        batch = inner.batch(detach(outer), step, trajectory.key)
-    return inner.gradient_without_graph(iterate.params, batch)[0]
+    return inner.gradient_without_graph(iterate.params, inputs.batch)[0]
 
 
-def _staleness(inner: InnerLoop, trajectory: Trajectory, outer: Any, anchor: Anchor) -> float:
+def _staleness(trajectory: Trajectory, anchor: Anchor) -> float:
     """max ‖H'u − Hu‖ / ‖Hu‖ over the Hessians H' at the first and the last step of the window."""
     window = trajectory.window
     changes = []
     for step in (window.start, window.stop - 1):
-        params = inner.iterate_at(trajectory, outer, step).params
-        hessian = _hessian_at(inner, trajectory, outer, step, params)
+        params = trajectory.iterate_at(step).params
+        batch = detach(trajectory.inputs_at(step).batch)
+        hessian = InnerHessian(trajectory.inner, params, batch)
         changes.append(torch.linalg.vector_norm(hessian(anchor.direction) - anchor.image))
     # A Hessian that is zero throughout has not changed.
     size = torch.linalg.vector_norm(anchor.image).clamp_min(torch.finfo(params.dtype).tiny)

@@ -1,5 +1,6 @@
 """Unbiased gradients of a long run from short segments of it, without differentiation."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
@@ -7,16 +8,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, make_result
 from bilevel.estimators.evolution_strategies import (
+    Segment,
     advance,
     draw_like,
+    end_of,
     set_to_mean,
 )
-from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables, outer_loss_value
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
 from bilevel.trajectory import Iterate, Trace, Trajectory, Window
@@ -40,8 +41,9 @@ class PersistentEvolutionStrategies(Estimator):
     The run is this object's own. `Hypergradient(steps=K)` makes the segments K steps long (the
     width of the window, whatever the truncation); the run which it records for the call is not
     used. After `run_length` steps a new run starts, with new randomness. `result.window`, `.params`
-    and `.trace` are those of an unperturbed particle in the run at hand. The state, all particles,
-    is in `state_dict`. After a result that is not finite the run is given up.
+    and `.trace` are those of an unperturbed particle in the run at hand. With `inner_replicas` each
+    replica has a run of its own, and all go on by one segment a call. The state, all particles, is
+    in `state_dict`. After a result that is not finite every run is given up.
 
     Args:
         sigma: σ > 0, in units of the outer variables.
@@ -56,90 +58,98 @@ class PersistentEvolutionStrategies(Estimator):
     """
 
     uses_second_derivatives = False
+    runs_again = True
+    differentiates_optimizer = False
+    carries_over = "its particles"
 
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
-        self.sigma = check_positive("sigma", sigma)
+        self.sigma = check_number("sigma", sigma, above=0)
         self.run_length = check_integer("run_length", run_length)
         self.pairs = check_integer("pairs", pairs)
-        self._state: dict[str, Any] = {}
+        self._runs: dict[int, dict[str, Any]] = {}
 
-    def __call__(
-        self, inner: InnerLoop, trajectory: Trajectory, outer: Any, outer_batch: Any
-    ) -> HypergradientResult:
-        variables = OuterVariables(outer)
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        variables = trajectory.variables
         centre = [leaf.detach() for leaf in variables.leaves]
-        if self._state.get("step", self.run_length) < self.run_length:
-            start, key, losses, particles, totals = self._continued(inner, variables, centre)
+        state = self._runs.get(trajectory.replica, {})
+        if state.get("step", self.run_length) < self.run_length:
+            start, key, losses, particles, totals = self._continued(state, trajectory, centre)
         else:
             start, key = 0, trajectory.key
             losses = trajectory.trace["inner_loss"][:0]
             particles = [None] * (1 + 2 * self.pairs)
             totals = [torch.zeros(self.pairs, *x.shape, dtype=x.dtype).to(x) for x in centre]
         stop = min(start + trajectory.window.width, self.run_length)
+        run = replace(
+            trajectory, key=key, steps=self.run_length, window=Window(start, stop), inputs={}
+        )
         following = iter(particles)
         ends: list[Iterate] = []
 
-        def follow(leaves: list[Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            """Take the next particle to `stop`: (its inner losses, F, the metrics of F)."""
-            tree = variables.like(leaves)
-            end, losses = advance(inner, next(following), tree, key, start, stop)
-            ends.append(end)
-            return losses, *outer_loss_value(inner, end.params, tree, outer_batch)
+        def follow(leaves: list[Tensor]) -> Segment:
+            """Take the next particle to `stop`."""
+            segment = advance(run, next(following), variables.like(leaves), run.window)
+            ends.append(segment.iterate)
+            return segment
 
-        new_losses, loss, metrics = follow(centre)
+        segment = follow(centre)
+        losses = torch.cat([losses, segment.inner_losses])
+        end = end_of(run, segment, outer_batch)
         samples = []
         for pair in range(self.pairs):
             noise = draw_like(centre, key.fold("perturbation", start, pair))
             above, below = (
-                follow([leaf + sign * e for leaf, e in zip(centre, noise, strict=True)])[1]
+                end_of(
+                    run,
+                    follow([leaf + sign * e for leaf, e in zip(centre, noise, strict=True)]),
+                    outer_batch,
+                ).loss
                 for sign in (self.sigma, -self.sigma)
             )
             for total, e in zip(totals, noise, strict=True):
                 total[pair] += e
             samples.append([total[pair] * ((above - below) / (2 * self.sigma)) for total in totals])
-        error = set_to_mean(variables, samples)
-        losses = torch.cat([losses, new_losses])
+        error = set_to_mean(end.gradient, samples)
         result = make_result(
-            inner,
-            replace(
-                trajectory,
-                key=key,
-                steps=self.run_length,
-                trace=Trace({"inner_loss": losses}),
-                window=Window(start, stop),
-            ),
-            variables,
-            loss=loss,
-            metrics=metrics,
-            stop_params=ends[0].params,
+            replace(run, trace=Trace({"inner_loss": losses})),
+            end,
             hessian_vector_products=0,
             standard_error=error,
         )
-        finite = bool(torch.isfinite(result.stats.hypergradient_norm + loss))
-        self._state = _packed(stop, key, losses, ends, totals) if finite else {}
+        finite = bool(torch.isfinite(result.stats.hypergradient_norm + result.loss))
+        if finite:
+            self._runs[trajectory.replica] = _packed(stop, key, losses, ends, totals)
+        else:
+            self._runs = {}
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """The run under way: its step and key, and its particles, stacked leaf by leaf."""
-        return dict(self._state)
+        """The runs under way: step and key of each, and its particles, stacked leaf by leaf."""
+        return {
+            f"{_prefix(replica)}{name}": value
+            for replica, run in self._runs.items()
+            for name, value in run.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        missing = {"step", "seed", "device", "losses", "particle.0", "total.0"} - set(state)
-        if state and missing:
-            raise ConfigurationError(
-                f"{type(self).__name__} cannot continue from a state without {sorted(missing)}"
-            )
-        self._state = dict(state)
+        runs: dict[int, dict[str, Any]] = {}
+        for name, value in state.items():
+            replica, name = _split_name(name)
+            runs.setdefault(replica, {})[name] = value
+        for run in runs.values():
+            missing = {"step", "seed", "device", "losses", "particle.0", "total.0"} - set(run)
+            if missing:
+                raise ConfigurationError(
+                    f"{type(self).__name__} cannot continue from a state without {sorted(missing)}"
+                )
+        self._runs = runs
 
     def _continued(
-        self, inner: InnerLoop, variables: OuterVariables, centre: list[Tensor]
+        self, state: Mapping[str, Any], trajectory: Trajectory, centre: list[Tensor]
     ) -> tuple[int, Key, Tensor, list[Iterate | None], list[Tensor]]:
         """(t, the key, the inner losses, the particles, ξ) of the run under way."""
-        state = self._state
         key = Key(state["seed"], torch.device(state["device"]))
-        tree = variables.like(centre)
-        with torch.no_grad():
-            like = inner.start(tree, key, inner.hyperparameters(tree))
+        like = trajectory.first.detached()
         leaves, rebuild = _tensors(like)
         found = [
             {name: tuple(state[name].shape) for name in state if name.startswith(kind)}
@@ -163,6 +173,17 @@ class PersistentEvolutionStrategies(Estimator):
         ]
         totals = [state[f"total.{i}"].to(leaf.device).clone() for i, leaf in enumerate(centre)]
         return state["step"], key, state["losses"].to(like.params.device), particles, totals
+
+
+def _prefix(replica: int) -> str:
+    """What comes before the names of a replica's state; nothing for the first."""
+    return f"replica{replica}." if replica else ""
+
+
+def _split_name(name: str) -> tuple[int, str]:
+    """(the replica, the name without its prefix)."""
+    found = re.fullmatch(r"replica(\d+)\.(.+)", name)
+    return (int(found[1]), found[2]) if found else (0, name)
 
 
 def _packed(

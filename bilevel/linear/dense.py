@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_positive
+from bilevel.checks import check_number
 from bilevel.linear.solver import Solver, System
 
 
@@ -28,7 +28,7 @@ class Dense(Solver):
     uses_start = False
 
     def __init__(self, tolerance: float = 1e-3) -> None:
-        self.tolerance = check_positive("tolerance", tolerance)
+        self.tolerance = check_number("tolerance", tolerance, above=0, below=1)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         size = system.rhs.shape[-1]

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.linear.operator import LinearOperator
 from bilevel.linear.solver import Solver, System
@@ -72,7 +72,8 @@ class RandomizedEigendecomposition(Solver):
         rank: k, at least 1.
         oversampling: As in `randomized_eigendecomposition`.
         power_iterations: As there.
-        tolerance: Relative residual above which to warn; the default of 1 is what x = 0 has.
+        tolerance: Relative residual ‖b − (A + ρI)x‖/‖b‖ above which to warn: the part of b that the
+            rank is too low for.
 
     Raises:
         ConfigurationError: An argument outside its range; in `solve`, damping = 0 with rank < p.
@@ -82,12 +83,12 @@ class RandomizedEigendecomposition(Solver):
     uses_start = False
 
     def __init__(
-        self, rank: int, oversampling: int = 8, power_iterations: int = 1, tolerance: float = 1.0
+        self, rank: int, oversampling: int = 8, power_iterations: int = 1, tolerance: float = 1e-2
     ) -> None:
         self.rank = check_integer("rank", rank)
         self.oversampling = check_integer("oversampling", oversampling, 0)
         self.power_iterations = check_integer("power_iterations", power_iterations, 0)
-        self.tolerance = check_positive("tolerance", tolerance)
+        self.tolerance = check_number("tolerance", tolerance, above=0, below=1)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         check_low_rank(self, self.rank, system)

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.errors import SolverError
 from bilevel.linear.solver import Solver, System, norm
 
@@ -45,9 +45,9 @@ class Neumann(Solver):
     def __init__(
         self, step_size: float, max_iterations: int = 100, tolerance: float = 1e-5
     ) -> None:
-        self.step_size = check_positive("step_size", step_size)
+        self.step_size = check_number("step_size", step_size, above=0)
         self.max_iterations = check_integer("max_iterations", max_iterations)
-        self.tolerance = check_positive("tolerance", tolerance)
+        self.tolerance = check_number("tolerance", tolerance, above=0, below=1)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         x = system.start

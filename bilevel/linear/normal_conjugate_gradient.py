@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.linear.solver import Solver, System, divide, dot, norm
 
 
@@ -33,7 +33,7 @@ class NormalConjugateGradient(Solver):
 
     def __init__(self, max_iterations: int = 100, tolerance: float = 1e-5) -> None:
         self.max_iterations = check_integer("max_iterations", max_iterations)
-        self.tolerance = check_positive("tolerance", tolerance)
+        self.tolerance = check_number("tolerance", tolerance, above=0, below=1)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         x = system.start

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer, check_positive
+from bilevel.checks import check_integer, check_number
 from bilevel.linear.eigendecomposition import check_low_rank, invert_low_rank
 from bilevel.linear.solver import Solver, System
 
@@ -27,7 +27,8 @@ class Nystrom(Solver):
 
     Args:
         rank: k, at least 1.
-        tolerance: Relative residual above which to warn; the default of 1 is what x = 0 has.
+        tolerance: Relative residual ‖b − (A + ρI)x‖/‖b‖ above which to warn: the part of b that the
+            rank is too low for.
 
     Raises:
         ConfigurationError: An argument outside its range; in `solve`, damping = 0 with rank < p.
@@ -38,9 +39,9 @@ class Nystrom(Solver):
     needs_symmetric = True
     uses_start = False
 
-    def __init__(self, rank: int, tolerance: float = 1.0) -> None:
+    def __init__(self, rank: int, tolerance: float = 1e-2) -> None:
         self.rank = check_integer("rank", rank)
-        self.tolerance = check_positive("tolerance", tolerance)
+        self.tolerance = check_number("tolerance", tolerance, above=0, below=1)
 
     def _solve(self, system: System) -> tuple[Tensor, Tensor, str]:
         check_low_rank(self, self.rank, system)

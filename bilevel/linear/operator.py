@@ -7,10 +7,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-#: So many numbers at most go through `vmap` together. Where launching operations takes the time it
+#: So many numbers at most go through `vmap` at once. Where launching operations takes the time it
 #: is many times faster than one product after the other; where arithmetic does, it only costs
 #: memory.
-TOGETHER = 2**15
+NUMBERS_PER_VMAP = 2**15
 
 
 class LinearOperator(ABC):
@@ -50,10 +50,12 @@ class LinearOperator(ABC):
         memory is that of one product.
         """
         self.products += vectors.shape[-1]
-        together = min(TOGETHER // self.shape.numel(), vectors.shape[-1])
-        if together <= 1:
+        vectors_at_once = min(NUMBERS_PER_VMAP // self.shape.numel(), vectors.shape[-1])
+        if vectors_at_once <= 1:
             return torch.stack([self.product(vector) for vector in vectors.unbind(-1)], dim=-1)
-        return torch.func.vmap(self.product, in_dims=-1, out_dims=-1, chunk_size=together)(vectors)
+        return torch.func.vmap(self.product, in_dims=-1, out_dims=-1, chunk_size=vectors_at_once)(
+            vectors
+        )
 
     @final
     def columns(self, indices: Tensor) -> Tensor:

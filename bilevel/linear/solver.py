@@ -66,8 +66,8 @@ class Solver(ABC):
     """Solves (A + ρI)x = b for one matrix, or for a batch of them with a verdict on each.
 
     Attributes:
-        tolerance: The largest relative residual that counts as converged. Beyond it, `solve`
-            gives a `ConvergenceWarning` and a status that says so.
+        tolerance: The largest relative residual that counts as converged, below 1, which is that
+            of x = 0. Beyond it, `solve` gives a `ConvergenceWarning` and a status that says so.
         needs_symmetric: Whether A must be symmetric.
         uses_start: Whether a good start makes it faster.
     """

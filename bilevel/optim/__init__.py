@@ -23,16 +23,28 @@ Example:
 
 from bilevel.optim.adagrad_family import AdagradState, RMSPropState, adagrad, rmsprop
 from bilevel.optim.adam_family import AdamState, adam, adamw
+from bilevel.optim.base import RoundedState, Rule, on_vector
+from bilevel.optim.clipping import clip_by_norm, clip_by_value
+from bilevel.optim.composition import chain, freeze
 from bilevel.optim.gradient_descent import SGDState, sgd
+from bilevel.optim.groups import groups
 
 __all__ = [
     "AdagradState",
     "AdamState",
     "RMSPropState",
+    "RoundedState",
+    "Rule",
     "SGDState",
     "adagrad",
     "adam",
     "adamw",
+    "chain",
+    "clip_by_norm",
+    "clip_by_value",
+    "freeze",
+    "groups",
+    "on_vector",
     "rmsprop",
     "sgd",
 ]

@@ -1,11 +1,16 @@
 """Optimizers that divide by the root of accumulated squared gradients."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
+import optree
 import torch
+from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from bilevel.optim.shared import Number, add_decay, check, check_decay, map_tree, zeros_like
+from bilevel.checks import check_flag
+from bilevel.optim.base import Elementwise, decayed, transformation_of, zeros_like
+from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate, per_leaf
 
 
 class AdagradState(NamedTuple):
@@ -15,7 +20,7 @@ class AdagradState(NamedTuple):
 
 
 class RMSPropState(NamedTuple):
-    """Moving averages of the squared gradient, of the gradient, and of the step."""
+    """Moving averages: of the squared gradient (or, centred, its variance), gradient, and step."""
 
     square: Any
     mean: Any
@@ -23,11 +28,11 @@ class RMSPropState(NamedTuple):
 
 
 def adagrad(
-    lr: Number = 1e-2,
-    eps: Number = 1e-10,
-    eps_root: Number = 1e-12,
-    weight_decay: Number = 0.0,
-    initial_accumulator_value: float = 0.0,
+    lr: Hyperparameter = 1e-2,
+    eps: Hyperparameter = 1e-10,
+    eps_root: Hyperparameter = 1e-12,
+    weight_decay: Hyperparameter = 0.0,
+    initial_accumulator_value: Hyperparameter = 0.0,
 ) -> GradientTransformation:
     r"""Adagrad, as `torch.optim.Adagrad` when `eps_root=0`.
 
@@ -43,37 +48,65 @@ def adagrad(
     Raises:
         ConfigurationError: A number outside its range.
     """
-    check(lr=lr, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
-    check(initial_accumulator_value=initial_accumulator_value)
-
-    def init(params: Any) -> AdagradState:
-        return AdagradState(
-            map_tree(lambda p: torch.full_like(p, initial_accumulator_value), params)
+    return transformation_of(
+        Adagrad(
+            at_least_zero("lr", lr),
+            at_least_zero("eps", eps),
+            at_least_zero("eps_root", eps_root),
+            at_least_zero("weight_decay", weight_decay),
+            at_least_zero("initial_accumulator_value", initial_accumulator_value),
         )
+    )
 
-    def update(
-        updates: Any, state: AdagradState, *, params: Any = None, inplace: bool = False
-    ) -> tuple[Any, AdagradState]:
-        grads = add_decay(updates, params, weight_decay)
-        total = map_tree(lambda s, g: s + g * g, state.total, grads)
-        updates = map_tree(lambda g, s: -lr * g / (torch.sqrt(s + eps_root) + eps), grads, total)
-        return updates, AdagradState(total)
 
-    return GradientTransformation(init, update)
+@final
+@dataclass(frozen=True, eq=False)
+class Adagrad(Elementwise):
+    """The rule of `adagrad`."""
+
+    lr: Hyperparameter
+    eps: Hyperparameter
+    eps_root: Hyperparameter
+    weight_decay: Hyperparameter
+    initial_accumulator_value: Hyperparameter
+
+    def start(self, params: Any) -> AdagradState:
+        leaves, spec = optree.tree_flatten(params)
+        values = per_leaf("initial_accumulator_value", self.initial_accumulator_value, params)
+        totals = [
+            torch.zeros_like(leaf) + (value.to(leaf) if isinstance(value, Tensor) else value)
+            for leaf, value in zip(leaves, values, strict=True)
+        ]
+        return AdagradState(optree.tree_unflatten(spec, totals))
+
+    def step(self, grads: Any, state: AdagradState, params: Any) -> tuple[Any, AdagradState]:
+        updates, moments = self.each(Adagrad._one, grads, params, state)
+        return updates, AdagradState(*moments)
+
+    def _one(self, grad: Tensor, param: Tensor | None, total: Tensor) -> tuple[Tensor, ...]:
+        grad = decayed(grad, param, self.weight_decay)
+        total = total + grad * grad
+        return -self.lr * grad / (torch.sqrt(total + self.eps_root) + self.eps), total
 
 
 def rmsprop(
-    lr: Number = 1e-2,
-    alpha: Number = 0.99,
-    eps: Number = 1e-8,
-    eps_root: Number = 1e-12,
-    weight_decay: Number = 0.0,
-    momentum: Number = 0.0,
+    lr: Hyperparameter = 1e-2,
+    alpha: Hyperparameter = 0.99,
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 1e-12,
+    weight_decay: Hyperparameter = 0.0,
+    momentum: Hyperparameter = 0.0,
     centered: bool = False,
 ) -> GradientTransformation:
     r"""RMSProp, as `torch.optim.RMSprop` when `eps_root=0`.
 
     v ← αv + (1−α)g²;   b ← momentum·b + g / (√(v + eps_root) + eps);   θ ← θ − lr·b
+
+    Centred, v is the variance instead: with m ← αm + (1−α)g the difference v − m² follows
+
+        v ← α(v + (1−α)(g − m)²)    (m before its own update)
+
+    which cannot become negative, as the difference of two rounded averages can.
 
     Args:
         lr: Step size, at least 0.
@@ -82,28 +115,53 @@ def rmsprop(
         eps_root: Added under the root, at least 0; see `bilevel.optim`.
         weight_decay: L2 penalty added to the gradient, at least 0.
         momentum: In [0, 1).
-        centered: Use the variance v − (moving average of g)² in place of v.
+        centered: Use the variance of the gradient in place of its square.
 
     Raises:
         ConfigurationError: A number outside its range.
     """
-    check(lr=lr, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
-    check_decay(alpha=alpha, momentum=momentum)
+    return transformation_of(
+        RMSProp(
+            at_least_zero("lr", lr),
+            decay_rate("alpha", alpha),
+            at_least_zero("eps", eps),
+            at_least_zero("eps_root", eps_root),
+            at_least_zero("weight_decay", weight_decay),
+            decay_rate("momentum", momentum),
+            check_flag("centered", centered),
+        )
+    )
 
-    def init(params: Any) -> RMSPropState:
+
+@final
+@dataclass(frozen=True, eq=False)
+class RMSProp(Elementwise):
+    """The rule of `rmsprop`."""
+
+    lr: Hyperparameter
+    alpha: Hyperparameter
+    eps: Hyperparameter
+    eps_root: Hyperparameter
+    weight_decay: Hyperparameter
+    momentum: Hyperparameter
+    centered: bool
+
+    def start(self, params: Any) -> RMSPropState:
         return RMSPropState(zeros_like(params), zeros_like(params), zeros_like(params))
 
-    def update(
-        updates: Any, state: RMSPropState, *, params: Any = None, inplace: bool = False
-    ) -> tuple[Any, RMSPropState]:
-        grads = add_decay(updates, params, weight_decay)
-        square = map_tree(lambda v, g: alpha * v + (1 - alpha) * (g * g), state.square, grads)
-        mean, variance = state.mean, square
-        if centered:
-            mean = map_tree(lambda m, g: alpha * m + (1 - alpha) * g, state.mean, grads)
-            variance = map_tree(lambda v, m: v - m * m, square, mean)
-        scaled = map_tree(lambda g, v: g / (torch.sqrt(v + eps_root) + eps), grads, variance)
-        buffer = map_tree(lambda b, s: momentum * b + s, state.momentum, scaled)
-        return map_tree(lambda b: -lr * b, buffer), RMSPropState(square, mean, buffer)
+    def step(self, grads: Any, state: RMSPropState, params: Any) -> tuple[Any, RMSPropState]:
+        updates, moments = self.each(RMSProp._one, grads, params, state)
+        return updates, RMSPropState(*moments)
 
-    return GradientTransformation(init, update)
+    def _one(
+        self, grad: Tensor, param: Tensor | None, square: Tensor, mean: Tensor, buffer: Tensor
+    ) -> tuple[Tensor, ...]:
+        grad = decayed(grad, param, self.weight_decay)
+        if self.centered:
+            square = self.alpha * (square + (1 - self.alpha) * (grad - mean) ** 2)
+            mean = self.alpha * mean + (1 - self.alpha) * grad
+        else:
+            square = self.alpha * square + (1 - self.alpha) * (grad * grad)
+        scaled = grad / (torch.sqrt(square + self.eps_root) + self.eps)
+        buffer = self.momentum * buffer + scaled
+        return -self.lr * buffer, square, mean, buffer

@@ -1,6 +1,7 @@
 """Adam, with coupled and with decoupled weight decay."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
 import optree
 import torch
@@ -8,20 +9,12 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from bilevel.errors import ConfigurationError
-from bilevel.optim.shared import (
-    Number,
-    add_decay,
-    check,
-    check_decay,
-    is_zero,
-    map_tree,
-    needed,
-    zeros_like,
-)
+from bilevel.optim.base import Elementwise, decayed, needed, transformation_of, zeros_like
+from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate, is_zero
 
 
 class AdamState(NamedTuple):
-    """The step count, and moving averages of the gradient and of its square."""
+    """The step count, and unbiased moving averages of the gradient and of its square."""
 
     step: Tensor
     mean: Any
@@ -29,17 +22,18 @@ class AdamState(NamedTuple):
 
 
 def adam(
-    lr: Number = 1e-3,
-    betas: tuple[Number, Number] = (0.9, 0.999),
-    eps: Number = 1e-8,
-    eps_root: Number = 1e-12,
-    weight_decay: Number = 0.0,
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 1e-12,
+    weight_decay: Hyperparameter = 0.0,
 ) -> GradientTransformation:
     r"""Adam, as `torch.optim.Adam` when `eps_root=0`.
 
-    m ← β₁m + (1−β₁)g;   v ← β₂v + (1−β₂)g²;   θ ← θ − lr·m̂ / (√(v̂ + eps_root) + eps)
+    m̂ ← m̂ + w(β₁)(g − m̂);   v̂ ← v̂ + w(β₂)(g² − v̂);   θ ← θ − lr·m̂ / (√(v̂ + eps_root) + eps)
 
-    with m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ).
+    with w(β) = (1−β)/(1−βᵗ) in float64. These are the paper's m/(1−β₁ᵗ) and v/(1−β₂ᵗ), in which
+    the derivative by a β would be a difference of large numbers.
 
     Args:
         lr: Step size, at least 0.
@@ -53,16 +47,15 @@ def adam(
 
     Source: Kingma and Ba, arXiv 1412.6980.
     """
-    check(weight_decay=weight_decay)
-    return _adam(lr, betas, eps, eps_root, coupled_decay=weight_decay, decoupled_decay=0.0)
+    return transformation_of(_adam(lr, betas, eps, eps_root, weight_decay, decoupled=False))
 
 
 def adamw(
-    lr: Number = 1e-3,
-    betas: tuple[Number, Number] = (0.9, 0.999),
-    eps: Number = 1e-8,
-    eps_root: Number = 1e-12,
-    weight_decay: Number = 1e-2,
+    lr: Hyperparameter = 1e-3,
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+    eps: Hyperparameter = 1e-8,
+    eps_root: Hyperparameter = 1e-12,
+    weight_decay: Hyperparameter = 1e-2,
 ) -> GradientTransformation:
     """Adam with decoupled weight decay, θ ← θ − lr·weight_decay·θ beside `adam`'s step.
 
@@ -70,47 +63,70 @@ def adamw(
 
     Source: Loshchilov and Hutter, arXiv 1711.05101.
     """
-    check(weight_decay=weight_decay)
-    return _adam(lr, betas, eps, eps_root, coupled_decay=0.0, decoupled_decay=weight_decay)
+    return transformation_of(_adam(lr, betas, eps, eps_root, weight_decay, decoupled=True))
 
 
 def _adam(
-    lr: Number,
-    betas: tuple[Number, Number],
-    eps: Number,
-    eps_root: Number,
+    lr: Hyperparameter,
+    betas: tuple[Hyperparameter, Hyperparameter],
+    eps: Hyperparameter,
+    eps_root: Hyperparameter,
+    weight_decay: Hyperparameter,
     *,
-    coupled_decay: Number,
-    decoupled_decay: Number,
-) -> GradientTransformation:
+    decoupled: bool,
+) -> "Adam":
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ConfigurationError(f"betas={betas!r}: it must be a pair of numbers")
-    beta1, beta2 = betas
-    check(lr=lr, eps=eps, eps_root=eps_root)
-    check_decay(beta1=beta1, beta2=beta2)
+    return Adam(
+        at_least_zero("lr", lr),
+        decay_rate("beta1", betas[0]),
+        decay_rate("beta2", betas[1]),
+        at_least_zero("eps", eps),
+        at_least_zero("eps_root", eps_root),
+        at_least_zero("weight_decay", weight_decay),
+        decoupled,
+    )
 
-    def init(params: Any) -> AdamState:
+
+@final
+@dataclass(frozen=True, eq=False)
+class Adam(Elementwise):
+    """The rule of `adam`, and with `decoupled` that of `adamw`."""
+
+    lr: Hyperparameter
+    beta1: Hyperparameter
+    beta2: Hyperparameter
+    eps: Hyperparameter
+    eps_root: Hyperparameter
+    weight_decay: Hyperparameter
+    decoupled: bool
+
+    def start(self, params: Any) -> AdamState:
         first = optree.tree_leaves(params)[0]
         count = torch.zeros((), dtype=torch.int64, device=first.device)
         return AdamState(count, zeros_like(params), zeros_like(params))
 
-    def update(
-        updates: Any, state: AdamState, *, params: Any = None, inplace: bool = False
-    ) -> tuple[Any, AdamState]:
-        grads = add_decay(updates, params, coupled_decay)
+    def step(self, grads: Any, state: AdamState, params: Any) -> tuple[Any, AdamState]:
         count = state.step + 1
-        mean = map_tree(lambda m, g: beta1 * m + (1 - beta1) * g, state.mean, grads)
-        square = map_tree(lambda v, g: beta2 * v + (1 - beta2) * (g * g), state.square, grads)
-
-        def step(m: Tensor, v: Tensor) -> Tensor:
-            # An integer power of a Python number would be taken in the default dtype.
-            t = count.to(m.dtype)
-            root = torch.sqrt(v / (1 - beta2**t) + eps_root)
-            return -(lr / (1 - beta1**t)) * m / (root + eps)
-
-        updates = map_tree(step, mean, square)
-        if not is_zero(decoupled_decay):
-            updates = map_tree(lambda u, p: u - lr * decoupled_decay * p, updates, needed(params))
+        updates, (mean, square) = self.each(
+            Adam._one, grads, params, (state.mean, state.square), count.double()
+        )
         return updates, AdamState(count, mean, square)
 
-    return GradientTransformation(init, update)
+    def _one(
+        self, grad: Tensor, param: Tensor | None, mean: Tensor, square: Tensor, count: Tensor
+    ) -> tuple[Tensor, ...]:
+        if not self.decoupled:
+            grad = decayed(grad, param, self.weight_decay)
+        mean = mean + _weight(self.beta1, count) * (grad - mean)
+        square = square + _weight(self.beta2, count) * (grad * grad - square)
+        update = -self.lr * mean / (torch.sqrt(square + self.eps_root) + self.eps)
+        if self.decoupled and not is_zero(self.weight_decay):
+            update = update - self.lr * self.weight_decay * needed(param)
+        return update, mean, square
+
+
+def _weight(beta: float | Tensor, count: Tensor) -> Tensor:
+    """(1−β)/(1−βᵗ) in float64, since in fewer digits nearly all of 1−βᵗ would cancel."""
+    beta = beta.double() if isinstance(beta, Tensor) else beta
+    return (1 - beta) / (1 - torch.pow(beta, count))

@@ -1,12 +1,15 @@
 """Stochastic gradient descent."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
 from torch import Tensor
 from torchopt.base import EmptyState, GradientTransformation
 
+from bilevel.checks import check_flag
 from bilevel.errors import ConfigurationError
-from bilevel.optim.shared import Number, add_decay, check, check_decay, map_tree, zeros_like
+from bilevel.optim.base import Elementwise, decayed, transformation_of, zeros_like
+from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate, is_zero
 
 
 class SGDState(NamedTuple):
@@ -16,7 +19,10 @@ class SGDState(NamedTuple):
 
 
 def sgd(
-    lr: Number, momentum: Number = 0.0, weight_decay: Number = 0.0, nesterov: bool = False
+    lr: Hyperparameter,
+    momentum: Hyperparameter = 0.0,
+    weight_decay: Hyperparameter = 0.0,
+    nesterov: bool = False,
 ) -> GradientTransformation:
     r"""Stochastic gradient descent, as `torch.optim.SGD`.
 
@@ -31,25 +37,43 @@ def sgd(
     Raises:
         ConfigurationError: A number outside its range.
     """
-    check(lr=lr, weight_decay=weight_decay)
-    check_decay(momentum=momentum)
-    has_momentum = isinstance(momentum, Tensor) or momentum != 0
-    if nesterov and not has_momentum:
+    rule = SGD(
+        at_least_zero("lr", lr),
+        decay_rate("momentum", momentum),
+        at_least_zero("weight_decay", weight_decay),
+        check_flag("nesterov", nesterov),
+    )
+    if nesterov and is_zero(rule.momentum):
         raise ConfigurationError("nesterov=True needs a momentum above 0")
+    return transformation_of(rule)
 
-    def init(params: Any) -> Any:
-        return SGDState(zeros_like(params)) if has_momentum else EmptyState()
 
-    def update(
-        updates: Any, state: Any, *, params: Any = None, inplace: bool = False
-    ) -> tuple[Any, Any]:
-        grads = add_decay(updates, params, weight_decay)
-        if has_momentum:
-            velocity = map_tree(lambda v, g: momentum * v + g, state.momentum, grads)
-            state = SGDState(velocity)
-            grads = (
-                map_tree(lambda g, v: g + momentum * v, grads, velocity) if nesterov else velocity
-            )
-        return map_tree(lambda g: -lr * g, grads), state
+@final
+@dataclass(frozen=True, eq=False)
+class SGD(Elementwise):
+    """The rule of `sgd`."""
 
-    return GradientTransformation(init, update)
+    lr: Hyperparameter
+    momentum: Hyperparameter
+    weight_decay: Hyperparameter
+    nesterov: bool
+
+    def start(self, params: Any) -> Any:
+        return EmptyState() if is_zero(self.momentum) else SGDState(zeros_like(params))
+
+    def step(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        if isinstance(state, EmptyState):
+            return self.each(SGD._plain, grads, params)[0], state
+        updates, moments = self.each(SGD._with_momentum, grads, params, state)
+        return updates, SGDState(*moments)
+
+    def _plain(self, grad: Tensor, param: Tensor | None) -> tuple[Tensor, ...]:
+        return (-self.lr * decayed(grad, param, self.weight_decay),)
+
+    def _with_momentum(
+        self, grad: Tensor, param: Tensor | None, velocity: Tensor
+    ) -> tuple[Tensor, ...]:
+        grad = decayed(grad, param, self.weight_decay)
+        velocity = self.momentum * velocity + grad
+        ahead = grad + self.momentum * velocity if self.nesterov else velocity
+        return -self.lr * ahead, velocity

@@ -1,10 +1,9 @@
 """Truncation schedules: which inner steps are differentiated.
 
 Example:
-    >>> trace = bilevel.Trace({"inner_loss": torch.zeros(40)})
-    >>> bilevel.truncation.Full().select(trace, torch.Generator())
+    >>> bilevel.truncation.Full().plan(40, torch.Generator()).window
     Window(start=0, stop=40)
-    >>> bilevel.truncation.Last(window=10).select(trace, torch.Generator())
+    >>> bilevel.truncation.Last(window=10).plan(40, torch.Generator()).window
     Window(start=30, stop=40)
 
     A schedule with stages learns of every outer step:
@@ -22,7 +21,10 @@ from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.effective_steps import EffectiveSteps
 from bilevel.truncation.full import Full
 from bilevel.truncation.last import Last
+from bilevel.truncation.log_uniform import LogUniform
 from bilevel.truncation.minimum_distance import MinimumDistance
+from bilevel.truncation.pessimistic import Pessimistic
+from bilevel.truncation.plan import Plan
 from bilevel.truncation.policy import WithinTrajectoryPolicy
 from bilevel.truncation.random import RandomWindow
 from bilevel.truncation.softmax import Softmax
@@ -35,7 +37,10 @@ __all__ = [
     "EffectiveSteps",
     "Full",
     "Last",
+    "LogUniform",
     "MinimumDistance",
+    "Pessimistic",
+    "Plan",
     "RandomWindow",
     "Softmax",
     "Stage",

@@ -9,24 +9,35 @@ from torch import Tensor
 
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
+from bilevel.truncation.plan import Plan
 from bilevel.truncation.transition import Stage
 
 
 class Truncation(ABC):
     """Chooses which inner steps are differentiated.
 
-    For every hypergradient `horizon`, `earliest_start` and `select` are called once, in this order;
-    `update` follows when the outer step is done. A schedule fixes its configuration when it is made
-    and changes only its state, so that one schedule can be saved, resumed and compared. `generator`
-    is always on the CPU.
+    For every hypergradient it makes a `plan` before the inner run, and, where the plan leaves the
+    window open, `select`s it from the recording; `update` follows when the outer step is done. A
+    schedule fixes its configuration when it is made and changes only its state, which goes from one
+    outer step to the next, so that it can be saved, resumed and compared. `generator` is always on
+    the CPU.
 
     Attributes:
-        signals: Names of the per-step signals that `select` reads from the trace.
         metrics: Names of the metrics that `update` reads. Whoever runs the outer loop supplies
             them, and may leave out the cost of those that are not asked for.
+
+    Example:
+        The first ten steps of a run:
+
+        >>> class First(bilevel.truncation.Truncation):
+        ...     minimum_steps = 10
+        ...
+        ...     def plan(self, steps, generator):
+        ...         return bilevel.truncation.Plan.of(bilevel.Window(0, 10))
+        >>> First().plan(40, torch.Generator())
+        Plan(horizon=10, window=Window(start=0, stop=10), earliest_start=0, signals=())
     """
 
-    signals: Sequence[str] = ()
     metrics: Sequence[str] = ()
 
     @property
@@ -40,16 +51,18 @@ class Truncation(ABC):
         return None
 
     @abstractmethod
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
-        """How many of the T = `steps` inner steps to run this time, 1 … T."""
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
+        """What to run of T = `steps` inner steps this time, and the window if it is known."""
 
-    @abstractmethod
-    def earliest_start(self, horizon: int) -> int:
-        """The first step at which a window over `horizon` recorded steps may start."""
-
-    @abstractmethod
     def select(self, trace: Trace, generator: torch.Generator) -> Window:
-        """The window over the recorded run."""
+        """The window over the recorded run, where the plan left it open.
+
+        Raises:
+            NotImplementedError: This schedule knows all its windows before the run.
+        """
+        raise NotImplementedError(
+            f"the plan of {type(self).__name__} has no window, so it must define select"
+        )
 
     def update(self, metrics: Mapping[str, float]) -> str | None:
         """Learn of an outer step's metrics. A schedule without state ignores them.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, final
 
+from bilevel.checks import check_number
 from bilevel.errors import ConfigurationError
 from bilevel.truncation.transition import Stage, Transition, read_metric
 
@@ -27,17 +28,8 @@ class ByFraction(Transition):
     metrics = ("progress",)
 
     def __init__(self, middle: float = 1 / 3, late: float = 2 / 3) -> None:
-        numbers = all(
-            isinstance(value, (int, float)) and not isinstance(value, bool)
-            for value in (middle, late)
-        )
-        if not numbers or not 0 <= middle <= late <= 1:
-            raise ConfigurationError(
-                f"middle={middle!r}, late={late!r}: they must be numbers with "
-                "0 <= middle <= late <= 1"
-            )
-        self.middle = middle
-        self.late = late
+        self.middle = check_number("middle", middle, minimum=0, maximum=1)
+        self.late = check_number("late", late, minimum=self.middle, maximum=1)
         self._progress = 0.0
 
     @property

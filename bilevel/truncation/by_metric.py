@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any, final
 
-from bilevel.checks import check_choice, check_integer, check_positive
+from bilevel.checks import check_choice, check_instance, check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.truncation.transition import Stage, Transition, read_metric
 
@@ -63,9 +63,9 @@ class ByMetric(Transition):
         for name, value in (("gain", gain), ("patience", patience)):
             if not isinstance(value, (tuple, list)) or len(value) != 2:
                 raise ConfigurationError(f"{name}={value!r}: it must be a pair (early, middle)")
+        self.metric = check_instance("metric", metric, str, "'held_out_accuracy'")
         self.metrics = (metric,)
-        self.metric = metric
-        self.gain = tuple(check_positive("gain", value) for value in gain)
+        self.gain = tuple(check_number("gain", value, above=0) for value in gain)
         self.patience = tuple(check_integer("patience", value) for value in patience)
         self.block = check_integer("block", block)
         if better is None:
@@ -107,16 +107,16 @@ class ByMetric(Transition):
         )
 
     def report(self) -> dict[str, float]:
-        shown: dict[str, float] = {"stage": self._state.stage}
+        numbers: dict[str, float] = {"stage": self._state.stage}
         if self._state.mean is not None:
-            shown["metric"] = self._state.mean
+            numbers["metric"] = self._state.mean
         if self._state.gain is not None:
-            shown["gain"] = self._state.gain
+            numbers["gain"] = self._state.gain
         if self.stage != Stage.LATE:
-            shown["gain_wanted"] = self.gain[self.stage]
-            shown["blocks_without_gain"] = self._state.stalled
-            shown["patience"] = self.patience[self.stage]
-        return shown
+            numbers["gain_wanted"] = self.gain[self.stage]
+            numbers["blocks_without_gain"] = self._state.stalled
+            numbers["patience"] = self.patience[self.stage]
+        return numbers
 
     def state_dict(self) -> dict[str, float | None]:
         return asdict(self._state)

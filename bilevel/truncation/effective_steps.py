@@ -5,8 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_choice, check_positive
-from bilevel.errors import ConfigurationError
+from bilevel.checks import check_choice, check_number
 from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.norms import NORMALIZATIONS
 from bilevel.truncation.softmax import softmax
@@ -28,9 +27,7 @@ class EffectiveSteps(StepDistribution):
     """
 
     def __init__(self, fraction: float, normalization: str = "log_standardize") -> None:
-        self.fraction = check_positive("fraction", fraction)
-        if fraction > 1:
-            raise ConfigurationError(f"fraction={fraction!r}: it must be at most 1")
+        self.fraction = check_number("fraction", fraction, above=0, maximum=1)
         self.normalization = check_choice("normalization", normalization, tuple(NORMALIZATIONS))
 
     def __call__(self, signal: Tensor, support: Tensor, sign: int = 1) -> Tensor:

@@ -4,8 +4,9 @@ from typing import final
 
 import torch
 
-from bilevel.trajectory import Trace, Window
+from bilevel.trajectory import Window
 from bilevel.truncation.base import Truncation
+from bilevel.truncation.plan import Plan
 
 
 @final
@@ -20,11 +21,5 @@ class Full(Truncation):
     def minimum_steps(self) -> int:
         return 1
 
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
-        return steps
-
-    def earliest_start(self, horizon: int) -> int:
-        return 0
-
-    def select(self, trace: Trace, generator: torch.Generator) -> Window:
-        return Window(0, trace.horizon)
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
+        return Plan.of(Window(0, steps))

@@ -5,8 +5,9 @@ from typing import final
 import torch
 
 from bilevel.checks import check_integer
-from bilevel.trajectory import Trace, Window
+from bilevel.trajectory import Window
 from bilevel.truncation.base import Truncation
+from bilevel.truncation.plan import Plan
 
 
 @final
@@ -15,6 +16,9 @@ class Last(Truncation):
 
     Args:
         window: W ≥ 1.
+
+    Raises:
+        ConfigurationError: `window` is no such integer.
 
     Biased towards short horizons: what an outer variable does before step T − W is not seen.
     """
@@ -26,11 +30,5 @@ class Last(Truncation):
     def minimum_steps(self) -> int:
         return self.window
 
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
-        return steps
-
-    def earliest_start(self, horizon: int) -> int:
-        return horizon - self.window
-
-    def select(self, trace: Trace, generator: torch.Generator) -> Window:
-        return Window(trace.horizon - self.window, trace.horizon)
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
+        return Plan.of(Window(steps - self.window, steps))

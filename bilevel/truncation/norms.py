@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.errors import NonFiniteError
 from bilevel.trajectory import Trace
+from bilevel.truncation.signals import finite_signal
 
 
 def gradient_norms(trace: Trace) -> Tensor:
@@ -19,15 +19,9 @@ def gradient_norms(trace: Trace) -> Tensor:
     Raises:
         NonFiniteError: One is NaN or infinite.
     """
-    norms = trace["gradient_norm"].to("cpu", torch.float64)
-    bad = (~torch.isfinite(norms)).nonzero()
-    if len(bad):
-        step = int(bad[0])
-        raise NonFiniteError(
-            f"the norm of the inner gradient became {float(norms[step])} at inner step {step} of "
-            f"{trace.horizon}: lower the inner learning rate or look at the inner batch"
-        )
-    return norms
+    return finite_signal(
+        trace, "gradient_norm", "the norm of the inner gradient", "look at the inner batch"
+    )
 
 
 def changes(norms: Tensor) -> Tensor:

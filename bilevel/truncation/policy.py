@@ -6,11 +6,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_choice, check_integer, check_positive
+from bilevel.checks import check_choice, check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
 from bilevel.truncation.norms import changes, gradient_norms, standardize
+from bilevel.truncation.plan import Plan
 from bilevel.truncation.selection import Selection
 
 
@@ -47,8 +48,6 @@ class WithinTrajectoryPolicy(Truncation):
     optimisation. Its probe network is not needed: the norms are those of the run itself.
     """
 
-    signals = ("gradient_norm",)
-
     def __init__(
         self,
         window: int,
@@ -62,25 +61,20 @@ class WithinTrajectoryPolicy(Truncation):
         self.width_range = check_integer("width_range", width_range, minimum=0)
         if width_range >= window:
             raise ConfigurationError(f"width_range={width_range}: it must be below window={window}")
-        self.kl_weight = check_positive("kl_weight", kl_weight)
-        self.reference_rate = check_positive("reference_rate", reference_rate)
-        if reference_rate > 1:
-            raise ConfigurationError(f"reference_rate={reference_rate!r}: it must be at most 1")
-        self.width_temperature = check_positive("width_temperature", width_temperature)
+        self.kl_weight = check_number("kl_weight", kl_weight, above=0)
+        self.reference_rate = check_number("reference_rate", reference_rate, above=0, maximum=1)
+        self.width_temperature = check_number("width_temperature", width_temperature, above=0)
         self.partial_windows = check_choice("partial_windows", partial_windows, ("excluded", "cut"))
         self._reference = torch.empty(0, dtype=torch.float64)
         self._extremes = torch.empty(0, dtype=torch.float64)
-        self._shown: dict[str, float | Tensor] = {}
+        self._last_report: dict[str, float | Tensor] = {}
 
     @property
     def minimum_steps(self) -> int:
         return self.window + self.width_range
 
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
-        return steps
-
-    def earliest_start(self, horizon: int) -> int:
-        return 0
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
+        return Plan(steps, signals=("gradient_norm",))
 
     def select(self, trace: Trace, generator: torch.Generator) -> Window:
         norms = gradient_norms(trace)
@@ -103,11 +97,11 @@ class WithinTrajectoryPolicy(Truncation):
         policy = torch.softmax(logits, dim=0)
         self._reference = self._reference.lerp(policy, self.reference_rate)
         selection = self._selection(logits, changes(norms))
-        self._shown = {"beta": beta, **selection.report()}
+        self._last_report = {"beta": beta, **selection.report()}
         return selection.draw(generator)
 
     def report(self) -> dict[str, float | Tensor]:
-        return dict(self._shown)
+        return dict(self._last_report)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"reference": self._reference, "extremes": self._extremes}
@@ -124,7 +118,7 @@ class WithinTrajectoryPolicy(Truncation):
                 f"WithinTrajectoryPolicy cannot continue from {dict(state)}: it needs the tensors "
                 "reference [T] and extremes [2]"
             )
-        self._reference, self._extremes, self._shown = reference, extremes, {}
+        self._reference, self._extremes, self._last_report = reference, extremes, {}
 
     def _selection(self, logits: Tensor, change: Tensor) -> Selection:
         """Windows that end at any step, or only at those at which they are whole."""

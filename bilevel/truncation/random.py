@@ -7,8 +7,9 @@ import torch
 
 from bilevel.checks import check_integer
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Trace, Window
+from bilevel.trajectory import Window
 from bilevel.truncation.base import Truncation
+from bilevel.truncation.plan import Plan
 
 
 @final
@@ -21,6 +22,9 @@ class RandomWindow(Truncation):
         window: W ≥ 1.
         refresh: For how many outer steps one draw serves (the released code draws once per pass
             over its real data, 10 outer steps).
+
+    Raises:
+        ConfigurationError: An argument outside its range.
 
     Source: Feng, Vedantam and Kempe, arXiv 2311.07025, section 3.
     """
@@ -35,18 +39,12 @@ class RandomWindow(Truncation):
     def minimum_steps(self) -> int:
         return self.window
 
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
         if self._uses_left == 0 or self._stop > steps:
             self._stop = int(torch.randint(self.window, steps + 1, (), generator=generator))
             self._uses_left = self.refresh
         self._uses_left -= 1
-        return self._stop
-
-    def earliest_start(self, horizon: int) -> int:
-        return horizon - self.window
-
-    def select(self, trace: Trace, generator: torch.Generator) -> Window:
-        return Window(trace.horizon - self.window, trace.horizon)
+        return Plan.of(Window(self._stop - self.window, self._stop))
 
     def state_dict(self) -> dict[str, int]:
         return {"stop": self._stop, "uses_left": self._uses_left}

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_choice, check_positive
+from bilevel.checks import check_choice, check_number
 from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.norms import NORMALIZATIONS
 
@@ -29,7 +29,7 @@ class Softmax(StepDistribution):
 
     def __init__(self, normalization: str = "log_standardize", temperature: float = 1.0) -> None:
         self.normalization = check_choice("normalization", normalization, tuple(NORMALIZATIONS))
-        self.temperature = check_positive("temperature", temperature)
+        self.temperature = check_number("temperature", temperature, above=0)
 
     def __call__(self, signal: Tensor, support: Tensor, sign: int = 1) -> Tensor:
         scores = sign * NORMALIZATIONS[self.normalization](signal)

@@ -7,12 +7,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_choice, check_integer
+from bilevel.checks import check_choice, check_instance, check_integer
 from bilevel.errors import ConfigurationError
 from bilevel.trajectory import Trace, Window
 from bilevel.truncation.base import Truncation
 from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.norms import changes, gradient_norms, rank
+from bilevel.truncation.plan import Plan
 from bilevel.truncation.selection import Selection
 from bilevel.truncation.softmax import Softmax
 from bilevel.truncation.transition import Stage, Transition
@@ -53,12 +54,10 @@ class StageAware(Truncation):
         ConfigurationError: An argument outside its range.
 
     The hypergradient is exact for its window; as an estimate of the full one it is biased, as
-    with every truncation. See docs/truncation.md for where the paper and its code differ.
+    with every truncation. See docs/papers.md for where the paper and its code differ.
 
     Source: Li et al., arXiv 2510.04838 (NeurIPS 2025), and its released code.
     """
-
-    signals = ("gradient_norm",)
 
     def __init__(
         self,
@@ -78,15 +77,11 @@ class StageAware(Truncation):
                 f"width_range={width_range}: it must be below window={window}, or there would be "
                 "windows of width 0"
             )
-        if not isinstance(transition, Transition):
-            raise ConfigurationError(
-                f"transition={transition!r}: it must be a Transition such as ByMetric()"
-            )
-        self.distribution = Softmax() if distribution is None else distribution
-        if not isinstance(self.distribution, StepDistribution):
-            raise ConfigurationError(
-                f"distribution={distribution!r}: it must be a StepDistribution such as Softmax()"
-            )
+        check_instance("transition", transition, Transition, "bilevel.truncation.ByMetric()")
+        distribution = Softmax() if distribution is None else distribution
+        self.distribution = check_instance(
+            "distribution", distribution, StepDistribution, "bilevel.truncation.Softmax()"
+        )
         self.position = check_choice("position", position, ("paper", "mirrored"))
         self.width = check_choice("width", width, ("rank", "exp", "stage"))
         self.anchor = check_choice("anchor", anchor, ("start", "end"))
@@ -95,7 +90,6 @@ class StageAware(Truncation):
         self._transition = copy.deepcopy(transition)
         self._selection: Selection | None = None
         self._uses_left = 0
-        self._drawn: Window | None = None
 
     @property
     def stage(self) -> Stage:
@@ -106,8 +100,7 @@ class StageAware(Truncation):
     def minimum_steps(self) -> int:
         return self.window + self.width_range
 
-    def horizon(self, steps: int, generator: torch.Generator) -> int:
-        self._drawn = None
+    def plan(self, steps: int, generator: torch.Generator) -> Plan:
         if self.stage == Stage.MIDDLE:
             width = self.window + (self.width_range if self.width == "stage" else 0)
             self._selection = Selection.uniform(width, steps)
@@ -115,17 +108,11 @@ class StageAware(Truncation):
             self._uses_left -= 1
         else:
             self._selection = None
-            return steps
-        self._drawn = self._selection.draw(generator)
-        return self._drawn.stop
-
-    def earliest_start(self, horizon: int) -> int:
-        return 0 if self._drawn is None else self._drawn.start
+            return Plan(steps, signals=("gradient_norm",))
+        return Plan.of(self._selection.draw(generator))
 
     def select(self, trace: Trace, generator: torch.Generator) -> Window:
-        if self._drawn is not None:
-            return self._drawn
-        self._selection = self._from_norms(gradient_norms(trace))
+        self._selection = self._selection_from_norms(gradient_norms(trace))
         self._uses_left = self.refresh - 1
         return self._selection.draw(generator)
 
@@ -164,9 +151,9 @@ class StageAware(Truncation):
             )
         found = Selection.from_state(selection) if selection else None
         self._transition.load_state_dict(group("transition."))
-        self._selection, self._uses_left, self._drawn = found, uses_left, None
+        self._selection, self._uses_left = found, uses_left
 
-    def _from_norms(self, norms: Tensor) -> Selection:
+    def _selection_from_norms(self, norms: Tensor) -> Selection:
         """The distribution over windows of the early or late stage."""
         late, steps = self.stage == Stage.LATE, len(norms)
         at, widths = torch.arange(steps), self._widths(changes(norms), late)

@@ -1,8 +1,6 @@
 """Datasets and the transforms between pixels and what the networks see."""
 
-from dd.data.difficulty import DifficultyPacing
-from dd.data.errors import DatasetNotFoundError
-from dd.data.image_dataset import ImageDataset, to_unit_range
+from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, to_unit_range
 from dd.data.sources import (
     arrays,
     cifar10,
@@ -25,7 +23,6 @@ from dd.data.transforms import (
 
 __all__ = [
     "DatasetNotFoundError",
-    "DifficultyPacing",
     "ImageDataset",
     "KIPWhitening",
     "PixelTransform",

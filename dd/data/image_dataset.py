@@ -1,16 +1,33 @@
-"""A labelled image dataset, in memory or memory-mapped."""
+"""A labelled image dataset, in memory or memory-mapped; its splits; the error of one not found."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
+import numpy as np
 import torch
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from dd.data.splitting import stratified_split
+__all__ = ["DatasetNotFoundError", "ImageDataset", "stratified_split", "to_unit_range"]
 
-__all__ = ["ImageDataset", "to_unit_range"]
+
+@final
+class DatasetNotFoundError(FileNotFoundError):
+    """A dataset is not where it was looked for; the message says where, for what and what to do."""
+
+    @classmethod
+    def looked_in(cls, directory: Path, expected: str, remedy: str) -> DatasetNotFoundError:
+        """Build the error.
+
+        Args:
+            directory: where the data was looked for; shown as an absolute path.
+            expected: what should have been there.
+            remedy: what the user can do about it.
+        """
+        return cls(f"looked in {directory.absolute()} for {expected}; {remedy}")
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -156,3 +173,44 @@ class ImageDataset:
             ValueError: if ``fraction`` is outside (0, 1), or the set is too small for it.
         """
         return stratified_split(self.train_labels, fraction, seed, "fraction")
+
+
+def stratified_split(
+    labels: Tensor, fraction: float, seed: int, parameter: str
+) -> tuple[Tensor, Tensor]:
+    """Split indices in two parts with the class proportions of ``labels``.
+
+    Args:
+        labels: int64 [N].
+        fraction: share of the second part, in (0, 1).
+        seed: the same seed gives the same split.
+        parameter: name of the caller's fraction argument, for error messages.
+
+    Returns:
+        The indices of the first and of the second part, each int64 and ascending. Every class is
+        present in the first part.
+
+    Raises:
+        ValueError: if ``fraction`` is outside (0, 1), or the data is too small to give such a
+            split.
+    """
+    if not (isinstance(fraction, (int, float)) and 0.0 < fraction < 1.0):
+        raise ValueError(f"{parameter} is {fraction!r}; it must lie strictly between 0 and 1")
+    targets = labels.cpu().numpy()
+    try:
+        kept, held_out = train_test_split(
+            np.arange(len(targets)), test_size=fraction, random_state=seed, stratify=targets
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{parameter} = {fraction} cannot split {len(targets)} images of "
+            f"{len(np.unique(targets))} classes: {error}"
+        ) from error
+    # scikit-learn balances the two parts, and may leave nothing of a rare class in the first one.
+    missing = np.setdiff1d(targets, targets[kept])
+    if missing.size:
+        raise ValueError(
+            f"{parameter} = {fraction} leaves no image of class {missing[0]} to train on; "
+            "use a smaller fraction"
+        )
+    return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held_out))

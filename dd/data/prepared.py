@@ -1,6 +1,7 @@
 """A dataset split, with its transform, where it can be read fast: what the rest works on."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import final
 
@@ -10,12 +11,13 @@ from torch import Tensor
 from bilevel import Key
 from dd.augmentation import Augmentation
 from dd.data.image_dataset import ImageDataset
-from dd.data.read_ahead import ReadAhead
 from dd.data.stored_images import Images, StoredImages
 from dd.data.transforms import PixelTransform, apply_in_chunks
 
 #: Transforms are fitted on this many random training images, or on all if there are fewer.
 MOST_FITTED = 100_000
+#: How many steps are read ahead of the one that is asked for, each in a thread of its own.
+STEPS_AHEAD = 2
 
 
 @final
@@ -164,3 +166,36 @@ class RealBatches:
             order = torch.randperm(len(self.images), generator=generator, device=generator.device)
             self._epoch, self._order = epoch, order.to(kept_on)
         return self._order[position * self.size : (position + 1) * self.size]
+
+
+@final
+class ReadAhead:
+    """Reads for a step in background threads, a few steps before it is asked for.
+
+    Threads, not processes: reading is one copy of memory, or waiting for the disk, during which
+    PyTorch holds no lock, so nothing has to be started, pickled, or sent back.
+
+    Args:
+        index: What to read for a step; a pure function, called in the thread that calls `at`.
+        read: Reads it; called in the background.
+    """
+
+    def __init__(self, index: Callable[[int], Tensor], read: Callable[[Tensor], Tensor]) -> None:
+        self._index, self._read = index, read
+        self._threads = ThreadPoolExecutor(STEPS_AHEAD, thread_name_prefix="read-ahead")
+        self._pending: dict[int, tuple[Tensor, Future[Tensor]]] = {}
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """(what `index` says for `step`, what `read` returns for it).
+
+        Raises:
+            Exception: Whatever `read` raised.
+        """
+        wanted = range(step, step + STEPS_AHEAD + 1)
+        self._pending = {s: pending for s, pending in self._pending.items() if s in wanted}
+        for later in wanted:
+            if later not in self._pending:
+                index = self._index(later)
+                self._pending[later] = index, self._threads.submit(self._read, index)
+        index, reading = self._pending.pop(step)
+        return index, reading.result()

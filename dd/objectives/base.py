@@ -1,20 +1,21 @@
-"""The interface of what the outer loop minimises."""
-
-from __future__ import annotations
+"""The interface of what the outer loop minimises, and what it is given to work on."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bilevel
 from bilevel.truncation import Stage
-
-if TYPE_CHECKING:
-    from dd.distiller import Distiller
-    from dd.job import Job
+from dd.augmentation import Augmentation
+from dd.data.prepared import PreparedData
+from dd.evaluation.evaluator import Evaluator
+from dd.objectives.experts import Experts
+from dd.runtime.run_folder import RunFolder
+from dd.synthetic.dataset import SyntheticDataset
 
 Outer = dict[str, Tensor]
 
@@ -22,8 +23,38 @@ Outer = dict[str, Tensor]
 HELD_OUT = "held_out_accuracy"
 
 
-class Goal(ABC):
-    """An objective at work on one dataset: a nested problem, and what each outer step adds to it.
+@final
+@dataclass(frozen=True)
+class Task:
+    """What one distillation works on: everything but the settings of the outer loop.
+
+    Attributes:
+        data: The real images.
+        network: What is trained on the synthetic set.
+        augmentation: Of synthetic and real images.
+        synthetic: The form of the synthetic set.
+        evaluator: How the set is judged along the way.
+        folder: Where the run is kept.
+        key: The randomness.
+        device: Where all of it is computed.
+        provenance: Facts that the distilled set will carry.
+        description: What experts must have in common with this, as `describe` gives it.
+    """
+
+    data: PreparedData
+    network: nn.Module
+    augmentation: Augmentation
+    synthetic: SyntheticDataset
+    evaluator: Evaluator
+    folder: RunFolder
+    key: bilevel.Key
+    device: torch.device
+    provenance: dict[str, Any]
+    description: dict[str, Any]
+
+
+class PreparedObjective(ABC):
+    """An objective at work on one task: a nested problem, and what each outer step adds to it.
 
     Attributes:
         problem: The nested problem.
@@ -33,7 +64,7 @@ class Goal(ABC):
 
     @abstractmethod
     def inputs(self, step: int, stage: Stage | None) -> tuple[Outer, Any]:
-        """Of outer step `step`: outer variables that are given, not learned; the outer batch.
+        """Of outer step `step`: outer variables that are not learned, and the outer batch.
 
         Args:
             step: From 0.
@@ -56,12 +87,29 @@ class Objective(ABC):
         learns_rate: Whether the inner learning rate is an outer variable. The inner optimizer is
             then given as a function of it, such as `@sgd`, and else made, such as `@adam()`.
         metrics: What it can tell a truncation schedule after every outer step.
-        own_settings: Settings of `Distiller` that not every objective uses, but this one does.
     """
 
     learns_rate: bool = False
     metrics: Sequence[str] = ("loss", "progress")
-    own_settings: Sequence[str] = ()
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts that it looks at, which are trained beforehand."""
+        return None
+
+    def check(
+        self, network: nn.Module, image_shape: tuple[int, ...], synthetic: SyntheticDataset
+    ) -> None:
+        """Refuse, before anything is done, what this objective cannot work on.
+
+        Args:
+            network: What is trained on the synthetic set.
+            image_shape: (C, H, W).
+            synthetic: The form of the set.
+
+        Raises:
+            ValueError: Naming what does not fit.
+        """
 
     def variables(self, device: torch.device) -> Outer:
         """Outer variables that are learned beside those of the synthetic set, as leaves."""
@@ -72,8 +120,14 @@ class Objective(ABC):
         """The outer optimizer; `rates` has one for `images` and one for `labels`."""
 
     @abstractmethod
-    def prepare(self, settings: Distiller, job: Job, key: bilevel.Key) -> Goal:
-        """What the outer loop calls, once at its start, with the randomness of this process."""
+    def prepare(self, task: Task, key: bilevel.Key, stage: Stage | None) -> PreparedObjective:
+        """What the outer loop calls, once at its start.
+
+        Args:
+            task: What to work on.
+            key: The randomness of this process; that of the task is the same in all.
+            stage: Of the truncation schedule at the start, if it has stages.
+        """
 
     def provenance(self, outer: Outer) -> dict[str, float]:
         """What one has to know beside the images to train on them."""

@@ -86,7 +86,7 @@ def test_swapped_or_missing_parts():
         Adjoint("sideways")
     inner = bilevel.InnerLoop(CASE.problem, SGD)
     with pytest.raises(ConfigurationError, match=r"unknown signals.*'temperature'.*gradient_norm"):
-        inner.rollout(CASE.outer, bilevel.Key(0), steps=1, horizon=1, signals=["temperature"])
+        bilevel.record(inner, CASE.outer, bilevel.Key(0), steps=1, signals=["temperature"])
 
 
 # Modules.
@@ -146,9 +146,9 @@ def test_parameters_that_change_their_structure():
         inner_loss=lambda self, params, batch: (params["theta"] ** 2).sum(),
     )
     inner = bilevel.InnerLoop(made, SGD)
-    inner.rollout(CASE.outer, bilevel.Key(0), steps=1, horizon=1)
+    bilevel.record(inner, CASE.outer, bilevel.Key(0), steps=1)
     with pytest.raises(ProblemError, match="another structure"):
-        inner.rollout(CASE.outer, bilevel.Key(0), steps=1, horizon=1)
+        bilevel.record(inner, CASE.outer, bilevel.Key(0), steps=1)
 
 
 @pytest.mark.parametrize("method", ["inner_loss", "outer_loss"])
@@ -299,7 +299,7 @@ class Resting(bilevel.Problem):
     def outer_loss(self, params, outer, batch):
         return ((params - 1) ** 2).sum()
 
-    def hyperparameters(self, outer):
+    def hyperparameters(self, outer, step):
         return {"lr": outer["lr"]}
 
 
@@ -347,8 +347,8 @@ def test_hyperparameters_need_a_function_that_makes_the_optimizer():
 
 
 def test_hyperparameters_are_tensors():
-    made = problem(hyperparameters=lambda self, outer: {"lr": 0.1})
-    with pytest.raises(ProblemError, match=r"hyperparameters\(\)\['lr'\] is a float"):
+    made = problem(hyperparameters=lambda self, outer, step: {"lr": 0.1})
+    with pytest.raises(ProblemError, match=r"hyperparameters\(\)\['lr'\] holds a float"):
         run(made, bilevel.optim.sgd)
 
 
@@ -389,7 +389,7 @@ class AtRest(Resting):
     def inner_loss(self, params, batch):
         return ((params - batch) ** 2).sum()
 
-    def hyperparameters(self, outer):
+    def hyperparameters(self, outer, step):
         return {}
 
 

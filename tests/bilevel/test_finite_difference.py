@@ -81,7 +81,7 @@ def test_the_last_step_alone_is_the_one_step_approximation(rate, seed):
     )
     key = bilevel.Key.draw(seeded(seed))
     before = bilevel.InnerLoop(case.problem, bilevel.optim.sgd(rate))
-    trajectory = before.rollout(case.outer, key, steps=4, horizon=4)
+    trajectory = bilevel.record(before, case.outer, key, steps=4)
     theta, end = (trajectory.kept[step].params for step in (3, 4))
     end = end.clone().requires_grad_()
     (slope,) = torch.autograd.grad(before.outer_loss(end, case.outer, case.outer_batch)[0], end)
@@ -89,7 +89,7 @@ def test_the_last_step_alone_is_the_one_step_approximation(rate, seed):
     outer = {name: leaf.clone().requires_grad_() for name, leaf in case.outer.items()}
     above, below = (
         torch.autograd.grad(
-            before.loss(theta + sign * distance * slope, before.batch(outer, 3, key)),
+            before.loss(theta + sign * distance * slope, before.inputs(outer, 3, key).batch),
             list(outer.values()),
         )
         for sign in (1, -1)

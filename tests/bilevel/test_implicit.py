@@ -60,9 +60,9 @@ def solve_each(case, optimizer, steps, estimators, seed=0):
     """(estimator, its result) on one and the same run."""
     inner = bilevel.InnerLoop(case.problem, optimizer)
     key = bilevel.Key.draw(seeded(seed))
-    trajectory = inner.rollout(case.outer, key, steps=steps, horizon=steps)
+    trajectory = bilevel.record(inner, case.outer, key, steps=steps)
     for estimator in estimators:
-        yield estimator, estimator(inner, trajectory, case.outer, case.outer_batch)
+        yield estimator, estimator(trajectory, case.outer_batch)
 
 
 def rate_and_steps(hessian, digits):
@@ -165,6 +165,15 @@ def test_damping_is_added_to_the_hessian(damping, seed):
         assert relative_error(result.grads, expected) < 1e-8
 
 
+@pytest.mark.parametrize("make", [Nystrom, RandomizedEigendecomposition])
+def test_a_rank_that_is_too_low_is_in_the_status(make):
+    case = problems.make("quadratic", 0)
+    with pytest.warns(ConvergenceWarning, match=f"{make.__name__} did not reach"):
+        result = solve(case, bilevel.optim.sgd(0.1), 3, Implicit(make(1), damping=0.1))
+    assert f"{make.__name__} stopped at a relative residual" in result.stats.status
+    assert result.stats.solver.status != "converged"
+
+
 @settings(max_examples=5)
 @given(seeds)
 def test_an_outer_loss_that_is_flat_gives_its_direct_part_alone(seed):
@@ -231,7 +240,7 @@ def test_they_agree_on_a_problem_that_is_not_quadratic(momentum, seed):
 class DecayingOptimizer(problems.Quadratic):
     """The penalty is in the optimizer: θ* = (A + wI)⁻¹Bφ, with w an outer variable as well."""
 
-    def hyperparameters(self, outer):
+    def hyperparameters(self, outer, step):
         return {"weight_decay": outer["decay"]}
 
 
@@ -306,7 +315,7 @@ def test_a_learned_start_has_no_effect_on_an_optimum_and_the_status_says_so():
 
 def test_a_learned_rate_has_no_effect_on_an_optimum():
     problem = type(
-        "Rated", (problems.Quadratic,), {"hyperparameters": lambda s, o: {"lr": o["lr"]}}
+        "Rated", (problems.Quadratic,), {"hyperparameters": lambda s, o, t: {"lr": o["lr"]}}
     )
     made = problems.make("quadratic", 0)
     problem = problem(made.problem.A, made.problem.B, made.problem.start)
@@ -524,8 +533,8 @@ def test_states_of_others_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Implicit("cg"), "solver='cg' is not a Solver"),
-        (lambda: FixedPoint(3), "solver=3 is not a Solver"),
+        (lambda: Implicit("cg"), "solver is a str, not a Solver"),
+        (lambda: FixedPoint(3), "solver is an int, not a Solver"),
         (lambda: Implicit(damping=-1), "damping=-1: it must be a finite number of at least 0"),
         (lambda: Implicit(batches=0), "batches=0: it must be an integer of at least 1"),
         (lambda: FixedPoint(batches=True), "batches=True"),

@@ -1,5 +1,7 @@
 """Linear solvers: exact where they promise it, and never wrong without saying so."""
 
+from functools import partial
+
 import problems
 import pytest
 import torch
@@ -315,6 +317,26 @@ def test_nystrom_is_the_published_formula(size, rank, seed):
     assert relative_error(found.x, expected) < 1e-10
 
 
+@pytest.mark.parametrize("make", [Nystrom, RandomizedEigendecomposition])
+def test_a_rank_that_is_too_low_is_not_called_converged(make):
+    A, rhs = Matrix(torch.eye(40, dtype=DTYPE)), torch.ones(40, dtype=DTYPE)
+    with pytest.warns(ConvergenceWarning, match=rf"{make.__name__} did not reach.*0\.01"):
+        found = make(2).solve(A, rhs, damping=1.5)
+    assert not found.converged
+    assert "at a relative residual of 0.6" in found.status
+    assert make(2, tolerance=0.9).solve(A, rhs, damping=1.5).converged
+
+
+@pytest.mark.parametrize("tolerance", [1, 1.0, 5.0])
+def test_what_zero_would_satisfy_is_no_tolerance(tolerance):
+    for make in (
+        *(ConjugateGradient, NormalConjugateGradient, GMRES, Dense),
+        *(partial(each, 2) for each in (Nystrom, RandomizedEigendecomposition, Neumann)),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"tolerance={tolerance}: .* in \(0, 1\)"):
+            make(tolerance=tolerance)
+
+
 @given(st.integers(2, 12), st.integers(1, 4), st.integers(0, 2), seeds)
 def test_eigenpairs_of_a_matrix_of_low_rank(size, rank, power_iterations, seed):
     rank = min(rank, size)
@@ -481,7 +503,10 @@ def test_shapes_that_do_not_fit():
     ("make", "message"),
     [
         (lambda: ConjugateGradient(0), "max_iterations=0: it must be an integer of at least 1"),
-        (lambda: ConjugateGradient(tolerance=0), "tolerance=0: it must be a finite number above 0"),
+        (
+            lambda: ConjugateGradient(tolerance=0),
+            r"tolerance=0: it must be a finite number in \(0, 1\)",
+        ),
         (lambda: NormalConjugateGradient(True), "max_iterations=True"),
         (lambda: GMRES(restart=0), "restart=0"),
         (lambda: Neumann(0.0), r"step_size=0.0: it must be a finite number above 0"),

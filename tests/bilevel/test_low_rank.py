@@ -12,6 +12,7 @@ from problems import DTYPE, Fixed, flat, randn, relative_error, seeded
 import bilevel
 from bilevel import ConfigurationError, NonFiniteError
 from bilevel.basis import Anchor, Eigenvectors, Krylov
+from bilevel.compiler import Compiler
 from bilevel.estimators import Adjoint, LowRank
 from bilevel.linear import HessianOperator, Lanczos
 
@@ -315,6 +316,27 @@ def test_random_batches_are_a_reason_too():
     case = problems.make("data_cleaning", 0)
     result = solve(case, OPTIMIZERS["momentum"](), (2, 12), LowRank(guard=0.05))
     assert "exact recursion" in result.stats.status
+
+
+def test_falling_back_again_compiles_nothing_anew():
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    case = problems.make("data_cleaning", 0)
+    hypergradient = bilevel.Hypergradient(
+        case.problem, OPTIMIZERS["momentum"](), 9, Fixed(2, 8), LowRank(guard=1e-9), compile=True
+    )
+    hypergradient.inner.compiler = Compiler(counting)
+    after = []
+    for seed in range(5):
+        result = hypergradient(case.outer, case.outer_batch, seeded(seed))
+        assert result.stats.low_rank.exact
+        after.append(len(graphs))
+    assert after == [after[0]] * 5
+    assert after[0] >= 3  # the recorded step, the outer loss, the adjoint step
 
 
 def test_a_run_that_diverges_is_reported_as_by_the_exact_recursion():

@@ -38,8 +38,8 @@ def test_the_whole_run_is_recorded_and_kept(steps, data):
     minimum = data.draw(st.integers(1, steps))
     schedule = MinimumDistance(minimum=minimum)
     assert schedule.minimum_steps == minimum
-    assert schedule.horizon(steps, seeded(0)) == steps
-    assert schedule.earliest_start(steps) == 0
+    expected = bilevel.truncation.Plan(steps, signals=("l1_distance",))
+    assert schedule.plan(steps, seeded(0)) == expected
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
@@ -104,7 +104,8 @@ def test_a_signal_that_nothing_supplies_is_named_with_those_that_there_are():
     problem.supplied = ("squared_l2_distance",)
     hypergradient = bilevel.Hypergradient(problem, bilevel.optim.sgd(0.1), 3, MinimumDistance())
     message = (
-        r"unknown signals \['l1_distance'\]; known: \['gradient_norm', 'squared_l2_distance'\]"
+        r"unknown signals \['l1_distance'\]; known: "
+        r"\['gradient_norm', 'outer_loss', 'squared_l2_distance'\]"
     )
     with pytest.raises(bilevel.ConfigurationError, match=message):
         hypergradient(outer)

@@ -59,7 +59,7 @@ class Ridge(Regression):
 class Lasso(Regression):
     """The penalty is no part of the loss: it is in the step."""
 
-    def hyperparameters(self, outer):
+    def hyperparameters(self, outer, step):
         return {"penalty": outer.exp()}
 
 

@@ -123,8 +123,8 @@ def test_a_zero_counts_as_the_least_value_above_it(distribution):
         (lambda: Softmax("log"), r"normalization='log'.*'log_standardize'"),
         (lambda: Softmax(temperature=0), r"temperature=0.*above 0"),
         (lambda: Softmax(temperature=float("nan")), r"temperature=nan"),
-        (lambda: EffectiveSteps(1.5), r"fraction=1.5.*at most 1"),
-        (lambda: EffectiveSteps(0.0), r"fraction=0.0.*above 0"),
+        (lambda: EffectiveSteps(1.5), r"fraction=1.5.*\(0, 1\]"),
+        (lambda: EffectiveSteps(0.0), r"fraction=0.0.*\(0, 1\]"),
         (lambda: EffectiveSteps(0.5, "z"), r"normalization='z'"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import seeded
 
 import bilevel
-from bilevel.truncation import Full, Last, RandomWindow
+from bilevel.truncation import Full, Last, Plan, RandomWindow
 
 seeds = st.integers(0, 2**31)
 
@@ -23,14 +23,11 @@ def shapes(draw):
     return draw(st.integers(1, steps)), steps
 
 
-def trace(horizon):
-    return bilevel.Trace({"inner_loss": torch.zeros(horizon)})
-
-
 def draw(schedule, steps, generator):
-    """One outer step of a schedule: (horizon, window)."""
-    horizon = schedule.horizon(steps, generator)
-    return horizon, schedule.select(trace(horizon), generator)
+    """The window of an outer step, for which nothing else is run, kept or recorded."""
+    plan = schedule.plan(steps, generator)
+    assert plan == Plan(plan.window.stop, plan.window, plan.window.start)
+    return plan.window
 
 
 def schedules(window):
@@ -43,17 +40,16 @@ def test_windows_lie_inside_the_run_and_are_as_wide_as_asked(shape, seed):
     for schedule in schedules(width):
         generator = seeded(seed)
         for _ in range(7):
-            horizon, window = draw(schedule, steps, generator)
-            assert 1 <= horizon <= steps
-            assert schedule.earliest_start(horizon) <= window.start < window.stop <= horizon
+            window = draw(schedule, steps, generator)
+            assert 0 <= window.start < window.stop <= steps
             assert window.width == (steps if isinstance(schedule, Full) else width)
 
 
 @given(shapes())
 def test_full_is_everything_and_last_is_the_end(shape):
     width, steps = shape
-    assert draw(Full(), steps, seeded(0)) == (steps, bilevel.Window(0, steps))
-    assert draw(Last(width), steps, seeded(0)) == (steps, bilevel.Window(steps - width, steps))
+    assert draw(Full(), steps, seeded(0)) == bilevel.Window(0, steps)
+    assert draw(Last(width), steps, seeded(0)) == bilevel.Window(steps - width, steps)
 
 
 @pytest.mark.parametrize(("width", "steps", "refresh"), [(1, 10, 1), (5, 16, 1), (40, 50, 2)])
@@ -62,9 +58,7 @@ def test_the_random_stop_is_uniform(width, steps, refresh):
     schedule, generator, draws = RandomWindow(width, refresh), seeded(1), 4000
     stops = []
     for _ in range(draws * refresh):
-        horizon, window = draw(schedule, steps, generator)
-        assert window.stop == horizon
-        stops.append(window.stop)
+        stops.append(draw(schedule, steps, generator).stop)
     counts = Counter(stops[::refresh])
     places = range(width, steps + 1)
     assert set(counts) == set(places)
@@ -76,8 +70,8 @@ def test_one_draw_serves_refresh_outer_steps(refresh, count, seed):
     """The stops are those that a schedule without refresh draws, each repeated."""
     generator, same = seeded(seed), seeded(seed)
     often, seldom = RandomWindow(5), RandomWindow(5, refresh)
-    stops = [draw(seldom, 1000, generator)[1].stop for _ in range(count)]
-    drawn = [draw(often, 1000, same)[1].stop for _ in range(-(-count // refresh))]
+    stops = [draw(seldom, 1000, generator).stop for _ in range(count)]
+    drawn = [draw(often, 1000, same).stop for _ in range(-(-count // refresh))]
     assert stops == [drawn[index // refresh] for index in range(count)]
     assert torch.equal(generator.get_state(), same.get_state())
 
@@ -139,10 +133,9 @@ def test_a_wrong_state_is_refused(state):
 def test_a_kept_draw_never_exceeds_a_shorter_run():
     """A state saved in a long run, continued with fewer inner steps."""
     long, short = RandomWindow(2, refresh=10), RandomWindow(2, refresh=10)
-    assert long.horizon(100, seeded(0)) > 5
+    assert draw(long, 100, seeded(0)).stop > 5
     short.load_state_dict(long.state_dict())
-    horizon, window = draw(short, 5, seeded(0))
-    assert window.stop <= horizon <= 5
+    assert draw(short, 5, seeded(0)).stop <= 5
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "3", None])
@@ -181,6 +174,49 @@ def test_no_step_past_the_stop_is_ever_run(estimator, shape, seed):
     hypergradient(case.outer, case.outer_batch, seeded(seed))  # its checks look at one batch more
     counted.steps.clear()
     window = hypergradient(case.outer, case.outer_batch, seeded(seed + 1)).window
-    # The recording runs [0, stop), the estimator the window once more.
-    expected = Counter(range(window.stop)) + Counter(range(window.start, window.stop))
-    assert Counter(counted.steps) == expected
+    assert Counter(counted.steps) == Counter(range(window.stop))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizon": 0}, "earliest_start=0, horizon=0"),
+        ({"horizon": 5, "earliest_start": 5}, "earliest_start=5, horizon=5"),
+        ({"horizon": 5, "earliest_start": -1}, "earliest_start=-1"),
+        ({"horizon": 5, "window": bilevel.Window(2, 6)}, r"window=\[2, 6\).*\[0, 5\)"),
+        (
+            {"horizon": 5, "window": bilevel.Window(0, 5), "earliest_start": 1},
+            r"\[0, 5\).*\[1, 5\)",
+        ),
+        ({"horizon": 5, "window": bilevel.Window(0, 5), "signals": ("norm",)}, "signals=.*norm"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_contradicts_itself_is_refused(options, message):
+    with pytest.raises(bilevel.ConfigurationError, match=message):
+        Plan(**options)
+
+
+class Planned(bilevel.truncation.Truncation):
+    """Makes one plan, and selects nothing."""
+
+    minimum_steps = 1
+
+    def __init__(self, plan):
+        self.made = plan
+
+    def plan(self, steps, generator):
+        return self.made
+
+
+def test_a_plan_beyond_the_run_or_without_a_window_is_named():
+    case = problems.make("quadratic", 0)
+    for plan, error, message in (
+        (Plan(6), bilevel.ConfigurationError, r"Plan.horizon=6: .* in \[1, 5\]"),
+        (Plan(5), NotImplementedError, "Planned has no window, so it must define select"),
+    ):
+        hypergradient = bilevel.Hypergradient(
+            case.problem, bilevel.optim.sgd(0.1), 5, Planned(plan)
+        )
+        with pytest.raises(error, match=message):
+            hypergradient(case.outer, case.outer_batch, seeded(0))

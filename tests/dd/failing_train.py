@@ -4,11 +4,12 @@ import sys
 from typing import Any
 
 from bilevel.distributed import rank
-from dd import distillation, train
+from dd import train
 from dd.cli import run
-from dd.problems import MetaLoss
+from dd.distillation import loop
+from dd.objectives.real_images import MetaLoss
 
-distillation.CHECKPOINT_SECONDS = 0.0
+loop.CHECKPOINT_SECONDS = 0.0
 judge = MetaLoss.outer_loss
 steps = 0
 

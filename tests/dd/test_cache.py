@@ -11,8 +11,8 @@ from problems import seeded
 from torch import Tensor
 
 from dd import config
-from dd.cache import cache_folder, checksum
 from dd.data import KIPWhitening, PixelTransform, ZCAWhitening, kip_whitening, zca_whitening
+from dd.runtime.cache import cache_folder, checksum
 
 IMAGES = torch.randint(0, 256, (12, 1, 3, 3), dtype=torch.uint8, generator=seeded(0))
 DIGITS = Path(__file__).parents[2] / "gin" / "digits.gin"

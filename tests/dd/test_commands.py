@@ -17,9 +17,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dd import config, evaluate, train
-from dd.distillation import Distillation
-from dd.distilled_set import DistilledSet
-from dd.files import read_tensors
+from dd.distillation.loop import Distillation
+from dd.evaluation.distilled_set import DistilledSet
+from dd.runtime.files import read_tensors
 
 DIGITS = Path(__file__).parents[2] / "gin" / "digits.gin"
 INNER_STEPS, WINDOW, OUTER_STEPS = 6, 3, 6

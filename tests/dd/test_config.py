@@ -8,7 +8,7 @@ import torch
 
 import bilevel
 from dd import config
-from dd.distiller import Distiller
+from dd.distillation.settings import Distiller
 from dd.experiment import Experiment
 
 GIN = Path(__file__).parents[2] / "gin"
@@ -186,6 +186,34 @@ def test_a_missing_include_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     path.write_text("include 'nothere.gin'\n")
     assert "nothere.gin" in error(files=[str(path)])
     assert caplog.text == ""
+
+
+# Recipes.
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.gin", "gin/digits", "gin/digits.gin"])
+def test_a_recipe_is_found_by_its_name_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.load([name], []).distiller.outer_steps == 320
+
+
+def test_a_file_in_the_working_directory_comes_before_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.gin").write_text("include 'gin/digits.gin'\nExperiment.seed = 13\n")
+    assert config.load(["digits"], []).seed == 13
+    assert config.load(["gin/digits"], []).seed == 0
+
+
+def test_a_misspelt_recipe_is_named_with_the_one_that_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "digit does not exist; did you mean 'digits.gin'?" in error(files=["digit"])
+    assert f"recipes are in {config.RECIPES}" in error(files=["something else"])
 
 
 # Mistakes.

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dd.data.sources import _decoded_images
-from dd.data.sources._decoded_images import decoded_images
-from dd.data.sources._image_files import decode_image
+from dd.data.sources import decoded_images as decoded_images_module
+from dd.data.sources.decoded_images import decoded_images
+from dd.data.sources.image_files import decode_image
 
 SIZE = 4
 
@@ -51,7 +51,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.append(path)
         return decode_image(path, image_size)
 
-    monkeypatch.setattr(_decoded_images, "decode_image", spy)
+    monkeypatch.setattr(decoded_images_module, "decode_image", spy)
     return paths
 
 
@@ -78,7 +78,7 @@ def test_images_come_in_order_and_are_decoded_once(
 def test_more_files_than_are_decoded_at_a_time(
     root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_decoded_images, "_FILES_AT_A_TIME", 2)
+    monkeypatch.setattr(decoded_images_module, "_FILES_AT_A_TIME", 2)
     assert read(root, cache)[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160]
 
 
@@ -230,7 +230,7 @@ def test_an_interrupted_decoding_leaves_nothing(
         return decode_image(path, image_size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_decoded_images, "decode_image", interrupt)
+        patch.setattr(decoded_images_module, "decode_image", interrupt)
         with pytest.raises(KeyboardInterrupt):
             read(root, cache)
     assert files(cache) == {}
@@ -262,7 +262,7 @@ def test_of_two_at_the_same_time_one_decodes_and_the_other_waits(
         decoded.append(path)
         return decode_image(path, image_size)
 
-    monkeypatch.setattr(_decoded_images, "decode_image", slow)
+    monkeypatch.setattr(decoded_images_module, "decode_image", slow)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(read, root, cache)
         assert begun.wait(timeout=60)

@@ -9,11 +9,10 @@ from torch.nn import functional as F
 from bilevel import Key
 from bilevel.truncation import Stage
 from dd.augmentation import NoAugmentation
-from dd.data import DifficultyPacing
-from dd.data.difficulty import error_norms, positions_within_class
 from dd.data.prepared import RealBatches
 from dd.data.stored_images import StoredImages
 from dd.networks import ConvNet
+from dd.objectives.difficulty import DifficultyPacing, error_norms, positions_within_class
 
 sizes = st.integers(2, 40)
 seeds = st.integers(0, 2**31)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from dd import evaluate, train
 from dd.data import Standardize
-from dd.distilled_set import DistilledSet
-from dd.files import DamagedFileError
-from dd.foreign_set import load_foreign_set
+from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.foreign_set import load_foreign_set
+from dd.runtime.files import DamagedFileError
 
 DIGITS = Path(__file__).parents[2] / "gin" / "digits.gin"
 TINY = {

@@ -11,12 +11,11 @@ from problems import seeded
 from torch import Tensor, nn
 
 from bilevel import ConfigurationError, Key
-from dd import evaluation
-from dd.accuracy import Accuracy
 from dd.augmentation import NoAugmentation
 from dd.data import Standardize
 from dd.data.prepared import PreparedData
-from dd.evaluation import Evaluator
+from dd.evaluation import evaluator as evaluator_module
+from dd.evaluation.evaluator import Accuracy, Evaluator
 
 CLASSES = 3
 KEY = Key(0)
@@ -67,7 +66,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sets: list[tuple[Tensor, Tensor]] = []
         self.judged: list[str] = []
-        train, judge = Evaluator._train, evaluation.accuracy
+        train, judge = Evaluator._train, evaluator_module.accuracy
 
         def noted_train(self_: Evaluator, images: Tensor, labels: Tensor, *rest: Any) -> Any:
             self.sets.append((images, labels))
@@ -78,7 +77,7 @@ class Recorder:
             return judge(network, params, images, labels)
 
         monkeypatch.setattr(Evaluator, "_train", noted_train)
-        monkeypatch.setattr(evaluation, "accuracy", noted_judge)
+        monkeypatch.setattr(evaluator_module, "accuracy", noted_judge)
 
 
 # How good.
@@ -121,7 +120,7 @@ def test_accuracy_is_exact(network: nn.Module) -> None:
     images, labels = examples(1203, seed=5)
     params = {name: torch.zeros_like(value) for name, value in network.named_parameters()}
     params["3.bias"] = torch.tensor([0.0, 1.0, 0.0])
-    found = evaluation.accuracy(network, params, images, labels)
+    found = evaluator_module.accuracy(network, params, images, labels)
     assert found == int((labels == 1).sum()) / 1203
 
 
@@ -177,7 +176,7 @@ def test_random_real_draws_as_many_of_each_class_and_others_for_each_network(
         tuple(image.flatten().tolist()): int(label)
         for image, label in zip(parts.train_images, parts.train_labels, strict=True)
     }
-    monkeypatch.setattr(evaluation, "accuracy", lambda *arguments: 0.5)
+    monkeypatch.setattr(evaluator_module, "accuracy", lambda *arguments: 0.5)
     evaluator(networks=4, steps=(1,)).random_real(3, network, parts, KEY)
     assert len(seen.sets) == 4
     drawn = []
@@ -199,7 +198,7 @@ def test_full_data_is_all_of_the_training_part(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, parts = Recorder(monkeypatch), data()
-    monkeypatch.setattr(evaluation, "accuracy", lambda *arguments: 0.5)
+    monkeypatch.setattr(evaluator_module, "accuracy", lambda *arguments: 0.5)
     evaluator(full_data_networks=2).full_data(network, parts, KEY)
     assert len(seen.sets) == 2
     assert all(torch.equal(images, parts.train_images) for images, _ in seen.sets)

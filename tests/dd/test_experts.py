@@ -12,14 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import bilevel
 from dd import config, evaluate, experts, train
-from dd.checkpoint import TrainingState
 from dd.data import Standardize
-from dd.distilled_set import DistilledSet
+from dd.distillation.state import TrainingState
+from dd.evaluation.distilled_set import DistilledSet
 from dd.experiment import Experiment
-from dd.expert_buffer import ExpertBuffer, describe
-from dd.files import DamagedFileError, read_tensors
 from dd.networks import ConvNet
-from dd.progress import StopRequest
+from dd.objectives.expert_buffer import ExpertBuffer, describe
+from dd.runtime.files import DamagedFileError, read_tensors
+from dd.runtime.stopping import StopRequest
 
 GIN = Path(__file__).parents[2] / "gin"
 COUNT, SNAPSHOTS, INNER_STEPS, OUTER_STEPS = 3, 4, 5, 3

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import bilevel
-from dd.checkpoint import TrainingState
 from dd.data import KIPWhitening, Standardize, ZCAWhitening
-from dd.distilled_set import DistilledSet
-from dd.files import (
+from dd.distillation.state import TrainingState
+from dd.evaluation.distilled_set import DistilledSet
+from dd.runtime.files import (
     DamagedFileError,
     read_json,
     read_tensors,
@@ -57,7 +57,7 @@ def training_state(seed: int = 0, steps: int = 3) -> TrainingState:
 
 def advance(state: TrainingState, step: int) -> None:
     """One step that depends on everything that is saved."""
-    horizon = state.truncation.horizon(10, seeded(step))
+    horizon = state.truncation.plan(10, seeded(step)).horizon
     for value in state.outer.values():
         value.grad = value.detach() * horizon + torch.randn(value.shape, generator=seeded(step))
     assert state.clip is not None

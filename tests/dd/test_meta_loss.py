@@ -13,8 +13,8 @@ import bilevel
 from bilevel.estimators import Adjoint, Estimator, Reverse
 from dd.augmentation import DSA, Augmentation, FlipOrRotate, NoAugmentation
 from dd.networks import ConvNet
-from dd.problems import MetaLoss
-from dd.synthetic import SyntheticDataset
+from dd.objectives.real_images import MetaLoss
+from dd.synthetic.dataset import SyntheticDataset
 
 Outer = dict[str, Tensor]
 

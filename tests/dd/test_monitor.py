@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import bilevel
-from dd.monitor import Monitor
+from dd.distillation.monitor import Monitor
 
 
 class Quadratic(bilevel.Problem):

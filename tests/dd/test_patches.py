@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from problems import seeded
 from torch import Tensor
 
-from dd.patches import compose_patches, split_patches
+from dd.synthetic.patches import compose_patches, split_patches
 
 sizes = st.integers(1, 3)
 

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 import bilevel
 from dd.augmentation import NoAugmentation
-from dd.distiller import Distiller
-from dd.evaluation import Evaluator
+from dd.distillation.settings import Distiller
+from dd.evaluation.evaluator import Evaluator
 from dd.networks import ConvNet
-from dd.precision import Precision
-from dd.problems import MetaLoss
-from dd.synthetic import SyntheticDataset
+from dd.objectives.real_images import MetaLoss
+from dd.runtime.precision import Precision
+from dd.synthetic.dataset import SyntheticDataset
 
 CPU = torch.device("cpu")
 CLASSES = 3
@@ -103,7 +103,7 @@ def distiller(**changes: object) -> Distiller:
 
 
 def test_auto_compiles_a_run_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dd.distiller.shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr("dd.distillation.settings.shutil.which", lambda name: "/usr/bin/" + name)
     assert distiller().compiles
     assert not distiller(outer_steps=999).compiles
     assert distiller(outer_steps=500, inner_replicas=2).compiles
@@ -114,7 +114,7 @@ def test_auto_compiles_a_run_that_is_long_enough(monkeypatch: pytest.MonkeyPatch
 
 
 def test_auto_needs_something_to_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dd.distiller.shutil.which", lambda name: None)
+    monkeypatch.setattr("dd.distillation.settings.shutil.which", lambda name: None)
     assert distiller().compiles == torch.cuda.is_available()
 
 

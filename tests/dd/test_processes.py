@@ -18,11 +18,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bilevel
-from dd import config, devices, train
+from dd import config, train
 from dd.data.prepared import RealBatches
-from dd.distilled_set import DistilledSet
-from dd.files import read_tensors
-from dd.problems import MetaLoss
+from dd.evaluation.distilled_set import DistilledSet
+from dd.objectives.real_images import MetaLoss
+from dd.runtime import devices
+from dd.runtime.files import read_tensors
 
 DIGITS = Path(__file__).parents[2] / "gin" / "digits.gin"
 FAILING = Path(__file__).with_name("failing_train.py")

@@ -12,8 +12,8 @@ from bilevel import Key
 from dd.augmentation import DSA, FlipOrRotate, NoAugmentation
 from dd.data import Standardize
 from dd.data.prepared import PreparedData
-from dd.evaluation import Evaluator
-from dd.protocols import BPTTProtocol, DCProtocol
+from dd.evaluation.evaluator import Evaluator
+from dd.evaluation.protocols import BPTTProtocol, DCProtocol
 
 
 @given(st.integers(1, 3000), st.integers(1, 512), st.integers(1, 1000))

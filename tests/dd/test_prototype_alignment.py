@@ -16,9 +16,10 @@ from bilevel.compiler import Compiler
 from bilevel.estimators import Adjoint, Reverse
 from dd.augmentation import NoAugmentation
 from dd.networks import ConvNet
-from dd.patches import split_patches
-from dd.problems import MetaLoss, PrototypeAlignment
-from dd.synthetic import SyntheticDataset
+from dd.objectives.alignment import PrototypeAlignment
+from dd.objectives.real_images import MetaLoss
+from dd.synthetic.dataset import SyntheticDataset
+from dd.synthetic.patches import split_patches
 
 CLASSES = 3
 ALL = torch.arange(CLASSES)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dd.data.read_ahead import STEPS_AHEAD, ReadAhead
+from dd.data.prepared import STEPS_AHEAD, ReadAhead
 
 
 def index(step: int) -> Tensor:

@@ -8,8 +8,8 @@ from problems import seeded
 from torch import Tensor
 
 from bilevel import ConfigurationError
-from dd.patches import split_patches
-from dd.synthetic import SyntheticDataset, random_subset
+from dd.synthetic.dataset import SyntheticDataset, random_subset
+from dd.synthetic.patches import split_patches
 
 Outer = dict[str, Tensor]
 

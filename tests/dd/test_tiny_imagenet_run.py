@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dd import config, evaluate, train
 from dd import experts as train_experts
-from dd.distilled_set import DistilledSet
-from dd.files import read_tensors
+from dd.evaluation.distilled_set import DistilledSet
+from dd.runtime.files import read_tensors
 
 GIN = Path(__file__).parents[2] / "gin"
 #: 16×16 images of three classes, of which the network makes a map of 4×4, one place for each patch.
@@ -115,7 +115,7 @@ def test_a_few_classes_aligned_by_the_features_of_an_expert(root: Path, tmp_path
         [word.removeprefix("--gin_param=") for word in command if "gin_param" in word],
     )
     data = experiment.prepare()
-    job = experiment.job(data, tmp_path)
+    job = experiment.task(data, tmp_path)
     goal = experiment.distiller.objective.prepare(experiment.distiller, job, job.key)
     snapshot = read_tensors(tmp_path / "experts" / "expert_0000.safetensors")[0]["snapshots"][2]
     assert torch.equal(torch.cat([p.flatten() for p in goal.problem.extractor.values()]), snapshot)

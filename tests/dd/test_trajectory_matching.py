@@ -18,9 +18,8 @@ import bilevel
 from bilevel.truncation import Full, MinimumDistance, Truncation
 from dd.augmentation import DSA, NoAugmentation
 from dd.networks import ConvNet
-from dd.problems import TrajectoryMatching
-from dd.problems.trajectory_matching import learned_rate
-from dd.synthetic import SyntheticDataset
+from dd.objectives.match_experts import TrajectoryMatching, learned_rate
+from dd.synthetic.dataset import SyntheticDataset
 
 Outer = dict[str, Tensor]
 
@@ -146,7 +145,7 @@ def test_of_tied_steps_the_later_is_differentiated(steps: int, distance: Any, se
     outer["labels"] = torch.zeros_like(outer["labels"]).requires_grad_()
     truncation = MinimumDistance(distance)
     result = solve(problem, outer, steps, seed, truncation)
-    assert len(result.trace[truncation.signals[0]].unique()) == 1
+    assert len(result.trace[f"{distance}_distance"].unique()) == 1
     stop, _, gradients = brute_force(problem, outer, steps, seed, truncation)
     assert result.window.stop == stop == steps
     assert float(result.grads["labels"].abs().max()) > 1e-6

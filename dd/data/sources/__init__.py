@@ -1,11 +1,11 @@
 """Where datasets come from: each function returns an :class:`~dd.data.ImageDataset`."""
 
-from dd.data.sources._arrays import arrays
-from dd.data.sources._cifar import cifar10, cifar100
-from dd.data.sources._digits import digits
-from dd.data.sources._image_folder import image_folder
-from dd.data.sources._imagenet import imagenet
-from dd.data.sources._tiny_imagenet import tiny_imagenet
+from dd.data.sources.arrays import arrays
+from dd.data.sources.cifar import cifar10, cifar100
+from dd.data.sources.digits import digits
+from dd.data.sources.image_folder import image_folder
+from dd.data.sources.imagenet import imagenet
+from dd.data.sources.tiny_imagenet import tiny_imagenet
 
 __all__ = [
     "arrays",

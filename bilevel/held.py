@@ -1,0 +1,236 @@
+"""What a problem holds: everything that its methods can reach without being given it."""
+
+from __future__ import annotations
+
+import functools
+import types
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, final
+
+import numpy as np
+from torch import Tensor, nn
+
+#: Packages whose classes and functions are taken for what they are, not looked into.
+LIBRARIES = ("torch", "torchvision", "torchopt", "numpy", "optree", "functools", "builtins", "math")
+
+#: How to get at a part of something: (function of a container and a key, container, key).
+Place = tuple[Callable[[Any, Any], Any], Any, Any]
+
+#: From so many items on, a list of numbers or strings is compared as a whole.
+LONG = 1000
+
+_ABSENT = object()
+
+
+@final
+class Snapshot:
+    """Everything reachable from some objects, as it was: has any of it been replaced or changed?
+
+    Attributes, items of containers, closures, defaults and globals of functions, class attributes,
+    and so on down: by identity, or by equality where that is cheap; tensors also by version, so
+    that writing in place is noticed; numpy's arrays by a checksum. What libraries hold is left out.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self._places: list[tuple[Place, Any]] = []
+        self._sizes: list[tuple[Any, int]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        self._copies: list[tuple[Sequence[Any], list[Any]]] = []
+        self._checksums: list[tuple[np.ndarray, int]] = []
+        for _, value, place in reachable(*roots):
+            if place is not None:
+                self._places.append((place, value))
+            if isinstance(value, Tensor):
+                self._versions.append((value, value._version))
+            elif isinstance(value, np.ndarray):
+                self._checksums.append((value, _checksum(value)))
+            elif _is_long(value):
+                self._copies.append((value, list(value)))
+            elif isinstance(value, dict | list | set):
+                self._sizes.append((value, len(value)))
+
+    def unchanged(self) -> bool:
+        """Whether all of it is as it was."""
+        return (
+            all(_is_same(_at(place), value) for place, value in self._places)
+            and all(tensor._version == version for tensor, version in self._versions)
+            and all(len(value) == size for value, size in self._sizes)
+            and all(list(value) == copy for value, copy in self._copies)
+            and all(_checksum(array) == checksum for array, checksum in self._checksums)
+        )
+
+
+def modules_held_by(owner: object) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that the methods of `owner` can reach, outermost ones only, by readable names."""
+    inside: set[int] = set()
+    for name, value, _ in reachable(owner):
+        if isinstance(value, nn.Module) and id(value) not in inside:
+            inside.update(id(part) for part in value.modules())
+            yield name, value
+
+
+def reachable(*roots: Any) -> Iterator[tuple[str, Any, Place | None]]:
+    """(a readable name, a thing, where it was found) for all that is reachable, each thing once.
+
+    Numbers and strings come once for every place that they are found in.
+    """
+    seen: set[int] = set()
+    waiting: list[tuple[str, Any, Place | None]] = [("", root, None) for root in reversed(roots)]
+    while waiting:
+        name, value, place = waiting.pop()
+        yield name, value, place
+        if isinstance(value, str | bytes | int | float | complex | Tensor | type(None)):
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        parts = list(_parts(name, value))
+        waiting += reversed(parts)
+
+
+def _parts(name: str, value: Any) -> Iterable[tuple[str, Any, Place]]:
+    """What is directly inside something."""
+    if isinstance(value, dict):
+        return [
+            (f"{name}[{key!r}]", part, (dict.get, value, key)) for key, part in list(value.items())
+        ]
+    if _is_long(value):
+        return []
+    if isinstance(value, list | tuple):
+        get = type(value).__getitem__
+        return [(f"{name}[{i}]", part, (get, value, i)) for i, part in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        return [(name, part, (_member, value, part)) for part in value]
+    if isinstance(value, functools.partial):
+        return [_attribute(name, value, key) for key in ("func", "args", "keywords")]
+    if isinstance(value, types.MethodType):
+        return [_attribute(name, value, key) for key in ("__self__", "__func__")]
+    if isinstance(value, types.FunctionType):
+        return [] if _of_library(value) else _parts_of_function(name, value)
+    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | types.CodeType):
+        return []
+    return _parts_of_object(name, value)
+
+
+def _parts_of_function(name: str, function: Any) -> Iterator[tuple[str, Any, Place]]:
+    for key in ("__code__", "__defaults__", "__kwdefaults__"):
+        yield _attribute(name, function, key)
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    for variable, cell in cells:
+        contents = _contents(cell, None)
+        if contents is not _ABSENT:
+            yield variable, contents, (_contents, cell, None)
+    for variable in _names(function.__code__):
+        if variable in function.__globals__:
+            yield (
+                variable,
+                function.__globals__[variable],
+                (
+                    dict.get,
+                    function.__globals__,
+                    variable,
+                ),
+            )
+
+
+def _parts_of_object(name: str, value: Any) -> Iterator[tuple[str, Any, Place]]:
+    prefix = f"{name}." if name else ""
+    held = getattr(value, "__dict__", {})
+    if isinstance(held, dict):
+        for key, part in list(held.items()):
+            if isinstance(value, nn.Module) and key in ("_parameters", "_buffers", "_modules"):
+                for own, held_part in part.items():
+                    yield prefix + own, held_part, (dict.get, part, own)
+            else:
+                yield prefix + key, part, (dict.get, held, key)
+    for owner in type(value).__mro__:
+        if _of_library(owner) or owner is object or _is_ours(owner):
+            continue
+        for key, part in list(vars(owner).items()):
+            if isinstance(part, types.MemberDescriptorType):  # a slot
+                part = getattr(value, key, _ABSENT)
+                if part is not _ABSENT:
+                    yield prefix + key, part, (_get, value, key)
+            elif isinstance(part, staticmethod | classmethod):
+                yield key, part.__func__, (_static, owner, key)
+            elif isinstance(part, property):
+                yield key, part.fget, (_getter, owner, key)
+            elif not key.startswith("__") or key == "__call__":
+                yield key, part, (_class_attribute, owner, key)
+
+
+def _is_long(value: Any) -> bool:
+    """Whether it is a long list of numbers or strings, which has no parts to look into."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > LONG
+        and isinstance(value[0], str | bytes | int | float)
+    )
+
+
+def _attribute(name: str, value: Any, key: str) -> tuple[str, Any, Place]:
+    return name, getattr(value, key), (_get, value, key)
+
+
+def _get(value: Any, key: str) -> Any:
+    return getattr(value, key, _ABSENT)
+
+
+def _contents(cell: Any, _: None) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # It is still empty.
+        return _ABSENT
+
+
+def _member(value: Any, part: Any) -> Any:
+    return part if part in value else _ABSENT
+
+
+def _class_attribute(owner: type, key: str) -> Any:
+    return vars(owner).get(key, _ABSENT)
+
+
+def _static(owner: type, key: str) -> Any:
+    return getattr(vars(owner).get(key), "__func__", _ABSENT)
+
+
+def _getter(owner: type, key: str) -> Any:
+    return getattr(vars(owner).get(key), "fget", _ABSENT)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The names that a function, or one inside it, looks up outside itself."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _at(place: Place) -> Any:
+    get, container, key = place
+    try:
+        return get(container, key)
+    except IndexError:
+        return _ABSENT
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    if now is before:
+        return True
+    return (
+        isinstance(before, str | int | float | bool) and type(now) is type(before) and now == before
+    )
+
+
+def _of_library(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).split(".")[0] in LIBRARIES
+
+
+def _is_ours(owner: type) -> bool:
+    return owner.__module__ == "bilevel.problem"
+
+
+def _checksum(array: np.ndarray) -> int:
+    if array.dtype.hasobject:
+        return id(array)
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())

@@ -1,0 +1,176 @@
+"""The whitening of KIP, as RaT-BPTT and AT-BPTT use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Tensor
+
+from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
+from dd.data.transforms.moments import (
+    MAX_DIMENSION,
+    check_dimension,
+    eigendecomposition,
+    pixel_chunks,
+    second_moment,
+)
+
+__all__ = ["KIPWhitening"]
+
+# One pixel that differs by 1/255 in an otherwise constant image gives a norm of about 4e-3.
+_NORM_FLOOR = 1e-4
+
+
+@final
+class KIPWhitening(PixelTransform):
+    """V diag(λ + r)^(−1/2) Vᵀ z, where z is the image with mean 0 and norm 1.
+
+    Each image's own mean over all its pixels and channels is removed, and the rest is divided by
+    √(‖·‖² + 1e-8), its L2 norm: the small term only matters for a constant image, which becomes 0
+    instead of NaN. V diag(λ) Vᵀ = C = Σ z zᵀ / N is the uncentred second moment of the normalised
+    training images, and r = regularization · tr(C) / d.
+
+    The normalisation forgets every image's mean and norm, so :meth:`inverse` cannot be exact: it
+    undoes the matrix exactly, then gives every image the average norm and mean of the training
+    images. That is made for people to look at.
+
+    Source: Nguyen et al., "Dataset distillation with infinitely wide convolutional networks"
+    (arXiv 2107.13034), in the form of RaT-BPTT's released code (arXiv 2311.07025), which does not
+    standardise the channels first. Use :meth:`fit`; the constructor takes tensors that were fitted.
+
+    Args:
+        image_shape: (C, H, W), int64 [3].
+        mean_pixel: average over training images of their own mean, float32 [].
+        mean_norm: average over training images of their norm after that, float32 [].
+        eigenvectors: V, float32 [d, d] with d = C·H·W, one in each column.
+        eigenvalues: λ, float32 [d].
+        ridge: r, float32 [].
+    """
+
+    kind: ClassVar[str] = "kip"
+    elementwise: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        image_shape: Tensor,
+        mean_pixel: Tensor,
+        mean_norm: Tensor,
+        eigenvectors: Tensor,
+        eigenvalues: Tensor,
+        ridge: Tensor,
+    ) -> None:
+        self._image_shape = image_shape
+        self._mean_pixel = mean_pixel
+        self._mean_norm = mean_norm
+        self._eigenvectors = eigenvectors
+        self._eigenvalues = eigenvalues
+        self._ridge = ridge
+        self._shape = tuple(image_shape.tolist())
+        # One product per batch instead of two; transforming a dataset is where the time goes.
+        self._matrix = (eigenvectors * (eigenvalues + ridge).rsqrt()) @ eigenvectors.T
+
+    @classmethod
+    @torch.no_grad()
+    def fit(
+        cls,
+        images: Tensor,
+        *,
+        regularization: float = 0.1,
+        chunk: int = 1000,
+        max_dimension: int = MAX_DIMENSION,
+    ) -> Self:
+        """Fit on training images, on their device, in float64.
+
+        Args:
+            images: the training images [N, C, H, W], uint8, or floating point in [0, 1].
+            regularization: the ridge as a multiple of the average eigenvalue, positive.
+            chunk: images per step; only memory and time depend on it.
+            max_dimension: largest C·H·W to accept; memory grows with its square.
+
+        Raises:
+            ValueError: if an argument is not allowed, the images are larger than
+                ``max_dimension``, or every image is constant.
+        """
+        if regularization <= 0:
+            raise ValueError(f"regularization is {regularization}; it must be positive")
+        check_dimension(images, max_dimension)
+        # Filled in place: small tensors kept from every chunk would sit between the freed large
+        # ones and double the process's memory.
+        means = torch.empty(len(images), dtype=torch.float64, device=images.device)
+        norms = torch.empty_like(means)
+        for index, part in enumerate(pixel_chunks(images, chunk)):
+            _, mean, norm = _normalize(part)
+            means[index * chunk : (index + 1) * chunk] = mean.flatten()
+            norms[index * chunk : (index + 1) * chunk] = norm.flatten()
+        # An image that varies at all, by even one step of 1/255, is far above this.
+        if bool(norms.max() < 2 * _NORM_FLOOR):
+            raise ValueError("images are all constant; there is nothing to whiten")
+        moment = second_moment(images, chunk, lambda part: _normalize(part)[0]).div_(len(images))
+        ridge = regularization * moment.trace() / len(moment)
+        eigenvalues, eigenvectors = eigendecomposition(moment)
+        return cls(
+            torch.tensor(images.shape[1:], dtype=torch.int64, device=images.device),
+            means.mean().to(torch.float32),
+            norms.mean().to(torch.float32),
+            eigenvectors,
+            eigenvalues,
+            ridge.to(torch.float32),
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """See :meth:`PixelTransform.__call__`."""
+        normalized, _, _ = _normalize(as_pixels(images, self._shape))
+        return (normalized.flatten(1) @ self._matrix).reshape(normalized.shape)
+
+    def inverse(self, transformed: Tensor) -> Tensor:
+        """Pixels with the training images' average mean and norm, for people to look at.
+
+        V diag(√(λ + r)) Vᵀ y · (average norm) + (average mean); the matrix is undone exactly, each
+        image's own mean and norm are gone. See :meth:`PixelTransform.inverse`.
+        """
+        values = as_float32("transformed", transformed, self._shape)
+        scale = (self._eigenvalues + self._ridge).sqrt()
+        flat = (values.flatten(1) @ self._eigenvectors * scale) @ self._eigenvectors.T
+        return flat.reshape(values.shape) * self._mean_norm + self._mean_pixel
+
+    def state(self) -> dict[str, Tensor]:
+        """The arguments of the constructor."""
+        return {
+            "image_shape": self._image_shape,
+            "mean_pixel": self._mean_pixel,
+            "mean_norm": self._mean_norm,
+            "eigenvectors": self._eigenvectors,
+            "eigenvalues": self._eigenvalues,
+            "ridge": self._ridge,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """See :meth:`PixelTransform.from_state`."""
+        dimension = int(state["image_shape"].prod()) if "image_shape" in state else -1
+        check_state(
+            cls.kind,
+            state,
+            {
+                "image_shape": (3,),
+                "mean_pixel": (),
+                "mean_norm": (),
+                "eigenvectors": (dimension, dimension),
+                "eigenvalues": (dimension,),
+                "ridge": (),
+            },
+            dtypes={"image_shape": torch.int64},
+        )
+        return cls(**state)
+
+
+def _normalize(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [N, C, H, W] with mean 0 and norm 1, and the mean and norm they had, [N, 1, 1, 1]."""
+    mean = pixels.mean((1, 2, 3), keepdim=True)
+    centered = pixels - mean
+    # Smooth, so that every derivative is finite at a constant image, where a plain norm's is not.
+    norm = (centered.square().sum((1, 2, 3), keepdim=True) + _NORM_FLOOR**2).sqrt()
+    return centered / norm, mean, norm

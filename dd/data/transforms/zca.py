@@ -1,0 +1,125 @@
+"""ZCA whitening, as MTT and ATT use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Tensor
+
+from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
+from dd.data.transforms.moments import (
+    MAX_DIMENSION,
+    check_dimension,
+    eigendecomposition,
+    mean_image,
+    second_moment,
+)
+
+__all__ = ["ZCAWhitening"]
+
+
+@final
+class ZCAWhitening(PixelTransform):
+    """T (x − x̄) with T = U diag(1 / √(S + ε)) Uᵀ, on flattened pixels in [0, 1].
+
+    x̄ is the mean image and U diag(S) Uᵀ the covariance of the training images, with divisor N − 1.
+
+    Source: kornia's ``ZCAWhitening(eps=0.1)``, as MTT (arXiv 2203.11932) and ATT (arXiv
+    2407.14245) apply it. Use :meth:`fit`; the constructor takes tensors that were fitted.
+
+    Args:
+        mean: x̄, float32 [C, H, W].
+        eigenvectors: U, float32 [d, d] with d = C·H·W, one in each column.
+        eigenvalues: S, float32 [d].
+        epsilon: ε, float32 [].
+    """
+
+    kind: ClassVar[str] = "zca"
+    elementwise: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def __init__(
+        self, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, epsilon: Tensor
+    ) -> None:
+        self._mean = mean
+        self._eigenvectors = eigenvectors
+        self._eigenvalues = eigenvalues
+        self._epsilon = epsilon
+        # One product per batch instead of two; transforming a dataset is where the time goes.
+        self._matrix = (eigenvectors * (eigenvalues + epsilon).rsqrt()) @ eigenvectors.T
+
+    @classmethod
+    @torch.no_grad()
+    def fit(
+        cls,
+        images: Tensor,
+        *,
+        epsilon: float = 0.1,
+        chunk: int = 1000,
+        max_dimension: int = MAX_DIMENSION,
+    ) -> Self:
+        """Fit on training images, on their device, in float64.
+
+        Args:
+            images: the training images [N, C, H, W], N ≥ 2, uint8, or floating point in [0, 1].
+            epsilon: ε, positive.
+            chunk: images per step; only memory and time depend on it.
+            max_dimension: largest C·H·W to accept; memory grows with its square.
+
+        Raises:
+            ValueError: if an argument is not allowed, or the images are larger than
+                ``max_dimension``.
+        """
+        if epsilon <= 0:
+            raise ValueError(f"epsilon is {epsilon}; it must be positive")
+        if len(images) < 2:
+            raise ValueError(f"images has {len(images)} images; a covariance needs at least 2")
+        check_dimension(images, max_dimension)
+        mean = mean_image(images, chunk)
+        covariance = second_moment(images, chunk, lambda part: part - mean).div_(len(images) - 1)
+        eigenvalues, eigenvectors = eigendecomposition(covariance)
+        return cls(
+            mean.to(torch.float32),
+            eigenvectors,
+            eigenvalues,
+            torch.tensor(epsilon, dtype=torch.float32, device=images.device),
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """See :meth:`PixelTransform.__call__`."""
+        pixels = as_pixels(images, tuple(self._mean.shape))
+        return ((pixels - self._mean).flatten(1) @ self._matrix).reshape(pixels.shape)
+
+    def inverse(self, transformed: Tensor) -> Tensor:
+        """The exact inverse, U diag(√(S + ε)) Uᵀ y + x̄; see :meth:`PixelTransform.inverse`."""
+        values = as_float32("transformed", transformed, tuple(self._mean.shape))
+        scale = (self._eigenvalues + self._epsilon).sqrt()
+        flat = (values.flatten(1) @ self._eigenvectors * scale) @ self._eigenvectors.T
+        return flat.reshape(values.shape) + self._mean
+
+    def state(self) -> dict[str, Tensor]:
+        """The arguments of the constructor."""
+        return {
+            "mean": self._mean,
+            "eigenvectors": self._eigenvectors,
+            "eigenvalues": self._eigenvalues,
+            "epsilon": self._epsilon,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """See :meth:`PixelTransform.from_state`."""
+        dimension = state["mean"].numel() if "mean" in state else -1
+        check_state(
+            cls.kind,
+            state,
+            {
+                "mean": (-1, -1, -1),
+                "eigenvectors": (dimension, dimension),
+                "eigenvalues": (dimension,),
+                "epsilon": (),
+            },
+        )
+        return cls(**state)

@@ -1,0 +1,1 @@
+"""The outer loop: its settings, its state, and what one watches."""

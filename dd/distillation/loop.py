@@ -1,0 +1,294 @@
+"""The outer loop: one outer step, and the events of a whole distillation.
+
+    for event in outer_loop(begin(settings, task)):
+        ...
+
+Saving, showing and stopping are the caller's; `dd.distillation.recorder` is what the commands do.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+import bilevel
+from bilevel.distributed import AveragedHypergradient, broadcast_, gather, world_size
+from bilevel.tree import to_device
+from dd.distillation.settings import Distiller
+from dd.distillation.state import TrainingState
+from dd.evaluation.distilled_set import DistilledSet
+from dd.objectives.base import HELD_OUT, Task
+from dd.runtime.precision import allow_tf32
+from dd.runtime.processes import from_first_process, is_first_process, own_key
+
+#: Outer steps in a row whose hypergradient may be non-finite (and is skipped) before giving up.
+MOST_SKIPPED = 10
+#: The checkpoint in a run's folder.
+CHECKPOINT = "checkpoint.safetensors"
+#: Which networks judge a candidate in a validation: a step has others for each of the two.
+CANDIDATE_KEYS = {"images": "validation", "average": "validation/accuracy_of_average"}
+
+
+@final
+@dataclass(frozen=True)
+class Ready:
+    """Nothing is half done after this many outer steps: save here, and stop here."""
+
+    step: int
+
+
+@final
+@dataclass(frozen=True)
+class Stepped:
+    """An outer step was made.
+
+    Attributes:
+        step: Outer steps done.
+        seconds: How long it took.
+        result: Its hypergradient, averaged over processes.
+        clip_bound: The norm that the images' hypergradient was clipped to; None without clipping.
+        metrics: What the schedule was told beside the loss.
+        objective: What the objective reports.
+        schedule: What the schedule reports and looked at: numbers, and profiles over inner steps.
+    """
+
+    step: int
+    seconds: float
+    result: bilevel.HypergradientResult
+    clip_bound: float | None
+    metrics: dict[str, float]
+    objective: dict[str, float]
+    schedule: dict[str, Tensor | float]
+
+
+@final
+@dataclass(frozen=True)
+class Skipped:
+    """An outer step was left out, for its hypergradient was not finite."""
+
+    step: int
+    reason: str
+
+
+@final
+@dataclass(frozen=True)
+class StageChanged:
+    """The truncation schedule changes its course."""
+
+    step: int
+    sentence: str
+
+
+@final
+@dataclass(frozen=True)
+class Validated:
+    """The set was judged on the validation split.
+
+    Attributes:
+        step: Outer steps done.
+        accuracy: Fractions, of networks trained on the set with the `images` as they are, and, if
+            there is one, with their `average`.
+        best: The one of these that is better than all before; None if neither is.
+    """
+
+    step: int
+    accuracy: dict[str, float]
+    best: str | None
+
+
+@final
+@dataclass(frozen=True)
+class Finished:
+    """All that was asked for is done."""
+
+    step: int
+
+
+Event = Ready | Stepped | Skipped | StageChanged | Validated | Finished
+
+
+@final
+class Distillation:
+    """What the outer steps of one run work with.
+
+    Of several processes each has its own initialisations, windows and real images, keyed by
+    (seed, rank, outer step). Their hypergradients are averaged, so all go through the same states;
+    the first one keeps the time and the schedule.
+
+    Args:
+        settings: Of the outer loop.
+        task: What to work on.
+        state: Where to begin; it is what changes.
+    """
+
+    def __init__(self, settings: Distiller, task: Task, state: TrainingState) -> None:
+        allow_tf32(settings.tf32)
+        self.settings = settings
+        self.task = task
+        self.state = state
+        self.key = own_key(task.key)
+        self.objective = settings.objective.prepare(task, self.key, state.truncation.stage)
+        self.hypergradient = bilevel.Hypergradient(
+            self.objective.problem,
+            optimizer=settings.optimizer,
+            steps=settings.inner_steps,
+            truncation=state.truncation,
+            estimator=settings.estimator,
+            keep_every=settings.keep_every,
+            keep_on=settings.keep_on,
+            inner_replicas=settings.inner_replicas,
+            compile=settings.compiles,
+        )
+        self.averaged = AveragedHypergradient(self.hypergradient)
+
+    def candidate(self, name: str) -> DistilledSet:
+        """The set as it is now, with the "images" as they are or their "average"."""
+        state, task = self.state, self.task
+        images = state.average if name == "average" else state.outer["images"]
+        assert images is not None, "there is an average where one is asked for"
+        return DistilledSet(
+            images=task.synthetic.images({**state.outer, "images": images}).detach(),
+            labels=task.synthetic.labels(state.outer).detach(),
+            transform=task.data.transform,
+            class_names=task.data.class_names,
+            provenance={
+                **task.provenance,
+                **self.settings.objective.provenance(state.outer),
+                "outer_step": state.step,
+                "seconds": state.seconds,
+            },
+        )
+
+
+def begin(settings: Distiller, task: Task) -> Distillation:
+    """A new distillation, or one that goes on from the checkpoint in the task's folder.
+
+    Raises:
+        ConfigurationError: The task and the settings do not fit each other.
+        bilevel.ProcessError: Another process failed, or cannot read the checkpoint.
+        DamagedFileError: The checkpoint cannot be used.
+    """
+    state = settings.initial_state(task)
+    checkpoint = task.folder.find(CHECKPOINT)
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    steps = gather(state.step)
+    if len(set(steps)) > 1:
+        raise bilevel.ProcessError(
+            f"the processes would go on from outer steps {steps}: {task.folder.path} must be a "
+            "folder that all of them can read"
+        )
+    broadcast_(state.outer.values())
+    return Distillation(settings, task, state)
+
+
+def outer_loop(run: Distillation) -> Iterator[Event]:
+    """Distil, and tell what happens; in several processes the same is told in all.
+
+    After every outer step, and before the first one, comes `Ready`: a run that is left there, and
+    whose state is saved, goes on to the same bits.
+
+    Raises:
+        bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
+        bilevel.ProcessError: Another process failed or is gone.
+    """
+    settings, state = run.settings, run.state
+    state.processes = world_size()
+    skipped_in_a_row = 0
+    yield Ready(state.step)
+    while settings.progress(state) < 1:
+        began, sentence = time.perf_counter(), None
+        event: Event
+        try:
+            event, sentence = outer_step(run)
+            skipped_in_a_row = 0
+        except bilevel.NonFiniteError as error:
+            skipped_in_a_row += 1
+            if skipped_in_a_row == MOST_SKIPPED:
+                raise
+            event = Skipped(state.step, str(error))
+            state.step += 1
+            state.seconds += time.perf_counter() - began
+        sentence = _follow_the_first_process(state, sentence)
+        yield event
+        if sentence is not None:
+            yield StageChanged(state.step, sentence)
+        if settings.validate_every and state.step % settings.validate_every == 0:
+            yield validate(run)
+        yield Ready(state.step)
+    yield Finished(state.step)
+
+
+def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
+    """One outer step; if it raises, the outer variables are as they were.
+
+    Returns:
+        What was done, and a sentence if the truncation schedule changes its course.
+
+    Raises:
+        bilevel.NonFiniteError: The hypergradient is not finite.
+    """
+    began = time.perf_counter()
+    settings, task, state = run.settings, run.task, run.state
+
+    state.optimizer.zero_grad()
+    constants, outer_batch = run.objective.inputs(state.step, state.truncation.stage)
+    generator = run.key.generator("outer", state.step)
+    result = run.averaged.backward({**state.outer, **constants}, outer_batch, generator)
+    clip_bound = None if state.clip is None else state.clip([state.outer["images"]])[1]
+    state.optimizer.step()
+    task.synthetic.constrain_(state.outer)
+    if state.average is not None and settings.average_decay is not None:
+        state.average.lerp_(state.outer["images"].detach(), 1 - settings.average_decay)
+
+    metrics = {name: float(value) for name, value in result.metrics.items()}
+    if HELD_OUT in state.truncation.metrics:
+        metrics[HELD_OUT] = run.objective.held_out_accuracy(result.params)
+    seconds = time.perf_counter() - began
+    state.step += 1
+    state.seconds += seconds
+    told = {"loss": float(result.loss), **metrics, "progress": settings.progress(state)}
+    sentence = state.truncation.update(told)
+    signals = {name: value for name, value in result.trace.items() if name != "inner_loss"}
+    stepped = Stepped(
+        step=state.step,
+        seconds=seconds,
+        result=result,
+        clip_bound=clip_bound,
+        metrics=metrics,
+        objective=run.objective.report(result),
+        schedule={**state.truncation.report(), **signals},
+    )
+    return stepped, sentence
+
+
+def validate(run: Distillation) -> Validated:
+    """Judge the set, and its average if there is one, on the validation split."""
+    state, task = run.state, run.task
+    accuracy: dict[str, float] = {}
+    best = None
+    for name in ("images",) if state.average is None else ("images", "average"):
+        candidate = run.candidate(name)
+        accuracy[name] = task.evaluator.validation(
+            candidate.images,
+            candidate.labels,
+            task.network,
+            task.data,
+            task.key.fold(CANDIDATE_KEYS[name], state.step),
+            candidate.provenance.get("learning_rate"),
+        )
+        if state.best_accuracy is None or accuracy[name] > state.best_accuracy:
+            state.best_accuracy, state.best_step, best = accuracy[name], state.step, name
+    return Validated(state.step, accuracy, best)
+
+
+def _follow_the_first_process(state: TrainingState, sentence: str | None) -> str | None:
+    """Take over the first process's clock, its schedule's state, and what that has to say."""
+    schedule: dict[str, Any] = to_device(state.truncation.state_dict(), torch.device("cpu"))
+    state.seconds, schedule, sentence = from_first_process((state.seconds, schedule, sentence))
+    if not is_first_process():
+        state.truncation.load_state_dict(schedule)
+    return sentence

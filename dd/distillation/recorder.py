@@ -1,0 +1,235 @@
+"""What is kept and shown of a distillation: its files, TensorBoard, the progress bar."""
+
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import final
+
+from torch import Tensor
+
+import bilevel
+from bilevel.distributed import world_size
+from dd.distillation.loop import (
+    CHECKPOINT,
+    Distillation,
+    Event,
+    Finished,
+    Ready,
+    Skipped,
+    StageChanged,
+    Stepped,
+    Validated,
+    outer_loop,
+)
+from dd.distillation.monitor import Monitor, Progress, png
+from dd.objectives.base import HELD_OUT
+from dd.runtime.files import write_bytes
+from dd.runtime.processes import is_first_process
+from dd.runtime.stopping import StopRequest
+
+#: Wall clock between two checkpoints.
+CHECKPOINT_SECONDS = 60.0
+#: Names in a run's folder.
+DISTILLED = "distilled.safetensors"
+PICTURE = "distilled.png"
+AVERAGE = Path("snapshots") / "average.safetensors"
+#: What TensorBoard calls the accuracies of a validation.
+SHOWN_AS = {"images": "validation/accuracy", "average": "validation/accuracy_of_average"}
+
+
+def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str) -> None:
+    """Distil until all is done or `stop` is requested; the files are then up to date.
+
+    Args:
+        run: The distillation.
+        folder: Where the files go.
+        stop: Looked at after every outer step, in every process.
+        config_text: Shown in TensorBoard.
+
+    Raises:
+        bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
+        bilevel.ProcessError: Another process failed or is gone.
+    """
+    recorder: Recorder = SilentRecorder()
+    if is_first_process():
+        recorder = FolderRecorder(run, folder, config_text)
+    try:
+        try:
+            for event in outer_loop(run):
+                recorder.take(event)
+                if isinstance(event, Ready) and stop.agreed():
+                    break
+        except bilevel.NonFiniteError:
+            recorder.save()
+            raise
+        recorder.save()
+        recorder.show()
+    finally:
+        recorder.close()
+
+
+class Recorder(ABC):
+    """Follows the events of a distillation."""
+
+    @abstractmethod
+    def take(self, event: Event) -> None:
+        """Keep and show what an event tells."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Bring the checkpoint and the sets up to date."""
+
+    @abstractmethod
+    def show(self) -> None:
+        """Show the set as it is now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close what is open."""
+
+
+@final
+class SilentRecorder(Recorder):
+    """Keeps and shows nothing: what the processes after the first one have."""
+
+    def take(self, event: Event) -> None:
+        pass
+
+    def save(self) -> None:
+        pass
+
+    def show(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class FolderRecorder(Recorder):
+    """Keeps a run in a folder, and shows it in TensorBoard and on the terminal.
+
+    Args:
+        run: The distillation.
+        folder: Where the files go.
+        config_text: Shown in TensorBoard.
+    """
+
+    def __init__(self, run: Distillation, folder: Path, config_text: str) -> None:
+        settings, state = run.settings, run.state
+        self.run = run
+        self.folder = folder
+        self.monitor = Monitor(folder / "events", first_step=state.step)
+        self.monitor.config(config_text)
+        self.progress = Progress(settings.outer_steps, settings.minutes, state.step, state.seconds)
+        if state.processes != world_size():
+            self.progress.say(
+                f"note: this run had {state.processes} processes and goes on with "
+                f"{world_size()}, so each outer step now averages as many hypergradients"
+            )
+        self.saved_at = time.monotonic()
+        #: Where the run was when it was ready last.
+        self._step, self._seconds = state.step, state.seconds
+        self._first_step_told = False
+        #: Profiles that are not shown again before the next picture is due.
+        self._profiles_shown: set[str] = set()
+        self._known_status = {"ok"}
+
+    def take(self, event: Event) -> None:
+        match event:
+            case Ready():
+                self._ready(event)
+            case Stepped():
+                self._stepped(event)
+            case Skipped():
+                self.progress.say(f"outer step {event.step} skipped: {event.reason}")
+            case StageChanged():
+                self.progress.say(f"outer step {event.step}: {event.sentence}")
+            case Validated():
+                self._validated(event)
+            case Finished():
+                pass
+
+    def save(self) -> None:
+        state = self.run.state
+        state.save(self.folder / CHECKPOINT)
+        if state.best_accuracy is None:
+            self._keep("images")
+        if state.average is not None:
+            self.run.candidate("average").save(self.folder / AVERAGE)
+
+    def show(self) -> None:
+        pixels = self.run.candidate("images").pixels()
+        images_per_class = self.run.task.synthetic.images_per_class
+        self.monitor.images(self.run.state.step, pixels, images_per_class)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.monitor.close()
+
+    def _ready(self, event: Ready) -> None:
+        settings, state = self.run.settings, self.run.state
+        if event.step == 0:
+            # Whatever ends the run from here on, it can be resumed.
+            self.save()
+            self.show()
+        if event.step == self._step:
+            return  # no outer step was done since
+        for minutes in settings.snapshot_minutes:
+            if self._seconds < 60 * minutes <= state.seconds:
+                name = f"{minutes:g}_minutes.safetensors"
+                self.run.candidate("images").save(self.folder / "snapshots" / name)
+        self._step, self._seconds = state.step, state.seconds
+        if event.step % settings.image_every == 0:
+            self.show()
+        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            self.save()
+            self.saved_at = time.monotonic()
+
+    def _stepped(self, event: Stepped) -> None:
+        if not self._first_step_told:
+            self._first_step_told = True
+            compiler = self.run.hypergradient.inner.compiler
+            compiling = "" if compiler is None else f", {compiler.seconds:.0f} of them compiling"
+            self.progress.say(f"first outer step after {event.seconds:.0f} s{compiling}")
+        self.monitor.outer_step(event.step, event.result, event.clip_bound, event.seconds)
+        self.monitor.scalars(event.step, event.objective)
+        if HELD_OUT in event.metrics:
+            self.monitor.scalars(event.step, {f"outer/{HELD_OUT}": event.metrics[HELD_OUT]})
+        self.monitor.schedule(event.step, self._to_show(event))
+        # Once of each kind: the rest of a status may have numbers that change every time.
+        status = event.result.stats.status
+        if status.split(":")[0] not in self._known_status:
+            self._known_status.add(status.split(":")[0])
+            self.progress.say(f"outer step {event.step}, said once: {status}")
+        loss = float(event.result.loss)
+        self.progress.update(event.step, self.run.state.seconds, loss, event.metrics)
+
+    def _to_show(self, event: Stepped) -> dict[str, Tensor | float]:
+        """All numbers; a profile once after every `image_every` steps, as soon as it has all T."""
+        settings = self.run.settings
+        if event.step % settings.image_every == 0:
+            self._profiles_shown.clear()
+        shown: dict[str, Tensor | float] = {}
+        for name, value in event.schedule.items():
+            if not isinstance(value, Tensor):
+                shown[name] = value
+            elif len(value) == settings.inner_steps and name not in self._profiles_shown:
+                shown[name] = value
+                self._profiles_shown.add(name)
+        return shown
+
+    def _validated(self, event: Validated) -> None:
+        if event.best is not None:
+            self._keep(event.best)
+        best = self.run.state.best_accuracy
+        assert best is not None, "there is at least one candidate"
+        found = {SHOWN_AS[name]: value for name, value in event.accuracy.items()}
+        self.monitor.scalars(event.step, {**found, "validation/best_accuracy": best})
+
+    def _keep(self, candidate: str) -> None:
+        """Make a candidate the run's distilled set."""
+        kept = self.run.candidate(candidate)
+        kept.save(self.folder / DISTILLED)
+        picture = png(kept.pixels(), self.run.task.synthetic.images_per_class)
+        write_bytes(self.folder / PICTURE, picture)

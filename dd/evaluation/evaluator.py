@@ -1,0 +1,292 @@
+"""How good a training set is: fresh networks trained on it, judged on held-out images."""
+
+import copy
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from bilevel import Key, fresh_parameters
+from dd.augmentation import Augmentation, NoAugmentation
+from dd.data.prepared import PreparedData
+from dd.data.stored_images import Images
+from dd.evaluation.protocols import BPTTProtocol, Protocol
+from dd.runtime.changes import Resumable
+from dd.runtime.checks import check_instance, check_integer, check_number
+from dd.runtime.precision import full_float32
+from dd.runtime.processes import collected, own_share, progress_bar
+from dd.synthetic.dataset import random_subset
+
+#: Where below a key the randomness of the networks of each training set is.
+DISTILLED_KEY, RANDOM_REAL_KEY, FULL_DATA_KEY = "distilled", "random real", "full data"
+#: A function from the key of one network to the (images, labels) it is trained on.
+TrainingSet = Callable[[Key], tuple[Images, Tensor]]
+
+
+@final
+@dataclass(frozen=True)
+class Accuracy:
+    """Test accuracy over independent networks, fractions in [0, 1].
+
+    Attributes:
+        values: One for each network.
+        steps: Training steps, chosen on the validation part.
+    """
+
+    values: tuple[float, ...]
+    steps: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over networks."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over networks; 0 for one network."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "networks": len(self.values),
+            "values": list(self.values),
+            "steps": self.steps,
+        }
+
+
+@torch.no_grad()
+def accuracy(
+    network: nn.Module, params: dict[str, Tensor], images: Images, labels: Tensor, chunk: int = 500
+) -> float:
+    """The fraction of images that the network labels rightly, `chunk` at a time."""
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    for start in range(0, len(labels), chunk):
+        part = slice(start, start + chunk)
+        predicted = functional_call(network, params, (images[part],)).argmax(dim=1)
+        correct += (predicted == labels[part]).sum()
+    return int(correct) / len(labels)
+
+
+@final
+class Evaluator:
+    """Trains networks by a protocol, and judges them.
+
+    Networks are trained from fresh initialisations on the whole small set (mini-batches beyond
+    `batch_size`). Their accuracy on the *validation* part is measured after each number in
+    `steps`; the number with the best mean is chosen, and only there is the test set used, once.
+    (The papers choose on the test set itself.) Several processes share the networks out.
+
+    Args:
+        networks: How many networks each training set is given.
+        steps: Numbers of training steps to choose from.
+        lr: Adam's learning rate in the default protocol.
+        batch_size: Images in a training step.
+        full_data_networks: Networks trained on all training images; 0 leaves that out.
+        full_data_steps: Numbers of training steps for these.
+        validation_networks: Networks for each look during distillation.
+        validation_steps: Training steps of these.
+        augmentation: Of the training images; default: the protocol's.
+        protocol: What optimizes the networks, and for how long; default: `bptt`, Adam at a constant
+            rate with flip or rotate.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    def __init__(
+        self,
+        networks: Resumable[int] = 8,
+        steps: Resumable[Sequence[int]] = (300, 600, 1000, 3000),
+        lr: float = 1e-3,
+        batch_size: int = 256,
+        full_data_networks: Resumable[int] = 2,
+        full_data_steps: Resumable[Sequence[int]] = (5000, 10000),
+        validation_networks: int = 2,
+        validation_steps: int = 300,
+        augmentation: Augmentation | None = None,
+        protocol: Protocol | None = None,
+    ) -> None:
+        for name, value, minimum in (
+            ("networks", networks, 1),
+            ("batch_size", batch_size, 1),
+            ("full_data_networks", full_data_networks, 0),
+            ("validation_networks", validation_networks, 1),
+            ("validation_steps", validation_steps, 1),
+        ):
+            check_integer(name, value, minimum)
+        for name, values in (("steps", steps), ("full_data_steps", full_data_steps)):
+            if not isinstance(values, (list, tuple)) or not values:
+                raise ValueError(f"{name}={values!r}: it must be a list of numbers of steps")
+            for value in values:
+                check_integer(name, value, 1)
+        check_number("lr", lr, above=0)
+        if augmentation is not None:
+            check_instance("augmentation", augmentation, Augmentation, "@FlipOrRotate() with ()")
+        if protocol is not None:
+            check_instance("protocol", protocol, Protocol, "@DCProtocol() with ()")
+        self.protocol = BPTTProtocol(lr) if protocol is None else protocol
+        self.networks = networks
+        self.steps = sorted(set(steps))
+        self.batch_size = batch_size
+        self.full_data_networks = full_data_networks
+        self.full_data_steps = sorted(set(full_data_steps))
+        self.validation_networks = validation_networks
+        self.validation_steps = validation_steps
+        self.augmentation = self.protocol.augmentation if augmentation is None else augmentation
+
+    def without_augmentation(self) -> "Evaluator":
+        """The same evaluator, but for its augmentation."""
+        other = copy.copy(self)
+        other.augmentation = NoAugmentation()
+        return other
+
+    def distilled(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        network: nn.Module,
+        data: PreparedData,
+        key: Key,
+        rate: float | None = None,
+    ) -> Accuracy:
+        """Test accuracy of networks trained on one given set, hard or soft labels.
+
+        `rate` is the learning rate that was learned with the set, which `dc` trains at.
+        """
+        whole = images.detach(), labels.detach()
+        steps = self.protocol.steps(self.steps, len(images), self.batch_size)
+        keys = [key.fold(DISTILLED_KEY, index) for index in range(self.networks)]
+        return self._measure("distilled", lambda _: whole, network, data, keys, steps, rate)
+
+    def random_real(
+        self, images_per_class: int, network: nn.Module, data: PreparedData, key: Key
+    ) -> Accuracy:
+        """Test accuracy with as many random real images; every network draws its own."""
+
+        def draw(network_key: Key) -> tuple[Tensor, Tensor]:
+            generator = network_key.generator("subset")
+            chosen = random_subset(data.train_labels, images_per_class, data.num_classes, generator)
+            return data.train_images[chosen], data.train_labels[chosen]
+
+        size = images_per_class * data.num_classes
+        steps = self.protocol.steps(self.steps, size, self.batch_size)
+        keys = [key.fold(RANDOM_REAL_KEY, index) for index in range(self.networks)]
+        return self._measure("random real", draw, network, data, keys, steps)
+
+    def full_data(self, network: nn.Module, data: PreparedData, key: Key) -> Accuracy | None:
+        """Test accuracy with all training images; None if that was turned off."""
+        if not self.full_data_networks:
+            return None
+        everything = data.train_images, data.train_labels
+        keys = [key.fold(FULL_DATA_KEY, index) for index in range(self.full_data_networks)]
+        steps = self.full_data_steps
+        return self._measure("full data", lambda _: everything, network, data, keys, steps)
+
+    @full_float32()
+    def validation(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        network: nn.Module,
+        data: PreparedData,
+        key: Key,
+        rate: float | None = None,
+    ) -> float:
+        """Mean accuracy on the validation part after `validation_steps`; never the test set."""
+        images, labels = images.detach(), labels.detach()
+        accuracies = {}
+        for index in own_share(self.validation_networks):
+            trained = self._train(
+                images, labels, network, key.fold("network", index), [self.validation_steps], rate
+            )
+            accuracies[index] = accuracy(
+                network, trained[0], data.validation_images, data.validation_labels
+            )
+        values = collected(accuracies)
+        return statistics.fmean(values)
+
+    @full_float32()
+    def _measure(
+        self,
+        label: str,
+        training_set: TrainingSet,
+        network: nn.Module,
+        data: PreparedData,
+        keys: Sequence[Key],
+        steps: Sequence[int],
+        rate: float | None = None,
+    ) -> Accuracy:
+        """Test accuracy of a network for each of `keys`; the bars are called `label`."""
+        trained, validated, values = {}, {}, {}
+        share = list(own_share(len(keys)))
+        total = len(share) * max(steps)
+        with progress_bar(
+            desc=f"training on {label}", total=total, unit="step", mininterval=0.5
+        ) as bar:
+            for index in share:
+                images, labels = training_set(keys[index])
+                stages = self._train(images, labels, network, keys[index], steps, rate, bar.update)
+                trained[index] = stages
+                validated[index] = torch.tensor(
+                    [
+                        accuracy(network, params, data.validation_images, data.validation_labels)
+                        for params in stages
+                    ]
+                )
+        chosen = int(sum(collected(validated), torch.zeros(len(steps))).argmax())
+        for index, stages in progress_bar(
+            iterable=trained.items(), desc=f"testing {label}", unit="network"
+        ):
+            params = stages[chosen]
+            values[index] = accuracy(network, params, data.test_images, data.test_labels)
+        return Accuracy(tuple(collected(values)), steps[chosen])
+
+    def _train(
+        self,
+        images: Images,
+        labels: Tensor,
+        network: nn.Module,
+        key: Key,
+        steps: Sequence[int],
+        rate: float | None = None,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> list[dict[str, Tensor]]:
+        """The parameters after each number in `steps` of training on (images, labels)."""
+        params = fresh_parameters(network, key.generator("init"), device=images.device)
+        leaves = [value.requires_grad_() for value in params.values()]
+        optimizer, schedule = self.protocol.optimizer(leaves, max(steps), rate)
+        generator = key.generator("batches")
+        stages = []
+        for step in range(1, max(steps) + 1):
+            chosen: Tensor | slice = slice(None)
+            if len(images) > self.batch_size:
+                chosen = torch.randint(
+                    len(images), (self.batch_size,), generator=generator, device=generator.device
+                )
+            batch = self.augmentation(_rows(images, chosen), generator)
+            targets = _rows(labels, chosen)
+            loss = F.cross_entropy(functional_call(network, params, (batch,)), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            on_step()
+            if step in steps:
+                stages.append({k: value.detach().clone() for k, value in params.items()})
+        return stages
+
+
+def _rows(source: Images, chosen: Tensor | slice) -> Tensor:
+    """`source[chosen]`, without waiting for the device of a tensor."""
+    if isinstance(source, Tensor) and isinstance(chosen, Tensor):
+        chosen = chosen.to(source.device, non_blocking=True)
+    return source[chosen]

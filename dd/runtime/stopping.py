@@ -1,0 +1,54 @@
+"""Stopping a program without losing anything."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from bilevel.distributed import gather
+from dd.runtime.processes import is_first_process
+
+
+@dataclass
+class StopRequest:
+    """Whether the user, or the system, has asked the program to stop."""
+
+    signal_number: int | None = None
+    at_once: bool = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process has been asked."""
+        return self.signal_number is not None
+
+    def agreed(self) -> bool:
+        """Whether some process has been asked to stop: the same answer in all.
+
+        Raises:
+            bilevel.ProcessError: Another process is gone.
+        """
+        return any(gather(self.requested))
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C or SIGTERM into a request; a second one stops at once."""
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        at_once = request.requested or request.at_once
+        request.signal_number = number
+        if at_once:
+            raise KeyboardInterrupt
+        # Not print: the signal may arrive while the bar is being written.
+        if is_first_process():
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

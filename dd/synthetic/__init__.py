@@ -1,0 +1,1 @@
+"""The synthetic set: its images and labels, and what is learned of them."""
