@@ -7,15 +7,9 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
-
-import bilevel
-from bilevel.tree import detach
 
 #: For processes whose memory is measured: glibc then maps every block of 64 KiB or more on its own
 #: and gives it back when it is freed, so that the resident set follows the tensors alive instead
@@ -25,6 +19,8 @@ FAITHFUL_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": 
 
 def machine() -> dict[str, Any]:
     """What a reader needs to know of the machine, and the date."""
+    import torch  # here, since processes of JAX use the rest of this file
+
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -105,23 +101,3 @@ def _memory(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
-
-
-@torch.no_grad()
-def run_again(
-    inner: bilevel.InnerLoop, outer: Any, recorded: bilevel.Trajectory, start: bilevel.Iterate
-) -> bilevel.Trajectory:
-    """The window of a recording, run again from `start` by another inner loop, in its precision."""
-    window, key = recorded.window, recorded.key
-    begun = bilevel.record(inner, outer, key, steps=1)
-    kept, losses = {window.start: start}, [torch.zeros((), device=start.params.device)]
-    losses *= window.start
-    for step in range(window.start, window.stop):
-        inputs = inner.inputs(outer, step, key)
-        params, state, _, scalars = inner.run(
-            inner.advance, start.params, start.state, detach(inputs), ()
-        )
-        kept[step + 1] = start = bilevel.Iterate(params, state)
-        losses.append(scalars["inner_loss"])
-    trace = bilevel.Trace({"inner_loss": torch.stack([x.to(losses[-1]) for x in losses])})
-    return replace(begun, steps=recorded.steps, kept=kept, trace=trace, window=window)

@@ -41,8 +41,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import command, machine, markdown, run_again
+from common import command, machine, markdown
 from hypergradient import Distillation, adam, higher_window, plain_steps
+from recordings import run_again
 from torch import Tensor
 from torch.nn import functional as F
 

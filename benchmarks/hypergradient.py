@@ -75,7 +75,8 @@ import optree
 import torch
 import torch.nn.functional as F
 import torchopt
-from common import FAITHFUL_MALLOC, machine, peak_memory, run_again, table, write_json
+from common import FAITHFUL_MALLOC, machine, peak_memory, table, write_json
+from recordings import run_again
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm

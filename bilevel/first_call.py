@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
+import optree
 import torch
 from torch import Tensor
 
@@ -58,13 +59,14 @@ class FirstCall:
         self._variables, self._key = variables, key
         self._first, self._hyperparameters = first, hyperparameters
 
-    def step(self, iterate: Iterate, inputs: StepInputs, step: int) -> None:
+    def step(self, iterate: Iterate, inputs: StepInputs, step: int, *, briefly: bool) -> None:
         """Look at one inner step, before it is made: is it the same when it is run again?
 
         Args:
             iterate: (θ_t, s_t), without a graph.
             inputs: What the step takes of φ, on its graph.
             step: t. What holds for all steps is looked at in the first.
+            briefly: Look only at what the inner loss depends on.
 
         Raises:
             ProblemError: The inner loss does not depend on its parameters, writes to what it is
@@ -74,6 +76,10 @@ class FirstCall:
                 or, where steps are run again for other φ, the initialisation or the batch does.
             ConfigurationError: The optimizer's derivative is not that of what it computes.
         """
+        if briefly:
+            with self._inner.watched(self._watch, "inner_loss"):
+                self._inner.loss(iterate.params.detach().requires_grad_(), detach(inputs.batch))
+            return
         self._kept[step] = Kept(self._variables, inputs)
         self._check_inner_loss(iterate, inputs)
         if step == 0:
@@ -116,19 +122,20 @@ class FirstCall:
         tensors, rebuild = partition(detach(inputs.batch), lambda leaf: isinstance(leaf, Tensor))
         copies = [leaf.clone() for leaf in tensors]
         here = iterate.params.detach().clone().requires_grad_()
-        with (
-            torch.enable_grad(),
-            inner.watched(self._watch, "inner_loss"),
-            global_generators_left_alone("inner_loss", here.device),
-        ):
+        given = rebuild(copies)
+        with torch.enable_grad(), global_generators_left_alone("inner_loss", here.device):
             try:
-                loss, again = (inner.loss(here, rebuild(copies)) for _ in range(2))
+                with inner.watched(self._watch, "inner_loss"):
+                    loss = inner.loss(here, rebuild(copies))
+                again = inner.loss(here, given)
             except RuntimeError as error:
                 if "inplace" in str(error).replace("-", ""):
                     raise ProblemError(
                         f"inner_loss writes to its params in place: {error}"
                     ) from error
                 raise
+        if optree.tree_structure(given) != optree.tree_structure(inputs.batch):
+            raise ProblemError("inner_loss takes something out of its batch; work on a copy of it")
         if any(leaf._version for leaf in copies) or not is_same(copies, tensors):
             raise ProblemError("inner_loss writes to its batch in place; make a new tensor instead")
         if not is_same(here.detach(), iterate.params):

@@ -109,8 +109,8 @@ def record(
         in_graph = window is not None and window.start <= step < window.stop and whole.wanted
         with_graph = first_call is not None or (step >= keep_from and (in_graph or parts.wanted))
         inputs = inner.inputs(variables.tree if with_graph else constants, step, key)
-        if first_call is not None and step in (0, keep_from, horizon - 1):
-            first_call.step(iterate, inputs, step)
+        if first_call is not None:
+            first_call.step(iterate, inputs, step, briefly=step not in (0, keep_from, horizon - 1))
         if step >= keep_from and parts.wanted:
             inputs_kept[step] = inputs
             parts.see(iterate, inputs, inputs)

@@ -12,6 +12,7 @@ from problems import flat, seeded
 
 import bilevel
 from bilevel import basis, clip, estimators, linear, truncation
+from bilevel.compiler import Compiler
 
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.ConvergenceWarning")
 
@@ -129,3 +130,31 @@ def test_of_what_is_not_called_here(value, way):
     again = WAYS[way](value)
     assert type(again) is type(value)
     assert again.__dict__ == value.__dict__
+
+
+@every_way
+def test_a_copy_compiles_graphs_of_its_own(way):
+    case = problems.make("ridge", 0)
+    original = bilevel.Hypergradient(case.problem, bilevel.optim.sgd(0.1), 2, compile=True)
+    original.inner.compiler = Compiler(backend="eager")
+    expected = original(case.outer, case.outer_batch, seeded(0))
+    other = WAYS[way](original)
+    other.inner.problem.targets = 2 * case.problem.targets
+    changed = other(case.outer, case.outer_batch, seeded(0))
+    again = original(case.outer, case.outer_batch, seeded(0))
+    assert torch.equal(flat(again.grads), flat(expected.grads))
+    assert not torch.equal(flat(changed.grads), flat(expected.grads))
+
+
+def test_a_problem_of_functions_that_have_a_name():
+    problem = bilevel.Problem.from_functions(
+        init=torch.zeros_like, inner_loss=torch.nn.MSELoss(), outer_loss=ended_at
+    )
+    original = bilevel.Hypergradient(problem, bilevel.optim.sgd(0.5), 3)
+    for way in WAYS.values():
+        one, two = (x(torch.full((3,), 2.0)).grads for x in (original, way(original)))
+        assert torch.equal(one, two)
+
+
+def ended_at(params, outer, batch):
+    return (params - 1).square().sum()

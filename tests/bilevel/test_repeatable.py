@@ -327,3 +327,21 @@ def test_a_sparse_batch_and_one_of_all_kinds_of_leaves_are_compared():
     outer = weights()
     result = follow("Forward", Mixed(), outer)
     assert relative_error(result.grads, reference(Weighted(), outer)[1]) < 1e-8
+
+
+def test_a_loss_that_takes_something_out_of_its_batch_is_refused():
+    class Taking(Weighted):
+        def inner_batch(self, outer, step, *, generator):
+            batch = super().inner_batch(outer, step, generator=generator)
+            return dict(zip(("inputs", "targets", "scale"), batch, strict=True))
+
+        def inner_loss(self, params, batch):
+            rest = self.take(batch)
+            return super().inner_loss(params, (batch["inputs"], batch["targets"], rest))
+
+    problem = Taking()
+    problem.take = lambda batch: batch.pop("scale")
+    with pytest.raises(bilevel.ProblemError, match="takes something out of its batch"):
+        follow("recorded graph", problem, weights())
+    problem.take = lambda batch: dict(batch).pop("scale")
+    assert follow("recorded graph", problem, weights()).stats.status == "ok"
