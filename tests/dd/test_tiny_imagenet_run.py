@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from fake_data import write_tiny_imagenet
-from tiny_runs import arguments, command, curve, experiment, one_error, shown_in
+from tiny_runs import arguments, curve, experiment, one_error, shown_in
 
 from dd import evaluate, experts, train
 from dd.distillation.loop import begin
@@ -108,7 +108,9 @@ def test_a_few_classes_aligned_by_the_features_of_an_expert(root: Path, tmp_path
     assert shown[0] == pytest.approx(term, rel=1e-4)
 
 
-def test_damaged_caches_are_said_and_made_again(root: Path, tmp_path: Path) -> None:
+def test_damaged_caches_are_said_and_made_again(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = tmp_path / "cache"
     kept = {"tiny_imagenet__cache_folder": str(cache), "kip_whitening__cache_folder": str(cache)}
     assert train.main(words(root, tmp_path / "whole", **kept)) == 0
@@ -118,9 +120,8 @@ def test_damaged_caches_are_said_and_made_again(root: Path, tmp_path: Path) -> N
     for path in (whitening, train_images):
         path.write_bytes(path.read_bytes()[:-1])
 
-    done = command(tmp_path, "dd.train", *words(root, tmp_path / "again", **kept))
-    assert done.returncode == 0, done.stderr
-    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert train.main(words(root, tmp_path / "again", **kept)) == 0
+    warned = [line for line in caplog.messages if line.startswith("warning: ")]
     assert len(warned) == 2
     assert str(train_images) in warned[0]
     assert str(whitening) in warned[1]
