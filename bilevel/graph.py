@@ -30,6 +30,16 @@ def leaves_of(outputs: Iterable[Tensor], beyond: Iterable[Tensor] = ()) -> list[
     return list({id(leaf): leaf for leaf in leaves}.values())
 
 
+def nodes_so_far() -> int:
+    """How many nodes this thread has made: the `_sequence_nr` of the next one.
+
+    A leaf's own node counts as the last of all.
+    """
+    node = (torch.ones((), requires_grad=True) * 1).grad_fn
+    assert node is not None
+    return node._sequence_nr() + 1
+
+
 def leaves_behind(nodes: Iterable[Node]) -> Iterator[Tensor]:
     """The leaf tensors at the ends of the graph behind some of its nodes."""
     return (node.variable for node in _nodes_from(nodes, set()) if hasattr(node, "variable"))

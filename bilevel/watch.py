@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from bilevel.errors import ProblemError
-from bilevel.graph import leaves_behind, leaves_of, nodes_of
+from bilevel.graph import leaves_behind, leaves_of, nodes_of, nodes_so_far
 from bilevel.held import modules_held_by
 from bilevel.tree import needs_gradient, partition, tensors_in
 
@@ -34,9 +33,8 @@ class Watch:
         self._outer = {id(leaf) for leaf in (*given, *leaves_of(given))}
         self._addresses = {leaf.data_ptr() for leaf in given if leaf.numel()}
         self._modules = dict(modules_held_by(problem))
-        #: The leaves that methods were given, and the graphs of some of their results.
+        #: The private leaves that methods were given.
         self._variables: set[int] = set()
-        self._nodes: dict[str, set[Node]] = {}
         self._versions = self._versions_of_buffers()
 
     def __call__(
@@ -65,10 +63,11 @@ class Watch:
                 generator.set_state(state)
             return strangers(function(*args, **kwargs))
 
+        since = nodes_so_far()
         returned = function(*args, **kwargs)
         self.judge(method, strangers(returned), again, args)
         if method != "inner_loss":
-            self._check_kept(method, _outputs(method, returned), given)
+            self._check_kept(method, _outputs(method, returned), given, since)
         if method == "init":
             self._versions = self._versions_of_buffers()
         else:
@@ -106,24 +105,19 @@ class Watch:
                     continue
             raise ProblemError(_went_round(method, leaf, args))
 
-    def _check_kept(self, method: str, outputs: list[Tensor], given: list[Tensor]) -> None:
-        """Raise `ProblemError` if a result was computed from φ in another call than this one."""
-        nodes = list(nodes_of(outputs, beyond=given))
+    def _check_kept(
+        self, method: str, outputs: list[Tensor], given: list[Tensor], since: int
+    ) -> None:
+        """Raise `ProblemError` if a result depends on φ through nodes from before this call."""
         self._variables.update(id(leaf) for leaf in given if leaf.grad_fn is None)
-        for node in nodes:
-            # Nodes of leaves belong to nobody.
-            if not hasattr(node, "variable") and any(node in seen for seen in self._nodes.values()):
-                for leaf in leaves_behind([node]):
-                    if id(leaf) in self._variables:
-                        raise ProblemError(
-                            f"{method} depends on outer variables through something that another "
-                            "call, or another method, has computed from them and kept, so that "
-                            "its derivative would be lost: compute it anew from the `outer` that "
-                            "this call is given"
-                        )
-        # Of all calls there may be too many.
-        self._nodes.setdefault(f"first {method}", set(nodes))
-        self._nodes[f"last {method}"] = set(nodes)
+        nodes = nodes_of(outputs, beyond=given)
+        kept = leaves_behind(node for node in nodes if node._sequence_nr() < since)
+        if any(id(leaf) in self._variables for leaf in kept):
+            raise ProblemError(
+                f"{method} depends on outer variables through something that another call, or "
+                "another method, has computed from them and kept, so that its derivative would be "
+                "lost: compute it anew from the `outer` that this call is given"
+            )
 
     def _is_outer(self, leaf: Tensor) -> bool:
         """Whether a leaf is an outer variable of the user's, or what one was computed from."""
