@@ -14,15 +14,9 @@ _ONCE = once_differentiable(lambda *args: None).__code__
 
 def nodes_of(outputs: Iterable[Tensor], beyond: Iterable[Tensor] = ()) -> Iterator[Any]:
     """Every node of the graph that `outputs` are on, each once, up to those of `beyond`."""
-    waiting: list[Node | None] = [output.grad_fn for output in outputs]
-    seen: set[Node | None] = {tensor.grad_fn for tensor in beyond}
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        waiting += [parent for parent, _ in node.next_functions]
+    return _nodes_from(
+        (output.grad_fn for output in outputs), {tensor.grad_fn for tensor in beyond}
+    )
 
 
 def leaves_of(outputs: Iterable[Tensor], beyond: Iterable[Tensor] = ()) -> list[Tensor]:
@@ -34,6 +28,32 @@ def leaves_of(outputs: Iterable[Tensor], beyond: Iterable[Tensor] = ()) -> list[
     leaves = [output for output in outputs if output.requires_grad and output.grad_fn is None]
     leaves += [node.variable for node in nodes_of(outputs, beyond) if hasattr(node, "variable")]
     return list({id(leaf): leaf for leaf in leaves}.values())
+
+
+def nodes_so_far() -> int:
+    """How many nodes this thread has made: the `_sequence_nr` of the next one.
+
+    A leaf's own node counts as the last of all.
+    """
+    node = (torch.ones((), requires_grad=True) * 1).grad_fn
+    assert node is not None
+    return node._sequence_nr() + 1
+
+
+def leaves_behind(nodes: Iterable[Node]) -> Iterator[Tensor]:
+    """The leaf tensors at the ends of the graph behind some of its nodes."""
+    return (node.variable for node in _nodes_from(nodes, set()) if hasattr(node, "variable"))
+
+
+def _nodes_from(nodes: Iterable[Node | None], seen: set[Node | None]) -> Iterator[Any]:
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [parent for parent, _ in node.next_functions]
 
 
 def functions_of(output: Tensor) -> list[type[Function]]:

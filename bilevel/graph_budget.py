@@ -108,7 +108,8 @@ class KeptGraphs:
             tried.step(inputs)
             before = tensors_in(tried.end)
             tried.step(inputs)
-            shared = sum(tensor.nbytes for tensor in tensors_in(inputs))
+            dense = (x for x in tensors_in(inputs) if x.layout is torch.strided)
+            shared = sum(tensor.nbytes for tensor in dense)
             self._measure(signature, before, tensors_in(tried.end), iterate, shared)
 
     def _look_up(self, iterate: Iterate, inputs: StepInputs) -> Hashable:

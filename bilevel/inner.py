@@ -17,15 +17,11 @@ from bilevel.optim.base import on_vector
 from bilevel.optim.foreign import check_differentiable, settle
 from bilevel.problem import Problem, check_signatures, overrides
 from bilevel.random import Key
-from bilevel.tree import Layout, detach, views_of
+from bilevel.tree import Layout, detach
 
 #: Calls a method of the problem in the inner loop's stead: its name, it, its arguments by position
 #: and by name.
 Watch = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-
-#: The methods that are given the outer variables: as views that are made for this one call, so
-#: that what was computed from them in another call can be told apart.
-OF_OUTER = ("init", "inner_batch", "hyperparameters", "outer_loss", "step_loss")
 
 #: Per-step signals of every problem that a truncation schedule may ask for, as functions of the
 #: inner gradient; `Problem.signals` supplies further ones.
@@ -247,8 +243,6 @@ class InnerLoop:
         watch, methods = self._watch
         method = getattr(self.problem, name)
         with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
-            if name in OF_OUTER:
-                args = views_of(args)
             if watch is not None and name in methods:
                 return watch(name, method, args, kwargs)
             return method(*args, **kwargs)

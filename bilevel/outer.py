@@ -19,7 +19,12 @@ class OuterVariables:
         outer: A pytree of floating-point tensors.
 
     Attributes:
-        tree: The leaves, arranged as the outer variables are.
+        names: Of the leaves.
+        leaves: Those that the inner run depends on.
+        tree: These leaves, arranged as the outer variables are.
+        own_leaves: Others of the same values, for the outer loss and those along the run, so that
+            what one of these takes from the inner run by other ways than θ can be told.
+        own_tree: These, arranged likewise.
 
     Raises:
         ProblemError: `outer` is empty or holds something else.
@@ -41,6 +46,8 @@ class OuterVariables:
             raise ProblemError("there are no outer variables to differentiate")
         self._spec = optree.tree_structure(outer)
         self.tree = self.like(self.leaves)
+        self.own_leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
+        self.own_tree = self.like(self.own_leaves)
 
     def like(self, leaves: Sequence[Tensor]) -> Any:
         """`leaves` arranged as the outer variables are."""

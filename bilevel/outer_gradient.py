@@ -46,6 +46,11 @@ class OuterGradient:
                 before = self._sums[index]
                 self._sums[index] = grad if before is None else before + grad
 
+    def add_of_loss(self, grads: Sequence[Tensor | None]) -> None:
+        """Add to the gradient what a loss gives directly, which uses what it does not ignore."""
+        self._used_by_losses.update(i for i, grad in enumerate(grads) if grad is not None)
+        self.add(grads)
+
     def pull(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
         """φ̄ += VJP of `outputs`, which depend on φ, applied to `cotangents`, step after step.
 
@@ -76,7 +81,7 @@ class OuterGradient:
         totals: dict[str, Tensor] = {}
         for batch, weight in _pieces(outer_batch):
             loss, metrics, (params_grad, *grads) = self._inner.run(
-                _outer_gradients, self._inner, params.detach(), self.variables.tree, batch
+                _outer_gradients, self._inner, params.detach(), self.variables.own_tree, batch
             )
             if params_grad is None and not self._inner.has_step_loss:
                 raise ProblemError("outer_loss does not depend on the params it is given")
@@ -86,7 +91,7 @@ class OuterGradient:
                 totals[name] = totals[name] + value * weight if name in totals else value * weight
             if params_grad is not None:
                 cotangent = cotangent + params_grad * weight
-            self._add_of_loss([None if grad is None else grad * weight for grad in grads])
+            self.add_of_loss([None if grad is None else grad * weight for grad in grads])
         return total, totals, cotangent
 
     def step_loss_at(self, params: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -95,11 +100,11 @@ class OuterGradient:
             _step_gradients,
             self._inner,
             params.detach(),
-            self.variables.tree,
+            self.variables.own_tree,
             step,
             self._trajectory.key,
         )
-        self._add_of_loss(grads)
+        self.add_of_loss(grads)
         return loss, torch.zeros_like(params) if params_grad is None else params_grad
 
     def total(self) -> tuple[list[Tensor], str]:
@@ -151,10 +156,6 @@ class OuterGradient:
                 )
             )
         self._outputs, self._cotangents, self._waiting = [], [], 0
-
-    def _add_of_loss(self, grads: Sequence[Tensor | None]) -> None:
-        self._used_by_losses.update(i for i, grad in enumerate(grads) if grad is not None)
-        self.add(grads)
 
     def _used_anywhere(self) -> set[int]:
         """Indices of the leaves that anything in the whole run depends on, window or not.

@@ -52,12 +52,6 @@ def detach(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def views_of(tree: Any) -> Any:
-    """The same pytree with every tensor that requires a gradient as a new view of itself."""
-    leaves, rebuild = partition(tree, needs_gradient)
-    return rebuild([leaf.view_as(leaf) for leaf in leaves]) if leaves else tree
-
-
 def to_device(tree: Any, device: torch.device) -> Any:
     """The same pytree with every tensor on `device`."""
     return optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)

@@ -8,18 +8,14 @@ from typing import Any, final
 from torch import Tensor
 
 from bilevel.errors import ProblemError
-from bilevel.graph import leaves_of
+from bilevel.graph import leaves_behind, leaves_of, nodes_of, nodes_so_far
 from bilevel.held import modules_held_by
-from bilevel.inner import OF_OUTER
-from bilevel.tree import needs_gradient, partition, tensors_in, views_of
+from bilevel.tree import needs_gradient, partition, tensors_in
 
 
 @final
 class Watch:
     """Calls methods of a problem and looks at where their results come from.
-
-    What a method is given are views made for one call, so that something which was computed from
-    the same tensors in another method, or in another call of it, is told apart.
 
     Args:
         problem: The problem; parameters of modules that it holds are taken for constants.
@@ -37,6 +33,8 @@ class Watch:
         self._outer = {id(leaf) for leaf in (*given, *leaves_of(given))}
         self._addresses = {leaf.data_ptr() for leaf in given if leaf.numel()}
         self._modules = dict(modules_held_by(problem))
+        #: The private leaves that methods were given.
+        self._variables: set[int] = set()
         self._versions = self._versions_of_buffers()
 
     def __call__(
@@ -53,19 +51,23 @@ class Watch:
             self._check_outer_batch(args[-1])
         generator = kwargs.get("generator")
         state = None if generator is None else generator.get_state()
+        given = partition(args, needs_gradient)[0]
+        own = {id(leaf) for leaf in given if leaf.grad_fn is None}
 
-        def run(given: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
-            returned = function(*given, **kwargs)
-            views = partition(given, needs_gradient)[0]
-            return returned, leaves_of(_outputs(method, returned), beyond=views)
+        def strangers(returned: Any) -> list[Tensor]:
+            found = leaves_of(_outputs(method, returned), beyond=given)
+            return [leaf for leaf in found if id(leaf) not in own]
 
         def again() -> list[Tensor]:
             if generator is not None:
                 generator.set_state(state)
-            return run(views_of(args))[1]
+            return strangers(function(*args, **kwargs))
 
-        returned, strangers = run(args if method in OF_OUTER else views_of(args))
-        self.judge(method, strangers, again, args)
+        since = nodes_so_far()
+        returned = function(*args, **kwargs)
+        self.judge(method, strangers(returned), again, args)
+        if method != "inner_loss":
+            self._check_kept(method, _outputs(method, returned), given, since)
         if method == "init":
             self._versions = self._versions_of_buffers()
         else:
@@ -102,6 +104,20 @@ class Watch:
                 if id(leaf) not in recurring:
                     continue
             raise ProblemError(_went_round(method, leaf, args))
+
+    def _check_kept(
+        self, method: str, outputs: list[Tensor], given: list[Tensor], since: int
+    ) -> None:
+        """Raise `ProblemError` if a result depends on φ through nodes from before this call."""
+        self._variables.update(id(leaf) for leaf in given if leaf.grad_fn is None)
+        nodes = nodes_of(outputs, beyond=given)
+        kept = leaves_behind(node for node in nodes if node._sequence_nr() < since)
+        if any(id(leaf) in self._variables for leaf in kept):
+            raise ProblemError(
+                f"{method} depends on outer variables through something that another call, or "
+                "another method, has computed from them and kept, so that its derivative would be "
+                "lost: compute it anew from the `outer` that this call is given"
+            )
 
     def _is_outer(self, leaf: Tensor) -> bool:
         """Whether a leaf is an outer variable of the user's, or what one was computed from."""

@@ -34,7 +34,8 @@ def through_graph(
 ) -> HypergradientResult:
     """dF/dφ by autograd through the graph of the window."""
     window, inner = trajectory.window, trajectory.inner
-    leaves = trajectory.variables.leaves
+    variables = trajectory.variables
+    leaves, count = variables.leaves, len(variables.leaves)
     end = WindowEnd.of(trajectory, outer_batch)
     outputs, cotangents = list(unrolled.points[-1]), unrolled.like(end.cotangent)
     losses = [end.loss]
@@ -42,14 +43,17 @@ def through_graph(
         for index, step in enumerate(range(window.start, window.stop), start=1):
             with torch.enable_grad():
                 loss = inner.step_loss(
-                    unrolled.flat(index), trajectory.variables.tree, step, trajectory.key
+                    unrolled.flat(index), variables.own_tree, step, trajectory.key
                 )
             losses.append(loss.detach().to(end.loss))
             if loss.requires_grad:
                 outputs.append(loss)
                 cotangents.append(torch.ones_like(loss))
     # Only what is asked for: were iterates among it, autograd could add nothing up in place.
-    end.gradient.add(torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True))
+    at = [*leaves, *variables.own_leaves] if inner.has_step_loss else leaves
+    grads = torch.autograd.grad(outputs, at, cotangents, allow_unused=True)
+    end.gradient.add(grads[:count])
+    end.gradient.add_of_loss(grads[count:])
     return make_result(
         trajectory,
         end,

@@ -377,3 +377,22 @@ def test_the_outer_tensors_of_the_user_may_be_shared_views_or_the_same():
         result = follow("recorded graph", Both(), outer)
         assert result.stats.status == "ok"
         assert relative_error(result.grads, reference(Both(), outer)[1]) < 1e-8
+
+
+class KeptBeside(Weighted):
+    """What one method keeps is no part of what it returns."""
+
+    def init(self, outer, *, generator):
+        self.rate = outer["rate"] * 1.0
+        return super().init(outer, generator=generator)
+
+    def hyperparameters(self, outer, step):
+        rate = self.rate if hasattr(self, "rate") else outer["rate"]
+        return {"lr": 0.1 * rate.exp()}
+
+
+@every_path
+def test_what_is_kept_beside_a_result_is_refused(path):
+    outer = {**weights(), "rate": torch.tensor(0.3, dtype=DTYPE)}
+    with pytest.raises(bilevel.ProblemError, match="hyperparameters depends on outer variables"):
+        follow(path, KeptBeside(), outer, optimizer=bilevel.optim.sgd)
