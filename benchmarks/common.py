@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 #: For processes whose memory is measured: glibc then maps every block of 64 KiB or more on its own
 #: and gives it back when it is freed, so that the resident set follows the tensors alive instead
 #: of what the allocator keeps for later, and is the same from run to run.
@@ -21,6 +19,8 @@ FAITHFUL_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": 
 
 def machine() -> dict[str, Any]:
     """What a reader needs to know of the machine, and the date."""
+    import torch  # here, since processes of JAX use the rest of this file
+
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

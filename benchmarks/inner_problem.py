@@ -90,6 +90,11 @@ class InnerProblem(ABC):
                 found |= {f"{name}.{key}": each for key, each in value.items()}
         return found
 
+    def settings(self) -> dict[str, Any]:
+        """The numbers that belong to `tensors`."""
+        names = ("steps", "window", "optimizer", "rate", "momentum", "scheduled", "fresh")
+        return {name: getattr(self, name) for name in names}
+
     def draw_rows(self, count: int, draw: torch.Generator) -> None:
         """Fix which of `count` rows every step sees, if steps have batches of their own."""
         if self.fresh:

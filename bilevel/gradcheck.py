@@ -201,7 +201,7 @@ class _Check:
 
     def _directions(self, count: int) -> Iterator[tuple[str, list[Tensor]]]:
         """Random directions, of the size of the outer variables; then in each by itself."""
-        leaves = self._variables.leaves
+        leaves = detach(self._variables.leaves)
         draws = [draw_like(leaves, self._key.fold("direction", i)) for i in range(count + 1)]
         draws = [[d * typical_size(x) for d, x in zip(each, leaves, strict=True)] for each in draws]
         for index in range(count):
@@ -226,7 +226,7 @@ class _Check:
         return Comparison(name, derivative, difference, uncertainty, agrees)
 
     def _quotient(self, along: list[Tensor], distance: float) -> float:
-        leaves = self._variables.leaves
+        leaves = detach(self._variables.leaves)
         above, below = (
             self._value([x + sign * distance * d for x, d in zip(leaves, along, strict=True)])
             for sign in (1, -1)

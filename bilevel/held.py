@@ -99,14 +99,15 @@ class _Libraries:
 
     def __init__(self, objects: Sequence[object]) -> None:
         self._own = {_package(x) for x in objects} | {_package(type(x)) for x in objects}
+        self._own.add("abc")  # where a Problem says it is from that was made by `type(…)`
         self._known: dict[str, bool] = {}
 
     def __call__(self, value: Any) -> bool:
         package = _package(value)
         if package not in self._known:
             file = str(getattr(sys.modules.get(package), "__file__", "") or "")
-            self._known[package] = package in sys.stdlib_module_names or (
-                package not in self._own and "site-packages" in file
+            self._known[package] = package not in self._own and (
+                package in sys.stdlib_module_names or "site-packages" in file
             )
         return self._known[package]
 
