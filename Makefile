@@ -55,7 +55,7 @@ docs: .venv/installed
 	$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) .ci/oldest.py > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --progress-bar on -c .venv-oldest/constraints.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pip install --quiet --progress-bar on -c .venv-oldest/constraints.txt -e '.[test]'
 	touch $@
 
 clean:

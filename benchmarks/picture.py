@@ -3,6 +3,11 @@
 python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
 python -m dd.train --gin_file=gin/digits.gin --run_dir=runs/digits
     python benchmarks/picture.py --cifar10 runs/cpu --digits runs/digits
+
+The one that is committed shows a set of 1477 outer steps of cifar10_cpu.gin with
+`Experiment.seed = 1`, `RealImages.precision = None`, `RealImages.real_batch = 500` and
+`Distiller.minutes = 60` beside other work (37.8 % on one network), and one of digits.gin with
+`Distiller.minutes = 20` beside other work, in which it did its 320 outer steps (89.0 ± 1.4 %).
 """
 
 import argparse
