@@ -210,7 +210,7 @@ def implicit(problem: str, iterations: int, data: Data, jaxopt: bool) -> Callabl
         return jax.jit(jax.grad(lambda outer: outer_loss(optimum(data.start, outer, 0), outer)))
 
     def run(outer: Tree) -> Any:
-        gradient, product = jax.linearize(lambda p: jax.grad(inner)(p, outer, 0), data.start)
+        _, product = jax.linearize(lambda p: jax.grad(inner)(p, outer, 0), data.start)
         slope = jax.grad(outer_loss)(data.start, outer)
         x, _ = jax.scipy.sparse.linalg.cg(product, slope, maxiter=iterations, tol=0.0)
         _, pull = jax.vjp(lambda o: jax.grad(inner)(data.start, o, 0), outer)
