@@ -25,6 +25,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/installed
 	$(BIN)/ruff format .
@@ -65,7 +66,7 @@ help:
 	@echo "make test      run the tests that fit in five minutes"
 	@echo "make test-all  run every test, with more hypothesis examples"
 	@echo "make test-oldest  test bilevel and the commands with the oldest dependencies allowed"
-	@echo "make lint      check format, style and types"
+	@echo "make lint      check format, style, types and imports"
 	@echo "make format    format and fix what can be fixed"
 	@echo "make bench     measure hypergradients against higher, and memory against its model, in runs/bench"
 	@echo "make examples  run the six worked examples and print their tables"

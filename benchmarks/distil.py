@@ -6,41 +6,25 @@ from torch import nn
 
 from bilevel import Key
 from dd.data.prepared import PreparedData
-from dd.distillation.state import TrainingState
+from dd.distillation.loop import Distillation, begin, outer_loop
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
-from dd.runtime.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class StopAfter(StopRequest):
-    """As if Ctrl-C came after some outer steps."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self._left = steps
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
+def distillation(experiment: Experiment, data: PreparedData, seed: int) -> Distillation:
+    """A run with the settings of `experiment`, but this seed, of which nothing is kept on disk."""
+    return begin(experiment.distiller, experiment.task(data, None, seed))
 
 
-def distil(
-    experiment: Experiment,
-    data: PreparedData,
-    seed: int,
-    folder: Path,
-    stop: StopRequest | None = None,
-) -> TrainingState:
-    """Distil, with the settings of `experiment` but this seed; everything is in `folder`.
-
-    Goes on from what is there, as far as `stop` lets it.
-    """
-    job = experiment.task(data, folder, seed)
-    return experiment.distiller.distil(job, stop or StopRequest(), "", lambda: None)
+def distil(experiment: Experiment, data: PreparedData, seed: int) -> Distillation:
+    """The same at its end."""
+    run = distillation(experiment, data, seed)
+    for _ in outer_loop(run):
+        pass
+    return run
 
 
 def accuracy(

@@ -77,11 +77,11 @@ class Case:
     outer_batch: Any
     converged: bool
 
-    def run(self, steps: int | None = None) -> tuple[bilevel.InnerLoop, bilevel.Trajectory]:
+    def run(self, steps: int | None = None) -> bilevel.Trajectory:
         """A recorded inner run."""
         steps = self.steps if steps is None else steps
         inner = bilevel.InnerLoop(self.problem, self.optimizer)
-        return inner, inner.rollout(self.outer, bilevel.Key(0), steps=steps, horizon=steps)
+        return bilevel.record(inner, self.outer, bilevel.Key(0), steps=steps)
 
 
 class Ridge(bilevel.Problem):
@@ -222,24 +222,25 @@ def settings(name: str, case: Case) -> Iterator[tuple[str, int, e.Estimator, int
 
 def reference(case: Case) -> Tensor:
     """The gradient at the inner optimum, or through the whole run where there is none."""
-    inner, trajectory = case.run()
+    trajectory = case.run()
+    inner = trajectory.inner
     if not case.converged:
         whole = trajectory.select(bilevel.Window(0, case.steps))
-        return e.Reverse()(inner, whole, case.outer, case.outer_batch).grads
+        return e.Reverse()(whole, case.outer_batch).grads
     end = trajectory.kept[case.steps]
-    batch, params = inner.batch(case.outer, 0, trajectory.key), end.params
+    batch, params = inner.inputs(case.outer, 0, trajectory.key).batch, end.params
     for _ in range(5):
         hessian = linear.HessianOperator(lambda p: inner.gradient(p, batch), params)
         params = params - linear.Dense().solve(hessian, hessian.gradient).x
     kept = {**trajectory.kept, case.steps: bilevel.Iterate(params, end.state)}
     polished = replace(trajectory, kept=kept)
-    return e.Implicit(linear.Dense())(inner, polished, case.outer, case.outer_batch).grads
+    return e.Implicit(linear.Dense())(polished, case.outer_batch).grads
 
 
 def measure_cost(name: str, repeats: int) -> Iterator[dict[str, Any]]:
     """One row for each setting of each method."""
     case = make(name)
-    inner, trajectory = case.run()
+    trajectory = case.run()
     expected = reference(case)
     count = 0
     loss = case.problem.inner_loss
@@ -258,7 +259,7 @@ def measure_cost(name: str, repeats: int) -> Iterator[dict[str, Any]]:
         try:
             for _ in range(4 if persistent else repeats):
                 count, start = 0, time.process_time()
-                result = estimator(inner, window, case.outer, case.outer_batch)
+                result = estimator(window, case.outer_batch)
                 seconds.append(time.process_time() - start)
                 if not persistent and sum(seconds) > 1:
                     break
@@ -292,10 +293,10 @@ def measure_length() -> list[dict[str, Any]]:
     }
     rows = []
     for steps in (10, 30, 100, 200, 300, 400, 500):
-        inner, trajectory = case.run(steps)
+        trajectory = case.run(steps)
         for method, (estimator, width) in methods.items():
             window = trajectory.select(bilevel.Window(steps - (width or steps), steps))
-            grads = estimator(inner, window, case.outer, case.outer_batch).grads
+            grads = estimator(window, case.outer_batch).grads
             rows.append(
                 {"steps": steps, "method": method, "error": relative_error(grads, expected)}
             )
@@ -317,11 +318,11 @@ MEMORY_OF: dict[str, e.Estimator] = {
 def measure_memory(method: str) -> float:
     """Peak memory of one estimator in this process."""
     case = distillation(torch.Generator().manual_seed(0), width=512, count=512)
-    inner, trajectory = case.run()
+    trajectory = case.run()
     estimator = MEMORY_OF[method]
     warm = trajectory.select(bilevel.Window(case.steps - 1, case.steps))
-    e.Reverse()(inner, warm, case.outer, case.outer_batch)
-    return peak_memory(lambda: estimator(inner, trajectory, case.outer, case.outer_batch))
+    e.Reverse()(warm, case.outer_batch)
+    return peak_memory(lambda: estimator(trajectory, case.outer_batch))
 
 
 def memory_in_a_process(method: str, threads: int) -> float:

@@ -36,7 +36,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from typing import Any
 import torch
 from common import command, machine, markdown
 from hypergradient import Distillation, adam, higher_window, plain_steps
+from recordings import run_again
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,15 +51,15 @@ import bilevel
 from dd.augmentation import NoAugmentation
 from dd.networks import ConvNet
 from dd.objectives.real_images import MetaLoss
-from dd.runtime.precision import Precision
+from dd.runtime.precision import Precision, allow_tf32
 from dd.synthetic.dataset import SyntheticDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = {
     "float32": Precision(),
-    "tf32": Precision(tf32=True),
+    "tf32": Precision(),
     "channels last": Precision(channels_last=True),
-    "tf32, channels last": Precision(tf32=True, channels_last=True),
+    "tf32, channels last": Precision(channels_last=True),
     "bfloat16 outer": Precision(outer="bfloat16"),
     "bfloat16 inner and outer": Precision(inner="bfloat16", outer="bfloat16"),
     "bfloat16, channels last": Precision(inner="bfloat16", outer="bfloat16", channels_last=True),
@@ -133,20 +133,9 @@ def through_window(
     inner: bilevel.InnerLoop, recorded: bilevel.Trajectory, outer: Any, batch: Any
 ) -> Tensor:
     """The hypergradient in the precision of `outer`, from where a recorded window starts."""
-    start, stop = recorded.window.start, recorded.window.stop
     images = outer["images"]
-    iterate = moved(recorded.kept[start], images.device, images.dtype)
-    kept = {start: iterate}
-    inner.start(outer, recorded.key, {})
-    for step in range(start, stop):
-        inputs = inner.batch(outer, step, recorded.key)
-        with torch.no_grad():
-            params, state, *_ = inner.run(
-                inner.advance, iterate.params, iterate.state, inputs, {}, ()
-            )
-        kept[step + 1] = iterate = bilevel.Iterate(params, state)
-    trajectory = replace(recorded, kept=kept)
-    return ADJOINT(inner, trajectory, outer, batch).grads["images"]
+    start = moved(recorded.kept[recorded.window.start], images.device, images.dtype)
+    return ADJOINT(run_again(inner, outer, recorded, start), batch).grads["images"]
 
 
 def shown(megabytes: float, form: str = ".0f") -> str:
@@ -162,24 +151,17 @@ def exactness(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     exact = Distillation(width, images, torch.float64)
     inner = bilevel.InnerLoop(exact, adam())
     # Past Adam's first steps, whose derivative is chaotic in float32.
-    trajectory = inner.rollout(
-        exact.images, seed, steps=20 + window, horizon=20 + window, keep_from=20
-    )
-    reference = bilevel.estimators.Reverse()(inner, trajectory, exact.images, exact.real).grads
-
-    def converted(dtype: torch.dtype) -> bilevel.Trajectory:
-        kept = {step: moved(iterate, device, dtype) for step, iterate in trajectory.kept.items()}
-        return replace(trajectory, kept=kept)
+    trajectory = bilevel.record(inner, exact.images, seed, steps=20 + window, keep_from=20)
+    reference = bilevel.estimators.Reverse()(trajectory, exact.real).grads
 
     for dtype in (torch.float64, torch.float32):
         problem = Distillation(width, images, dtype).to(device)
         for compile in (False, True):
             loop = bilevel.InnerLoop(problem, adam(), compile=compile)
-            loop.start(problem.images, seed, {})
             for hvp in ("reverse", "forward"):
-                found = bilevel.estimators.Adjoint(hvp)(
-                    loop, converted(dtype), problem.images, problem.real
-                ).grads
+                begun = moved(trajectory.kept[20], device, dtype)
+                recorded = run_again(loop, problem.images, trajectory, begun)
+                found = bilevel.estimators.Adjoint(hvp)(recorded, problem.real).grads
                 error = (found.cpu().double() - reference).norm() / reference.norm()
                 if dtype == torch.float64 and not error < 1e-6:
                     raise AssertionError(f"float64 {hvp}, compile={compile}: error {error:.1e}")
@@ -264,13 +246,12 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     images_per_class, width, real, steps, window = sizes["quick" if quick else device.type]
 
     def setting(chosen: Precision, dtype: torch.dtype, compile: bool) -> tuple[Any, Any, Any]:
-        chosen.set_global_flags()
         problem, outer, batch = distilling(images_per_class, width, real, device, dtype, chosen)
         return made(problem, steps - window, window, compile=compile), outer, batch
 
     own, outer, batch = setting(Precision(), torch.float64, compile=False)
-    recorded = own.inner.rollout(
-        outer, bilevel.Key(2), steps=steps, horizon=steps, keep_from=steps - window, keep_every=1
+    recorded = bilevel.record(
+        own.inner, outer, bilevel.Key(2), steps=steps, keep_from=steps - window, keep_every=1
     )
 
     def direction(own: Any, outer: Any, batch: Any) -> Tensor:
@@ -279,8 +260,10 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     reference = direction(own, outer, batch)
     rows = []
     for name, chosen in PRECISIONS.items():
-        if chosen.tf32 and device.type != "cuda":
+        tf32 = name.startswith("tf32")
+        if tf32 and device.type != "cuda":
             continue
+        allow_tf32(tf32)
         for compile in (False, True):
             own, outer, batch = setting(chosen, torch.float32, compile)
             generator = torch.Generator().manual_seed(2)
@@ -298,7 +281,7 @@ def precision(device: torch.device, quick: bool) -> list[dict[str, Any]]:
                     "norm / float64": f"{float(found.norm() / reference.norm()):.3f}",
                 }
             )
-    Precision().set_global_flags()
+    allow_tf32(False)
     return rows
 
 
@@ -392,8 +375,7 @@ def distillation(args: argparse.Namespace, device: torch.device) -> list[dict[st
         f"Distiller.snapshot_minutes = {snapshots}",
         "Distiller.compile = True",
         "Distiller.validate_every = 0",
-        "Distiller.precision = @Precision()",
-        "Precision.tf32 = True",
+        "Distiller.tf32 = True",
         f"Experiment.device = '{device.type}'",
         "Evaluator.full_data_networks = 0",
         "Evaluator.networks = 4",
@@ -462,7 +444,7 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here; try --device cpu --quick")
     about = machine()
-    Precision().set_global_flags()
+    allow_tf32(False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         about["device"] = torch.cuda.get_device_name(device)

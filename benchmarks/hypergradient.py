@@ -76,6 +76,7 @@ import torch
 import torch.nn.functional as F
 import torchopt
 from common import FAITHFUL_MALLOC, machine, peak_memory, table, write_json
+from recordings import run_again
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -235,36 +236,23 @@ def errors_from(
     problem = problem_of(width, images)
     inner = bilevel.InnerLoop(problem, adam())
     horizon = burn_in + window
-    trajectory = inner.rollout(
-        problem.images, key, steps=horizon, horizon=horizon, keep_from=burn_in
-    )
+    trajectory = bilevel.record(inner, problem.images, key, steps=horizon, keep_from=burn_in)
     exact_problem = Distillation(width, images, torch.float64)
     exact_inner = bilevel.InnerLoop(exact_problem, adam())
-    exact_inner.start(exact_problem.images, key, {})
-    exact_trajectory = bilevel.Trajectory(
-        {step: _double(iterate) for step, iterate in trajectory.kept.items()},
-        trajectory.key,
-        trajectory.steps,
-        trajectory.trace,
-        trajectory.window,
+    exact_trajectory = run_again(
+        exact_inner, exact_problem.images, trajectory, _double(trajectory.kept[burn_in])
     )
-    exact = bilevel.estimators.Reverse()(
-        exact_inner, exact_trajectory, exact_problem.images, exact_problem.real
-    ).grads
-    if "compiled" in methods:
-        # Its steps are compiled already, since this is the process that it was timed in.
-        compiled_inner = ours("compiled", problem, burn_in, window).inner
-        compiled_inner.start(problem.images, key, {})
-    found = {
-        name: estimator(
-            compiled_inner if name == "compiled" else inner,
-            trajectory,
-            problem.images,
-            problem.real,
-        ).grads
-        for name, estimator in ESTIMATORS.items()
-        if name in methods
-    }
+    exact = bilevel.estimators.Reverse()(exact_trajectory, exact_problem.real).grads
+    found = {}
+    for name, estimator in ESTIMATORS.items():
+        if name not in methods:
+            continue
+        recorded = trajectory
+        if name == "compiled":
+            # Its steps are compiled already, since this is the process that it was timed in.
+            compiled = ours("compiled", problem, burn_in, window).inner
+            recorded = run_again(compiled, problem.images, trajectory, trajectory.kept[burn_in])
+        found[name] = estimator(recorded, problem.real).grads
     optimizer = _resume(problem.network, inner, trajectory.kept[burn_in])
     found["higher"] = higher_window(problem, optimizer, window)
     return {name: float((grad - exact).norm() / exact.norm()) for name, grad in found.items()}

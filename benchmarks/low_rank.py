@@ -112,14 +112,14 @@ def measure(
     problem = Distillation(ConvNet(CLASSES, depth=3, width=args.width), labels[chosen])
     inner = bilevel.InnerLoop(problem, OPTIMIZERS[optimizer]())
     steps = max(args.stops)
-    run = inner.rollout(outer, key, steps=steps, horizon=steps, keep_every=1, keep_gradients=True)
+    run = bilevel.record(inner, outer, key, steps=steps, keep_every=1, keep_gradients=True)
     rows = []
     for stop in args.stops:
         trajectory = run.select(bilevel.Window(stop - args.window, stop))
         exact = torch.zeros(0)
         for name, estimator in METHODS.items():
             began = time.thread_time()
-            result = estimator(inner, trajectory, outer, batch)
+            result = estimator(trajectory, batch)
             seconds = time.thread_time() - began
             grads = result.grads.flatten()
             exact = grads if name == "Adjoint" else exact

@@ -34,7 +34,6 @@ methods and a --json of its own, share them, and are joined by --merge.
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,7 +43,7 @@ from typing import Any
 import matplotlib
 import torch
 from common import table, write_json
-from distil import ROOT, StopAfter, accuracy, distil
+from distil import ROOT, accuracy, distil, distillation
 
 from bilevel.estimators import Adjoint, LowRank
 from bilevel.truncation import (
@@ -59,11 +58,9 @@ from bilevel.truncation import (
 from dd import config
 from dd.cli import keep_freed_memory
 from dd.data.prepared import PreparedData
-from dd.distillation.loop import DISTILLED
-from dd.evaluation.distilled_set import DistilledSet
+from dd.distillation.loop import Ready, outer_loop
 from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
-from dd.objectives import RealImages
 from dd.objectives.difficulty import DifficultyPacing
 
 STEPS, WINDOW, RANGE = 60, 20, 5
@@ -162,8 +159,8 @@ def prepare(options: Any) -> tuple[Experiment, PreparedData]:
         f"ConvNet.width = {options.width}",
         "Distiller.minutes = None",
         "Distiller.snapshot_minutes = []",
-        f"Distiller.real_batch = {options.real_batch}",
-        "Distiller.precision = None",
+        f"RealImages.real_batch = {options.real_batch}",
+        "RealImages.precision = None",
         "Distiller.compile = False",
         "Distiller.image_every = 100000",
         *options.gin_param,
@@ -187,7 +184,7 @@ def set_up(experiment: Experiment, method: str, steps: int, options: Any) -> Non
     if order is not None:
         over_steps = options.paced_steps if distiller.truncation.stage is None else None
         pacing = DifficultyPacing(over_steps, order, networks=1, epochs=2)
-    distiller.objective = RealImages(pacing)
+    distiller.objective.pacing = pacing
     distiller.outer_steps = steps
 
 
@@ -203,9 +200,8 @@ def measure_costs(
     for _ in range(options.cost_rounds):
         for method in METHODS:
             set_up(experiment, method, COST_STEPS, options)
-            experiment.distiller.objective = RealImages()
-            with tempfile.TemporaryDirectory() as name:
-                state = distil(experiment, data, 0, Path(name))
+            experiment.distiller.objective.pacing = None
+            state = distil(experiment, data, 0).state
             found, before = state.seconds / COST_STEPS, least.get(method)
             least[method] = found if before is None else min(found, before)
     return least
@@ -217,19 +213,19 @@ def measure(
     """Distil once and judge the set along the way."""
     set_up(experiment, method, steps, options)
     evaluator = Evaluator(networks=options.networks, steps=[300])
-    found, seconds, done = {}, 0.0, 0
-    with tempfile.TemporaryDirectory() as name:
-        for part in sorted(options.parts):
-            until = round(part * steps)
+    found, seconds, began = {}, 0.0, time.process_time()
+    run = distillation(experiment, data, seed)
+    for event in outer_loop(run):
+        parts = [part for part in options.parts if round(part * steps) == event.step]
+        if isinstance(event, Ready) and parts:
+            seconds += time.process_time() - began
+            value = accuracy(run.candidate("images"), experiment.network, evaluator, data, seed)
+            found |= {f"{part:g}": value for part in parts}
             began = time.process_time()
-            state = distil(experiment, data, seed, Path(name), StopAfter(until - done))
-            seconds, done = seconds + time.process_time() - began, state.step
-            kept = DistilledSet.load(Path(name) / DISTILLED)
-            found[f"{part:g}"] = accuracy(kept, experiment.network, evaluator, data, seed)
     return {
         "method": method,
         "seed": seed,
-        "outer_steps": done,
+        "outer_steps": run.state.step,
         "cpu_seconds": seconds,
         "accuracy": found,
     }

@@ -22,7 +22,6 @@ same --json goes on after the last one.
 import argparse
 import json
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ from distil import ROOT, accuracy, distil
 from bilevel.clip import MovingAverageClip, MovingAverageRowClip
 from dd import config
 from dd.cli import keep_freed_memory
-from dd.distillation.loop import DISTILLED
-from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Evaluator
 from dd.objectives.alignment import PrototypeAlignment
 
@@ -93,7 +90,7 @@ def measure(variant: str, seed: int, options: Any) -> float:
         f"tiny_imagenet.root = {options.data!r}",
         f"SyntheticDataset.patches_per_side = {parts['patches']}",
         f"Distiller.outer_steps = {options.outer_steps}",
-        f"Distiller.real_batch = {options.real_batch}",
+        f"RealImages.real_batch = {options.real_batch}",
         "Distiller.minutes = None",
         "Distiller.compile = False",
         "Distiller.image_every = 100000",
@@ -102,11 +99,10 @@ def measure(variant: str, seed: int, options: Any) -> float:
     distiller = experiment.distiller
     distiller.clip = parts["clip"](cap=2.0)
     if "parts" in parts:
-        distiller.alignment = PrototypeAlignment(parts.get("weight", 0.01), parts=parts["parts"])
+        alignment = PrototypeAlignment(parts.get("weight", 0.01), parts=parts["parts"])
+        distiller.objective.alignment = alignment
     data = experiment.prepare()
-    with tempfile.TemporaryDirectory() as folder:
-        distil(experiment, data, seed, Path(folder))
-        found = DistilledSet.load(Path(folder) / DISTILLED)
+    found = distil(experiment, data, seed).candidate("images")
     evaluator = Evaluator(networks=options.networks, steps=[150])
     return accuracy(found, experiment.network, evaluator, data, seed)
 

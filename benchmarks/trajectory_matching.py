@@ -9,7 +9,6 @@ is written at once; a rerun with the same --json goes on after the last one.
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +17,14 @@ from typing import Any
 import matplotlib
 import torch
 from common import table, write_json
-from distil import ROOT, distil
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from distil import ROOT, distillation
 
 from bilevel import Key
 from bilevel.truncation import Full, MinimumDistance
 from dd import config
 from dd.cli import keep_freed_memory
 from dd.data.prepared import PreparedData
-from dd.distillation.loop import DISTILLED
+from dd.distillation.loop import Stepped, outer_loop
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
@@ -130,30 +128,20 @@ def measure(experiment: Experiment, data: PreparedData, seed: int, options: Any)
     distiller = experiment.distiller
     distiller.outer_steps = options.outer_steps
     distiller.validate_every, distiller.average_decay = 0, None
-    distiller.image_every = options.outer_steps
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.process_time()
-        distil(experiment, data, seed, Path(folder))
-        seconds = time.process_time() - began
-        events = EventAccumulator(str(Path(folder) / "events"), size_guidance={"scalars": 0})
-        events.Reload()
-
-        def series(name: str) -> list[float]:
-            return [event.value for event in events.Scalars(name)]
-
-        distilled = DistilledSet.load(Path(folder) / DISTILLED)
-        stops = series("window/stop")
-        found: dict[str, Any] = {
-            "cpu_seconds": seconds,
-            "matching_loss": statistics.fmean(series("outer/loss")[-10:]),
-            "rate": series("outer/rate")[-1],
-            "nearest_steps": [int(stop) for stop in stops],
-        }
-        if "matching/excess_at_fixed_length" in events.Tags()["scalars"]:
-            excess = series("matching/excess_at_fixed_length")
-            found["excess_at_fixed_length"] = excess
-            found["fraction_mismatched"] = statistics.fmean(value > 0.05 for value in excess)
-    return {**found, **judge(experiment, data, seed, options, distilled)}
+    began = time.process_time()
+    run = distillation(experiment, data, seed)
+    steps = [event for event in outer_loop(run) if isinstance(event, Stepped)]
+    found: dict[str, Any] = {
+        "cpu_seconds": time.process_time() - began,
+        "matching_loss": statistics.fmean(float(step.result.loss) for step in steps[-10:]),
+        "rate": steps[-1].metrics["rate"],
+        "nearest_steps": [step.result.window.stop for step in steps],
+    }
+    excess = [step.objective.get("matching/excess_at_fixed_length") for step in steps]
+    if None not in excess:
+        found["excess_at_fixed_length"] = excess
+        found["fraction_mismatched"] = statistics.fmean(value > 0.05 for value in excess)
+    return {**found, **judge(experiment, data, seed, options, run.candidate("images"))}
 
 
 def judge(

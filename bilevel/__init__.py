@@ -12,25 +12,32 @@ from bilevel.errors import (
     SolverError,
     UnusedOuterVariableError,
 )
+from bilevel.gradcheck import gradcheck
+from bilevel.gradient_check import Comparison, GradientCheck
+from bilevel.graph_budget import GraphBudget
 from bilevel.hypergradient import Hypergradient
 from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate
 from bilevel.micro_batches import MicroBatches
 from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.recording import GraphBudget, record
+from bilevel.recording import record
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult, LowRankStats, SolverStats, Stats
-from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory
+from bilevel.window import Window
 
 #: Of both packages; `pyproject.toml` reads it here.
 __version__ = "0.2.0"
 
 __all__ = [
     "BilevelError",
+    "Comparison",
     "CompileWarning",
     "ConfigurationError",
     "ConvergenceWarning",
+    "GradientCheck",
     "GraphBudget",
     "Hypergradient",
     "HypergradientResult",
@@ -56,6 +63,7 @@ __all__ = [
     "distributed",
     "estimators",
     "fresh_parameters",
+    "gradcheck",
     "linear",
     "optim",
     "record",

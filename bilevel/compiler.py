@@ -78,7 +78,18 @@ class Compiler:
         arguments: Any = args
         leaves, spec = optree.tree_flatten(arguments)
         key = (function, self._context, spec, tuple(map(_describe, leaves)))
-        graph = self._graphs.get(key)
+        try:
+            graph = self._graphs.get(key)
+        except TypeError as error:
+            name = getattr(function, "__qualname__", str(function))
+            warnings.warn(
+                f"{name} is run in eager mode: it is given a constant that cannot be told from "
+                f"others ({error}); make it a tensor, or an attribute of the problem",
+                CompileWarning,
+                stacklevel=4,
+            )
+            self._eager.add(function)
+            return function(*args)
         if graph is None:
             started = time.perf_counter()
             graph = self._compile(function, leaves, spec)

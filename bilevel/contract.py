@@ -1,5 +1,6 @@
 """What the methods of a problem may return, checked wherever they are called."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import optree
@@ -36,8 +37,12 @@ def check_scalar(value: Any, name: str) -> Tensor:
     return value
 
 
-def check_hyperparameters(values: dict[str, Any]) -> None:
-    """Raise `ProblemError` unless every value is a tensor or a pytree of tensors."""
+def check_hyperparameters(values: Any) -> dict[str, Any]:
+    """`values` as a dict, or `ProblemError` unless each is a tensor or a pytree of tensors."""
+    if not isinstance(values, Mapping):
+        raise ProblemError(
+            f'hyperparameters returned {_kind(values)}; it must be a dict by name, as {{"lr": ...}}'
+        )
     for name, value in values.items():
         leaves = [value] if isinstance(value, Tensor) else optree.tree_leaves(value)
         wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
@@ -47,6 +52,7 @@ def check_hyperparameters(values: dict[str, Any]) -> None:
                 f"hyperparameters()[{name!r}] holds {kind}; it must be a tensor, or a pytree of "
                 "tensors like the parameters"
             )
+    return dict(values)
 
 
 def _kind(value: Any) -> str:

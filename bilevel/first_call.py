@@ -1,89 +1,113 @@
-"""What is checked of a problem once, at the first hypergradient, before it can mislead.
+"""What is checked of a problem at its first call, before it can mislead.
 
 `docs/contract.md` says what is checked at every call, and what cannot be checked.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import optree
 import torch
 from torch import Tensor
 
+from bilevel.derivatives import wrong_second_derivative
 from bilevel.errors import ProblemError
-from bilevel.estimators.base import Estimator
-from bilevel.graph import differentiable_once, leaves_of
-from bilevel.held import modules_held_by
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.graph import functions_of, is_differentiable_once, leaves_of
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.optim.side_by_side import check_side_by_side
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
+from bilevel.repeatable import Kept, check_made_again, global_generators_left_alone, impure, is_same
+from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate
+from bilevel.trajectory import Trajectory
 from bilevel.tree import detach, needs_gradient, partition
+from bilevel.watch import Watch
 
-#: Two results of the same computation may differ by so many rounding units, where sums are split
-#: over threads or a device decides their order.
-ROUNDING_UNITS = 64
+if TYPE_CHECKING:
+    from bilevel.estimators.base import Estimator
+
+#: For so many of its steps the inner loss is evaluated again when the first run is over.
+LOSSES_AGAIN = 16
 
 
 @final
 class FirstCall:
-    """The checks of one first call.
+    """The checks of one first call: `begin`, then `step` before some of them, then `finish`.
 
     Args:
         inner: The inner loop.
         estimator: What it needs decides what is checked.
+        watch: Looks at where the results of methods come from.
 
     Attributes:
-        remarks: Sentences for the status: modules whose parameters are held constant.
+        remarks: Sentences for the status.
     """
 
-    def __init__(self, inner: InnerLoop, estimator: Estimator) -> None:
-        self.remarks: list[str] = []
-        self._inner, self._estimator = inner, estimator
-        self._modules = dict(modules_held_by(inner.problem))
-        self._buffers = {
-            f"{name}.{path}": buffer
-            for name, module in self._modules.items()
-            for path, buffer in module.named_buffers()
-        }
-        self._versions = {name: buffer._version for name, buffer in self._buffers.items()}
+    def __init__(self, inner: InnerLoop, estimator: Estimator, watch: Watch) -> None:
+        self.remarks = watch.remarks
+        self._inner, self._estimator, self._watch = inner, estimator, watch
+        self._kept: dict[int, Kept] = {}
 
-    def examine(self, method: str, returned: Any, arguments: Any) -> None:
-        """Look at what a method returned: does its graph end in its arguments?
+    def begin(
+        self, variables: OuterVariables, key: Key, first: Iterate, hyperparameters: dict[str, Any]
+    ) -> None:
+        """Take note of a run: φ, its randomness, (θ_0, s_0) and h_0, all on the graph of φ."""
+        self._variables, self._key = variables, key
+        self._first, self._hyperparameters = first, hyperparameters
+
+    def step(self, iterate: Iterate, inputs: StepInputs, step: int, *, briefly: bool) -> None:
+        """Look at one inner step, before it is made: is it the same when it is run again?
+
+        Args:
+            iterate: (θ_t, s_t), without a graph.
+            inputs: What the step takes of φ, on its graph.
+            step: t. What holds for all steps is looked at in the first.
+            briefly: Look only at what the inner loss depends on.
 
         Raises:
-            ProblemError: It ends in another tensor that requires a gradient, and that is no
-                parameter of a module which the problem holds; or the method changed a buffer.
+            ProblemError: The inner loss does not depend on its parameters, writes to what it is
+                given, draws from a global generator, differs when it is evaluated again, depends on
+                other tensors than its arguments, or has an operation that can be differentiated
+                only once; hyperparameters or a loss along the run differ when they are made again;
+                or, where steps are run again for other φ, the initialisation or the batch does.
+            ConfigurationError: The optimizer's derivative is not that of what it computes.
         """
-        outputs = partition(returned, needs_gradient)[0]
-        inputs = leaves_of(partition(arguments, needs_gradient)[0])
-        known = {id(leaf) for leaf in inputs}
-        held = {
-            id(parameter): f"{name}.{path}"
-            for name, module in self._modules.items()
-            for path, parameter in module.named_parameters()
-        }
-        for leaf in leaves_of(outputs):
-            if id(leaf) in known:
-                continue
-            if id(leaf) not in held:
-                raise ProblemError(_went_round(method, leaf, arguments))
-            module = held[id(leaf)].rsplit(".", 1)[0]
-            remark = (
-                f"{method} depends on the parameters of {type(self._inner.problem).__name__}."
-                f"{module}, which are held constant (said once; requires_grad_(False) says that "
-                "they are meant to be)"
-            )
-            if remark not in self.remarks:
-                self.remarks.append(remark)
-        self._check_buffers(method)
+        if briefly:
+            with self._inner.watched(self._watch, "inner_loss"):
+                self._inner.loss(iterate.params.detach().requires_grad_(), detach(inputs.batch))
+            return
+        self._kept[step] = Kept(self._variables, inputs)
+        self._check_inner_loss(iterate, inputs)
+        if step == 0:
+            self._check_others(iterate, inputs)
+            self._check_optimizer(iterate, inputs)
+            with self._inner.watched(None):
+                self._estimator.check_step(self._inner, self._variables, self._key, iterate, inputs)
+
+    @torch.no_grad()
+    def finish(self, trajectory: Trajectory) -> None:
+        """Look at what was recorded: is it still what it was?
+
+        Raises:
+            ProblemError: A batch, or what its derivative needs, was written over; or the inner
+                loss differs when it is evaluated again at the end of the run.
+        """
+        for step, kept in self._kept.items():
+            if step in trajectory.inputs:
+                kept.check(step)
+        if not trajectory.has_graph:
+            return  # Going backward, every inner loss is evaluated again.
+        window = trajectory.window
+        steps = [t for t in sorted({*trajectory.kept} & {*trajectory.inputs}) if t >= window.start]
+        losses = {}
+        for step in steps[:: -(-len(steps) // LOSSES_AGAIN)]:
+            params = trajectory.kept[step].params.to(trajectory.first.params.device)
+            losses[step] = self._inner.loss(params, detach(trajectory.inputs[step].batch))
+        trajectory.check_repeated(losses)
 
     def remarked(self, result: HypergradientResult) -> HypergradientResult:
         """The result with what was noticed in its status."""
@@ -93,202 +117,132 @@ class FirstCall:
         stats = replace(result.stats, status="; ".join([*status, *self.remarks]))
         return replace(result, stats=stats)
 
-    def step(
-        self,
-        variables: OuterVariables,
-        key: Key,
-        first: Iterate,
-        iterate: Iterate,
-        inputs: StepInputs,
-        step: int,
-    ) -> None:
-        """Look at one inner step, before it is made: is it the same when it is run again?
-
-        Args:
-            variables: φ.
-            key: The randomness of the run.
-            first: (θ_0, s_0), on the graph of φ.
-            iterate: (θ_t, s_t), without a graph.
-            inputs: What the step takes of φ.
-            step: t. What holds for all steps is looked at in the first.
-
-        Raises:
-            ProblemError: The inner loss does not depend on its parameters, writes in place, draws
-                from a global generator, differs when it is evaluated again, ends in other tensors
-                than its arguments, or has an operation that can be differentiated only once; or,
-                where steps are run again for other φ, the initialisation or the batch differs when
-                it is made again.
-        """
+    def _check_inner_loss(self, iterate: Iterate, inputs: StepInputs) -> None:
         inner = self._inner
-        is_tensor = partition(detach(inputs.batch), lambda leaf: isinstance(leaf, Tensor))
-        tensors, rebuild = [leaf.clone() for leaf in is_tensor[0]], is_tensor[1]
+        tensors, rebuild = partition(detach(inputs.batch), lambda leaf: isinstance(leaf, Tensor))
+        copies = [leaf.clone() for leaf in tensors]
         here = iterate.params.detach().clone().requires_grad_()
-        with torch.enable_grad(), inner.examined(self.examine, "inner_loss"):
-            if step:
-                inner.loss(here, rebuild(tensors))
-                return
-            with _global_generator("inner_loss", here.device):
-                try:
-                    loss, again = (inner.loss(here, rebuild(tensors)) for _ in range(2))
-                except RuntimeError as error:
-                    if "inplace" in str(error).replace("-", ""):
-                        raise ProblemError(
-                            f"inner_loss writes to its params in place: {error}"
-                        ) from error
-                    raise
-        if any(leaf._version for leaf in tensors):
+        given = rebuild(copies)
+        with torch.enable_grad(), global_generators_left_alone("inner_loss", here.device):
+            try:
+                with inner.watched(self._watch, "inner_loss"):
+                    loss = inner.loss(here, rebuild(copies))
+                again = inner.loss(here, given)
+            except RuntimeError as error:
+                if "inplace" in str(error).replace("-", ""):
+                    raise ProblemError(
+                        f"inner_loss writes to its params in place: {error}"
+                    ) from error
+                raise
+        if optree.tree_structure(given) != optree.tree_structure(inputs.batch):
+            raise ProblemError("inner_loss takes something out of its batch; work on a copy of it")
+        if any(leaf._version for leaf in copies) or not is_same(copies, tensors):
             raise ProblemError("inner_loss writes to its batch in place; make a new tensor instead")
-        if not _same(loss.detach(), again.detach()):
-            raise ProblemError(
-                "inner_loss is no pure function: from the same params and batch it gave "
-                f"{float(loss)!r} and then {float(again)!r}. Look for a counter, a generator or "
-                "a buffer that it changes (docs/contract.md)"
-            )
+        if not is_same(here.detach(), iterate.params):
+            raise ProblemError("inner_loss writes to its params; make a new tensor instead")
         if not any(leaf is here for leaf in leaves_of([loss])):
             raise ProblemError(
                 "inner_loss does not depend on the params it is given; call the model through "
                 "torch.func.functional_call(module, params, inputs)"
             )
-        once = differentiable_once(loss) if self._estimator.uses_second_derivatives else ""
-        if once:
-            raise ProblemError(
-                f"inner_loss uses {once}, whose backward is marked @once_differentiable: its "
-                "second derivative would be taken as zero; bilevel.estimators.FiniteDifference "
-                "needs none"
-            )
-        if self._estimator.differentiates_optimizer:
-            inner.check_optimizer(detach(inputs.hyperparameters))
-        if self._estimator.runs_again:
-            outer = detach(variables.tree)
-            start = partial(inner.start, outer, key, detach(inputs.hyperparameters))
-            _check_repeatable("init", first.params, lambda: start().params)
-            _check_repeatable("inner_batch", inputs.batch, lambda: inner.inputs(outer, 0, key)[0])
-
-    def _check_buffers(self, method: str) -> None:
-        """Raise `ProblemError` if a module's buffer is not what it was."""
-        now = {
-            f"{name}.{path}": buffer
-            for name, module in self._modules.items()
-            for path, buffer in module.named_buffers()
-        }
-        for name, buffer in now.items():
-            before = self._buffers.get(name)
-            if before is not buffer or buffer._version != self._versions[name]:
+        functions = functions_of(loss)
+        twice = self._estimator.uses_second_derivatives
+        for function in functions if twice else ():
+            if is_differentiable_once(function):
                 raise ProblemError(
-                    f"{method} changes the buffer {type(self._inner.problem).__name__}.{name}, so "
-                    "a step that is run again would differ: put the module in eval mode, or make "
-                    "the buffer a part of the parameters that init returns"
+                    f"inner_loss uses {function.__name__}, whose backward is marked "
+                    "@once_differentiable: its second derivative would be taken as zero; "
+                    "bilevel.estimators.FiniteDifference needs none"
                 )
+        slope, other = (torch.autograd.grad(each, here)[0] for each in (loss, again))
+        if not is_same(loss.detach(), again.detach()):
+            raise impure("inner_loss", float(loss), float(again))
+        if not is_same(slope, other):
+            raise impure("inner_loss", "one gradient", "another")
+        if functions and twice and self._is_wrong_twice(here, inputs.batch):
+            names = ", ".join(function.__name__ for function in functions)
+            self._remark(
+                f"inner_loss uses a custom torch.autograd.Function ({names}), and autograd's "
+                "second derivative of it is not the derivative of its first one: right for a "
+                "straight-through estimator; else its backward must be made of operations on "
+                "what forward was given, not of what forward computed"
+            )
 
+    def _remark(self, remark: str) -> None:
+        if remark not in self.remarks:
+            self.remarks.append(remark)
 
-@torch.no_grad()
-def _check_repeatable(method: str, made: Any, make: Callable[[], Any]) -> None:
-    """Raise `ProblemError` unless a method makes the same again."""
-    try:
-        what = "" if _same(detach(made), make()) else "returned something else"
-    except Exception as error:
-        what = f"raised {type(error).__name__} ({error})"
-    if what:
-        raise ProblemError(
-            f"{method}, called again with the same arguments, {what}. This estimator runs steps "
-            "again for other outer variables: draw from the generator that the method is given, "
-            "and choose examples by `step` (docs/contract.md)"
-        )
+    def _is_wrong_twice(self, here: Tensor, batch: Any) -> bool:
+        leaves, rebuild = partition(batch, needs_gradient)
 
+        def gradient(params: Tensor, *leaves: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return self._inner.gradient_with_graph(params, rebuild(leaves))[0]
 
-def _went_round(method: str, leaf: Tensor, arguments: Any) -> str:
-    what = f"a tensor of shape {tuple(leaf.shape)} that requires a gradient"
-    if method == "inner_loss":
-        batch = arguments[1]
-        return (
-            "inner_loss depends on outer variables other than through tensors of its batch, where "
-            f"their derivative would be lost: {what}. Return it from inner_batch in a pytree "
-            f"(dict, list, tuple), which a {type(batch).__name__} may not be; or detach it if it "
-            "is a constant"
-        )
-    return (
-        f"{method} depends on {what} and is not among its arguments, so its derivative would be "
-        "lost: make it an outer variable and take it from `outer`; detach it if it is a constant; "
-        "or hold the module that it belongs to as an attribute of the problem"
-    )
+        return wrong_second_derivative(gradient, [here, *leaves])
 
+    def _check_others(self, iterate: Iterate, inputs: StepInputs) -> None:
+        """Look at the other methods: do they give the same again?"""
+        inner, outer = self._inner, detach(self._variables.tree)
+        one, other = detach((self._hyperparameters, inputs.hyperparameters))
+        if not is_same(one, other):
+            raise impure("hyperparameters", one, other)
+        if inner.has_step_loss:
+            first, again = (
+                inner.step_loss(iterate.params, outer, 0, self._key).detach() for _ in range(2)
+            )
+            if not is_same(first, again):
+                raise impure("step_loss", float(first), float(again))
+        if self._estimator.runs_again:
+            hyperparameters = detach(inputs.hyperparameters)
+            check_made_again(
+                "init",
+                self._first.params,
+                lambda: inner.start(outer, self._key, hyperparameters).params,
+            )
+            check_made_again(
+                "inner_batch", inputs.batch, lambda: inner.inputs(outer, 0, self._key).batch
+            )
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two pytrees are equal up to rounding. What cannot be compared counts as equal."""
-    leaves, spec = optree.tree_flatten(one)
-    others, other_spec = optree.tree_flatten(other)
-    return spec == other_spec and all(map(_same_leaf, leaves, others))
+    def _check_optimizer(self, iterate: Iterate, inputs: StepInputs) -> None:
+        """Look at the optimizer: does it treat replicas one by one and know only what it is given,
+        and is it differentiable?"""
+        inner = self._inner
+        if isinstance(inner.problem, Replicas):
+            made_of = detach(inputs.hyperparameters) or None
+            check_side_by_side(inner.optimizer, inner.layout.example, hyperparameters=made_of)
+        if not self._estimator.differentiates_optimizer:
+            return
+        inner.check_optimizer(inputs.hyperparameters)
+        learned, rebuild = partition(inputs.hyperparameters, needs_gradient)
 
-
-def _same_leaf(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return False
-        if not one.is_floating_point():
-            return torch.equal(one, other)
-        tolerance = ROUNDING_UNITS * torch.finfo(one.dtype).eps
-        return torch.allclose(one, other, rtol=tolerance, atol=0.0, equal_nan=True)
-    try:
-        return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)
-    except (TypeError, ValueError, RuntimeError):
-        return True
-
-
-@contextmanager
-def _global_generator(method: str, device: torch.device) -> Iterator[None]:
-    """Raise `ProblemError` if PyTorch's global generator is drawn from inside."""
-
-    def states() -> list[Tensor]:
-        found = [torch.get_rng_state()]
-        return [*found, torch.cuda.get_rng_state(device)] if device.type == "cuda" else found
-
-    before = states()
-    yield
-    if not all(map(torch.equal, before, states())):
-        raise ProblemError(
-            f"{method} draws from PyTorch's global generator, as dropout does, so a step that is "
-            "run again would differ: draw in inner_batch, from the generator that it is given, and "
-            "put the module in eval mode"
-        )
-
-
-#: What PyTorch says of an operation that lacks the derivative that was asked for.
-_MISSING = (
-    r"derivative for '?(?:aten::)?(?P<name>\w+)",
-    r"Trying to use forward AD with (?P<name>\S+) that does not support it",
-    r"(?P<name>\w*(?:CuDNN|cudnn)\w*)[^.]*(?:double backward|second derivative)",
-    r"[Dd]ouble backward[^.]* (?:not supported|not implemented)[^.]* for (?P<name>\w+)",
-    r"Batching rule not implemented for (?:aten::)?(?P<name>\S+)",
-)
-
-
-@contextmanager
-def missing_derivatives_named(estimator: object) -> Iterator[None]:
-    """Turn PyTorch's errors about an operation into a `ProblemError` that says a way out."""
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, ProblemError):
-            raise
-        text = str(error)
-        name = type(estimator).__name__
-        if "modified by an inplace operation" in text:
-            raise ProblemError(
-                "a tensor that the derivative of a step needs was written to in place after the "
-                f"step was made: a buffer, a counter, or a tensor of the problem ({_first(text)})"
-            ) from error
-        for pattern in _MISSING:
-            found = re.search(pattern, text)
-            if found:
+        def strangers() -> list[Tensor]:
+            """What two steps depend on beside what they are given."""
+            given = [leaf.detach().requires_grad_() for leaf in learned]
+            first, second = (
+                [iterate.params.detach().clone().requires_grad_() for _ in range(2)]
+                for _ in range(2)
+            )
+            with torch.enable_grad():
+                after = inner.update(
+                    Iterate(first[0], detach(iterate.state)), first[1], rebuild(given)
+                )
+                again = inner.update(
+                    Iterate(second[0], detach(after.state)), second[1], rebuild(given)
+                )
+            known = {id(leaf) for leaf in (*given, *first, *second)}
+            found = [
+                leaves_of(partition((x.params, x.state), needs_gradient)[0]) for x in (after, again)
+            ]
+            if any(leaf is own for leaf in found[1] for own in first):
                 raise ProblemError(
-                    f"the operation {found['name'].rstrip('.')} lacks a derivative that {name} "
-                    f"needs ({_first(text)}). Write it in other operations, or choose an estimator "
-                    "that needs less: FiniteDifference takes first derivatives of the inner loss "
-                    "only, EvolutionStrategies none of the outer loss"
-                ) from error
-        raise
+                    "the optimizer's state holds tensors where they cannot be seen, so their "
+                    "derivative would be lost: make it a dict, list, tuple or NamedTuple of "
+                    f"tensors, which {type(after.state).__name__} may not be"
+                )
+            start = leaves_of(partition(self._first.state, needs_gradient)[0])
+            known.update(id(leaf) for leaf in leaves_of([self._first.params]))
+            known.update(map(id, self._variables.leaves))
+            return [leaf for leaf in (*start, *found[0], *found[1]) if id(leaf) not in known]
 
-
-def _first(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"
+        self._watch.judge("the optimizer", strangers(), strangers)

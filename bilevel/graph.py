@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import Function, once_differentiable
 from torch.autograd.graph import Node
 
 #: The code that `once_differentiable` puts around every backward it marks.
 _ONCE = once_differentiable(lambda *args: None).__code__
 
 
-def nodes_of(outputs: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the graph that `outputs` are on, each once."""
+def nodes_of(outputs: Iterable[Tensor], beyond: Iterable[Tensor] = ()) -> Iterator[Any]:
+    """Every node of the graph that `outputs` are on, each once, up to those of `beyond`."""
     waiting: list[Node | None] = [output.grad_fn for output in outputs]
-    seen: set[Node] = set()
+    seen: set[Node | None] = {tensor.grad_fn for tensor in beyond}
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -25,24 +25,34 @@ def nodes_of(outputs: Iterable[Tensor]) -> Iterator[Any]:
         waiting += [parent for parent, _ in node.next_functions]
 
 
-def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """The leaf tensors that require a gradient and that `outputs` depend on, each once."""
+def leaves_of(outputs: Iterable[Tensor], beyond: Iterable[Tensor] = ()) -> list[Tensor]:
+    """The leaf tensors that require a gradient and that `outputs` depend on, each once.
+
+    What they depend on through tensors of `beyond` alone, which are no leaves, is left out.
+    """
     outputs = list(outputs)
     leaves = [output for output in outputs if output.requires_grad and output.grad_fn is None]
-    leaves += [node.variable for node in nodes_of(outputs) if hasattr(node, "variable")]
+    leaves += [node.variable for node in nodes_of(outputs, beyond) if hasattr(node, "variable")]
     return list({id(leaf): leaf for leaf in leaves}.values())
 
 
-def differentiable_once(output: Tensor) -> str:
-    """The name of an `autograd.Function` in the graph of `output` that refuses a second derivative.
+def functions_of(output: Tensor) -> list[type[Function]]:
+    """The classes of `torch.autograd.Function` in the graph of `output`, each once."""
+    found = (getattr(node, "_forward_cls", None) for node in nodes_of([output]))
+    return [function for function in dict.fromkeys(found) if function is not None]
+
+
+def is_differentiable_once(function: type[Function]) -> bool:
+    """Whether a Function refuses a second derivative.
 
     PyTorch itself raises only where the incoming gradient requires one, not where saved tensors do.
     """
-    for node in nodes_of([output]):
-        function = getattr(node, "_forward_cls", None)
-        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
-            return str(function.__name__)  # type: ignore[union-attr]
-    return ""
+    return getattr(function.backward, "__code__", None) is _ONCE
+
+
+def inside_transform() -> bool:
+    """Whether this is called inside a transform of `torch.func`, such as grad or vmap."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def saved_storages(outputs: Iterable[Tensor]) -> dict[int, int]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
 
 import numpy as np
 from torch import Tensor, nn
-
-#: Packages whose classes and functions are taken for what they are, not looked into.
-LIBRARIES = ("torch", "torchvision", "torchopt", "numpy", "optree", "functools", "builtins", "math")
 
 #: How to get at a part of something: (function of a container and a key, container, key).
 Place = tuple[Callable[[Any, Any], Any], Any, Any]
@@ -47,7 +46,7 @@ class Snapshot:
                 self._checksums.append((value, _checksum(value)))
             elif _is_long(value):
                 self._copies.append((value, list(value)))
-            elif isinstance(value, dict | list | set):
+            elif isinstance(value, dict | list | set | deque):
                 self._sizes.append((value, len(value)))
 
     def unchanged(self) -> bool:
@@ -73,8 +72,10 @@ def modules_held_by(owner: object) -> Iterator[tuple[str, nn.Module]]:
 def reachable(*roots: Any) -> Iterator[tuple[str, Any, Place | None]]:
     """(a readable name, a thing, where it was found) for all that is reachable, each thing once.
 
-    Numbers and strings come once for every place that they are found in.
+    Numbers and strings come once for every place that they are found in. Classes, functions and
+    modules of libraries are taken for what they are, not looked into.
     """
+    is_library = _Libraries(roots)
     seen: set[int] = set()
     waiting: list[tuple[str, Any, Place | None]] = [("", root, None) for root in reversed(roots)]
     while waiting:
@@ -85,11 +86,40 @@ def reachable(*roots: Any) -> Iterator[tuple[str, Any, Place | None]]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        parts = list(_parts(name, value))
+        parts = list(_parts(name, value, is_library))
         waiting += reversed(parts)
 
 
-def _parts(name: str, value: Any) -> Iterable[tuple[str, Any, Place]]:
+@final
+class _Libraries:
+    """Whether a class, a function or a module is of a library: of Python's, or an installed one.
+
+    The packages that the objects come from which are looked at are none.
+    """
+
+    def __init__(self, objects: Sequence[object]) -> None:
+        self._own = {_package(x) for x in objects} | {_package(type(x)) for x in objects}
+        self._own.add("abc")  # where a Problem says it is from that was made by `type(…)`
+        self._known: dict[str, bool] = {}
+
+    def __call__(self, value: Any) -> bool:
+        package = _package(value)
+        if package not in self._known:
+            file = str(getattr(sys.modules.get(package), "__file__", "") or "")
+            self._known[package] = package not in self._own and (
+                package in sys.stdlib_module_names or "site-packages" in file
+            )
+        return self._known[package]
+
+
+def _package(value: Any) -> str:
+    name = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", "")
+    return str(name).split(".")[0]
+
+
+def _parts(
+    name: str, value: Any, is_library: Callable[[Any], bool]
+) -> Iterable[tuple[str, Any, Place]]:
     """What is directly inside something."""
     if isinstance(value, dict):
         return [
@@ -97,7 +127,7 @@ def _parts(name: str, value: Any) -> Iterable[tuple[str, Any, Place]]:
         ]
     if _is_long(value):
         return []
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque):
         get = type(value).__getitem__
         return [(f"{name}[{i}]", part, (get, value, i)) for i, part in enumerate(value)]
     if isinstance(value, set | frozenset):
@@ -107,13 +137,17 @@ def _parts(name: str, value: Any) -> Iterable[tuple[str, Any, Place]]:
     if isinstance(value, types.MethodType):
         return [_attribute(name, value, key) for key in ("__self__", "__func__")]
     if isinstance(value, types.FunctionType):
-        return [] if _of_library(value) else _parts_of_function(name, value)
-    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | types.CodeType):
+        return [] if is_library(value) else _parts_of_function(name, value, is_library)
+    if isinstance(value, type):
+        return _parts_of_class(name, value, is_library)
+    if isinstance(value, types.ModuleType | types.BuiltinFunctionType | types.CodeType):
         return []
-    return _parts_of_object(name, value)
+    return _parts_of_object(name, value, is_library)
 
 
-def _parts_of_function(name: str, function: Any) -> Iterator[tuple[str, Any, Place]]:
+def _parts_of_function(
+    name: str, function: Any, is_library: Callable[[Any], bool]
+) -> Iterator[tuple[str, Any, Place]]:
     for key in ("__code__", "__defaults__", "__kwdefaults__"):
         yield _attribute(name, function, key)
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
@@ -121,20 +155,19 @@ def _parts_of_function(name: str, function: Any) -> Iterator[tuple[str, Any, Pla
         contents = _contents(cell, None)
         if contents is not _ABSENT:
             yield variable, contents, (_contents, cell, None)
-    for variable in _names(function.__code__):
-        if variable in function.__globals__:
-            yield (
-                variable,
-                function.__globals__[variable],
-                (
-                    dict.get,
-                    function.__globals__,
-                    variable,
-                ),
-            )
+    names = _names(function.__code__)
+    for variable in sorted(names & function.__globals__.keys()):
+        found = function.__globals__[variable]
+        yield variable, found, (dict.get, function.__globals__, variable)
+        if isinstance(found, types.ModuleType) and not is_library(found):
+            # Of a module, what the function may look up in it.
+            for key in sorted(names & vars(found).keys()):
+                yield f"{variable}.{key}", vars(found)[key], (_get, found, key)
 
 
-def _parts_of_object(name: str, value: Any) -> Iterator[tuple[str, Any, Place]]:
+def _parts_of_object(
+    name: str, value: Any, is_library: Callable[[Any], bool]
+) -> Iterator[tuple[str, Any, Place]]:
     prefix = f"{name}." if name else ""
     held = getattr(value, "__dict__", {})
     if isinstance(held, dict):
@@ -144,20 +177,54 @@ def _parts_of_object(name: str, value: Any) -> Iterator[tuple[str, Any, Place]]:
                     yield prefix + own, held_part, (dict.get, part, own)
             else:
                 yield prefix + key, part, (dict.get, held, key)
-    for owner in type(value).__mro__:
-        if _of_library(owner) or owner is object or _is_ours(owner):
-            continue
-        for key, part in list(vars(owner).items()):
-            if isinstance(part, types.MemberDescriptorType):  # a slot
-                part = getattr(value, key, _ABSENT)
-                if part is not _ABSENT:
-                    yield prefix + key, part, (_get, value, key)
-            elif isinstance(part, staticmethod | classmethod):
-                yield key, part.__func__, (_static, owner, key)
-            elif isinstance(part, property):
-                yield key, part.fget, (_getter, owner, key)
-            elif not key.startswith("__") or key == "__call__":
-                yield key, part, (_class_attribute, owner, key)
+    for key in _names_of_class(type(value), is_library):
+        kind = _resolved(type(value), key)
+        if isinstance(kind, types.MemberDescriptorType):  # a slot
+            part = getattr(value, key, _ABSENT)
+            if part is not _ABSENT:
+                yield prefix + key, part, (_get, value, key)
+        elif isinstance(kind, functools.cached_property):
+            yield prefix + key, kind.func, (_found_in_class, type(value), key)
+        elif key not in held:
+            # A method may later be replaced on the object itself, or lower down in its classes.
+            yield prefix + key, _found(value, key), (_found, value, key)
+
+
+def _parts_of_class(
+    name: str, owner: type, is_library: Callable[[Any], bool]
+) -> Iterator[tuple[str, Any, Place]]:
+    for key in _names_of_class(owner, is_library):
+        yield f"{name}.{key}", _unwrapped(_resolved(owner, key)), (_found_in_class, owner, key)
+
+
+def _names_of_class(owner: type, is_library: Callable[[Any], bool]) -> list[str]:
+    """What the classes of a user have, their own and that of their bases which are not ours."""
+    users = [c for c in owner.__mro__ if not (is_library(c) or c.__module__ == "bilevel.problem")]
+    names = dict.fromkeys(key for each in users for key in list(vars(each)))
+    return [key for key in names if not key.startswith("__") or key == "__call__"]
+
+
+def _resolved(owner: type, key: str) -> Any:
+    """What an attribute of a class is, as it was written."""
+    return next((vars(c)[key] for c in owner.__mro__ if key in vars(c)), _ABSENT)
+
+
+def _unwrapped(part: Any) -> Any:
+    """The function inside a method's wrapper."""
+    if isinstance(part, staticmethod | classmethod):
+        return part.__func__
+    if isinstance(part, functools.cached_property):
+        return part.func
+    return part.fget if isinstance(part, property) else part
+
+
+def _found_in_class(owner: type, key: str) -> Any:
+    return _unwrapped(_resolved(owner, key))
+
+
+def _found(value: Any, key: str) -> Any:
+    own = getattr(value, "__dict__", {})
+    return own[key] if key in own else _found_in_class(type(value), key)
 
 
 def _is_long(value: Any) -> bool:
@@ -188,18 +255,6 @@ def _member(value: Any, part: Any) -> Any:
     return part if part in value else _ABSENT
 
 
-def _class_attribute(owner: type, key: str) -> Any:
-    return vars(owner).get(key, _ABSENT)
-
-
-def _static(owner: type, key: str) -> Any:
-    return getattr(vars(owner).get(key), "__func__", _ABSENT)
-
-
-def _getter(owner: type, key: str) -> Any:
-    return getattr(vars(owner).get(key), "fget", _ABSENT)
-
-
 def _names(code: types.CodeType) -> set[str]:
     """The names that a function, or one inside it, looks up outside itself."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
@@ -220,14 +275,6 @@ def _is_same(now: Any, before: Any) -> bool:
     return (
         isinstance(before, str | int | float | bool) and type(now) is type(before) and now == before
     )
-
-
-def _of_library(value: Any) -> bool:
-    return str(getattr(value, "__module__", "")).split(".")[0] in LIBRARIES
-
-
-def _is_ours(owner: type) -> bool:
-    return owner.__module__ == "bilevel.problem"
 
 
 def _checksum(array: np.ndarray) -> int:

@@ -8,21 +8,26 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilevel.bridge import Bridge
 from bilevel.checks import check_integer
 from bilevel.compiler import constants_of
-from bilevel.errors import ConfigurationError, NonFiniteError, ProblemError
+from bilevel.derivatives import missing_derivatives_named
+from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
-from bilevel.first_call import FirstCall, missing_derivatives_named
+from bilevel.first_call import FirstCall
+from bilevel.graph import inside_transform
+from bilevel.graph_budget import GraphBudget
 from bilevel.held import Snapshot, modules_held_by
 from bilevel.inner import InnerLoop
 from bilevel.module import refuse_running_statistics
 from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.recording import GraphBudget, record
-from bilevel.result import HypergradientResult, mean
-from bilevel.tree import named_leaves
+from bilevel.recording import record
+from bilevel.result import HypergradientResult, check_finite, mean
+from bilevel.tree import named_leaves, tensors_in
 from bilevel.truncation import Full, Truncation
+from bilevel.watch import Watch
 
 
 @final
@@ -143,7 +148,7 @@ class Hypergradient:
         if budget is not None:
             budget = check_integer("graph_budget", graph_budget, minimum=0)
         self.graph_budget = GraphBudget(budget)
-        self._first_call_done = False
+        self._calls = 0
         self._constants: Snapshot | None = None
         self.keep_on = None if keep_on is None else torch.device(keep_on)
 
@@ -168,10 +173,16 @@ class Hypergradient:
             UnusedOuterVariableError: Nothing depends on some outer variable.
             NonFiniteError: The outer loss or the hypergradient is NaN or infinite.
         """
+        if inside_transform():
+            raise ProblemError(
+                "a hypergradient cannot be taken inside a transform of torch.func (grad, vmap, "
+                "jvp): call it outside, or use Hypergradient.loss with torch.autograd"
+            )
+        problem = self.inner.problem
         key = Key.draw(generator)
         if self.inner.compiler is not None:
             if self._constants is None or not self._constants.unchanged():
-                self._constants = constants_of(self.inner.problem, self.inner.optimizer)
+                self._constants = constants_of(problem, self.inner.optimizer)
             self.inner.compiler.depends_on(self._constants)
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         plan = self.truncation.plan(self.steps, schedule_generator)
@@ -179,10 +190,17 @@ class Hypergradient:
         keep_from, window = plan.earliest_start, plan.window
         results = []
         for replica in range(self.inner_replicas):
-            first_call = None if self._first_call_done else FirstCall(self.inner, self.estimator)
-            examine = None if first_call is None else first_call.examine
+            # The second call shows what was kept from the first.
+            watch = Watch(problem, self.inner.optimizer, outer) if self._calls < 2 else None
+            first_call = None
+            if watch is not None and self._calls == 0:
+                first_call = FirstCall(self.inner, self.estimator, watch)
             # Fused attention has no second derivative; its kernels made of other operations do.
-            with missing_derivatives_named(self.estimator), sdpa_kernel(SDPBackend.MATH):
+            with (
+                missing_derivatives_named(self.estimator),
+                sdpa_kernel(SDPBackend.MATH),
+                self.inner.watched(watch, "init", "inner_batch", "hyperparameters"),
+            ):
                 trajectory = record(
                     self.inner,
                     outer,
@@ -199,16 +217,20 @@ class Hypergradient:
                     window=window if self.estimator.uses_graph else None,
                     first_call=first_call,
                 )
-                if window is None:
-                    window = self.truncation.select(trajectory.trace, schedule_generator)
-                    # The other replicas need no more than that window of their runs.
-                    horizon, keep_from = window.stop, window.start
-                with self.inner.examined(examine, "outer_loss", "step_loss"):
-                    chosen = replace(trajectory.select(window), replica=replica)
-                    result = self.estimator(chosen, outer_batch)
-            _check_finite(result)
-            self._first_call_done = True
+            if window is None:
+                window = self.truncation.select(trajectory.trace, schedule_generator)
+                # The other replicas need no more than that window of their runs.
+                horizon, keep_from = window.stop, window.start
+            with (
+                missing_derivatives_named(self.estimator),
+                sdpa_kernel(SDPBackend.MATH),
+                self.inner.watched(watch, "outer_loss", "step_loss"),
+            ):
+                chosen = replace(trajectory.select(window), replica=replica)
+                result = self.estimator(chosen, outer_batch)
+            check_finite(result)
             results.append(result if first_call is None else first_call.remarked(result))
+        self._calls += 1
         return results[0] if len(results) == 1 else mean(results)
 
     def loss(
@@ -229,13 +251,19 @@ class Hypergradient:
             F, a scalar tensor that can be differentiated once.
 
         Raises:
-            ProblemError: As a call; and in backward, where a second derivative is asked for.
+            ProblemError: As a call; a tensor of `outer_batch` requires a gradient; and in backward,
+                where a second derivative is asked for.
         """
         leaves = [leaf for _, leaf in named_leaves(outer)]
+        if any(leaf.requires_grad for leaf in tensors_in(outer_batch)):
+            raise ProblemError(
+                "outer_batch holds a tensor that requires a gradient, which loss() does not give: "
+                "make it an outer variable, or detach it"
+            )
         with torch.no_grad():
             result = self(outer, outer_batch, generator)
         grads = optree.tree_leaves(result.grads)
-        loss: Tensor = _Bridge.apply(result.loss, grads, *leaves)
+        loss: Tensor = Bridge.apply(result.loss, grads, *leaves)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -254,53 +282,3 @@ class Hypergradient:
         result = self(outer, outer_batch, generator)
         add_to_grad(leaves, result.grads)
         return result
-
-
-@final
-class _Bridge(torch.autograd.Function):
-    """F, whose derivative was computed with it."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *leaves: Tensor) -> Tensor:
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise ProblemError(
-                "Hypergradient.loss can be differentiated once: a second derivative of it is not "
-                "known (create_graph=True asks for one)"
-            )
-        return None, None, *(cotangents[0] * grad for grad in ctx.grads)
-
-
-def _check_finite(result: HypergradientResult) -> None:
-    """Raise if anything is not finite, saying where along the run it began."""
-    if bool(torch.isfinite(result.loss + result.stats.hypergradient_norm)):
-        return
-    window = result.window
-    bad = (~torch.isfinite(result.trace["inner_loss"])).nonzero()
-    if len(bad):
-        step = int(bad[0])
-        raise NonFiniteError(
-            f"the inner loss became {float(result.trace['inner_loss'][step])} at inner step {step} "
-            f"of {result.trace.horizon}: lower the inner learning rate or look at the inner batch"
-        )
-    if not bool(torch.isfinite(result.loss)):
-        raise NonFiniteError(
-            f"the outer loss is {float(result.loss)} at inner step {window.stop}, though every "
-            "inner loss before it is finite: look at outer_loss and its batch"
-        )
-    norms = result.stats.cotangent_norms
-    bad = (~torch.isfinite(torch.zeros(0) if norms is None else norms)).nonzero()
-    where = (
-        f"; going backward over [{window.start}, {window.stop}), the cotangent is not finite "
-        f"from inner step {window.start + int(bad[-1])} on"
-        if len(bad)
-        else ""
-    )
-    raise NonFiniteError(
-        f"the hypergradient's norm is {float(result.stats.hypergradient_norm)}{where}: shorten "
-        "the window, lower the inner learning rate, or raise the optimizer's eps_root"
-    )

@@ -1,10 +1,10 @@
 """The inner loop: one step of it, as pure functions of flat parameters."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
+import optree
 import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
@@ -12,33 +12,26 @@ from torchopt.base import GradientTransformation
 from bilevel.compiler import Compiler
 from bilevel.contract import check_hyperparameters, check_params, check_scalar
 from bilevel.errors import ConfigurationError, ProblemError
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.optim.base import on_vector
 from bilevel.optim.foreign import check_differentiable, settle
-from bilevel.problem import Problem, overrides
+from bilevel.problem import Problem, check_signatures, overrides
 from bilevel.random import Key
-from bilevel.trajectory import Iterate
-from bilevel.tree import Layout, detach
+from bilevel.tree import Layout, detach, views_of
 
-#: Called with the name of a method, what it returned, and its arguments.
-Examine = Callable[[str, Any, Any], None]
+#: Calls a method of the problem in the inner loop's stead: its name, it, its arguments by position
+#: and by name.
+Watch = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+#: The methods that are given the outer variables: as views that are made for this one call, so
+#: that what was computed from them in another call can be told apart.
+OF_OUTER = ("init", "inner_batch", "hyperparameters", "outer_loss", "step_loss")
 
 #: Per-step signals of every problem that a truncation schedule may ask for, as functions of the
 #: inner gradient; `Problem.signals` supplies further ones.
 SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
     "gradient_norm": torch.linalg.vector_norm,
 }
-
-
-class StepInputs(NamedTuple):
-    """What inner step t takes of φ.
-
-    Attributes:
-        batch: b_t = B(φ, t), a pytree.
-        hyperparameters: h_t = h(φ, t), by name; each a tensor or a pytree of tensors.
-    """
-
-    batch: Any
-    hyperparameters: dict[str, Any]
 
 
 @final
@@ -62,7 +55,7 @@ class InnerLoop:
 
     Raises:
         ConfigurationError: `optimizer` is neither.
-        ProblemError: `hyperparameters` does not take (outer, step).
+        ProblemError: A method of the problem does not take the arguments that it is given.
     """
 
     def __init__(self, problem: Problem, optimizer: Any, *, compile: bool = False) -> None:
@@ -75,7 +68,7 @@ class InnerLoop:
                 "such as bilevel.optim.adam(1e-3) or torchopt.adam(1e-3), or a function that "
                 "makes one from the problem's hyperparameters, such as bilevel.optim.sgd"
             )
-        _check_signature(problem)
+        check_signatures(problem)
         self.problem = problem
         self.optimizer = optimizer
         self.compiler = Compiler() if compile else None
@@ -85,15 +78,14 @@ class InnerLoop:
         self._layout: Layout | None = None
         self._settled = False
         self._finished: tuple[GradientTransformation, bool] | None = None
-        self._examined: tuple[Examine | None, tuple[str, ...]] = (None, ())
+        self._watch: tuple[Watch | None, tuple[str, ...]] = (None, ())
         if self._is_transformation:
             self._settle(optimizer, torch.device("cpu"))
 
     def start(self, outer: Any, key: Key, hyperparameters: Mapping[str, Any]) -> Iterate:
         """(θ_0, s_0)."""
-        params = self.problem.init(outer, generator=key.generator("init"))
+        params = self._call("init", outer, generator=key.generator("init"))
         check_params(params)
-        self._examine("init", params, outer)
         layout = Layout.of(params)
         if self._layout is None:
             self._layout = layout
@@ -105,15 +97,15 @@ class InnerLoop:
 
     def inputs(self, outer: Any, step: int, key: Key) -> StepInputs:
         """(b_t, h_t) with the randomness of inner step t = `step`."""
-        batch = self.problem.inner_batch(outer, step, generator=key.generator("inner_batch", step))
-        self._examine("inner_batch", batch, outer)
+        generator = key.generator("inner_batch", step)
+        batch = self._call("inner_batch", outer, step, generator=generator)
         return StepInputs(batch, self.hyperparameters(outer, step))
 
     def hyperparameters(self, outer: Any, step: int) -> dict[str, Any]:
         """h(φ, t), checked."""
-        values = (
-            dict(self.problem.hyperparameters(outer, step)) if self._has_hyperparameters else {}
-        )
+        values = {}
+        if self._has_hyperparameters:
+            values = check_hyperparameters(self._call("hyperparameters", outer, step))
         if not values and not self._is_transformation:
             raise ConfigurationError(
                 f"optimizer is the function {getattr(self.optimizer, '__name__', '')}, but the "
@@ -124,15 +116,11 @@ class InnerLoop:
                 f"the problem has hyperparameters {sorted(values)}, so optimizer must be a "
                 "function that takes them, such as bilevel.optim.sgd, not a finished transformation"
             )
-        check_hyperparameters(values)
-        self._examine("hyperparameters", values, outer)
         return values
 
     def loss(self, params: Tensor, batch: Any) -> Tensor:
         """ℓ(θ, b) of flat parameters: a scalar."""
-        loss = check_scalar(self.problem.inner_loss(self.unravel(params), batch), "inner_loss")
-        self._examine("inner_loss", loss, (params, batch))
-        return loss
+        return check_scalar(self._call("inner_loss", self.unravel(params), batch), "inner_loss")
 
     def gradient(self, params: Tensor, batch: Any) -> Tensor:
         """∇_θ ℓ(θ, b), under any transform of `torch.func`."""
@@ -172,13 +160,31 @@ class InnerLoop:
                 params=self.unravel(iterate.params),
                 inplace=False,
             )
-            updates = self._layout_now.ravel(updates)
+            updates = self.layout.ravel(updates)
         return Iterate(iterate.params + updates, state)
 
     def step(self, iterate: Iterate, inputs: StepInputs) -> Iterate:
         """One inner step, under any transform of `torch.func`."""
         gradient = self.gradient(iterate.params, inputs.batch)
         return self.update(iterate, gradient, inputs.hyperparameters)
+
+    def step_on_leaves(
+        self, leaves: list[Tensor], state: Any, inputs: StepInputs
+    ) -> tuple[list[Tensor], Tensor]:
+        """(the leaves of θ_{t+1}, ℓ) on the graph of those of θ_t, for optimizers without a state.
+
+        With so little to compute for each, that is faster than cutting up a vector and joining it.
+        """
+        tree = self.layout.unflatten(leaves)
+        loss = check_scalar(self._call("inner_loss", tree, inputs.batch), "inner_loss")
+        gradients = tuple(map(torch.zeros_like, leaves))
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        updates, _ = self._made(inputs.hyperparameters).update(
+            self.layout.unflatten(gradients), state, params=tree, inplace=False
+        )
+        changes = optree.tree_leaves(updates)
+        return [leaf + change for leaf, change in zip(leaves, changes, strict=True)], loss
 
     def advance(
         self,
@@ -203,60 +209,64 @@ class InnerLoop:
         """The per-step scalars of these names, from g_t and θ_{t+1}."""
         recorded = {name: SIGNALS[name](gradient) for name in names if name in SIGNALS}
         if len(recorded) < len(names):
-            supplied = self.problem.signals(self.unravel(after), outer)
-            recorded |= {name: supplied[name] for name in names if name not in SIGNALS}
+            supplied = self._call("signals", self.unravel(after), outer)
+            recorded |= {name: supplied[name].detach() for name in names if name not in SIGNALS}
         return recorded
 
     def outer_loss(
         self, params: Tensor, outer: Any, batch: Any
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """(F(θ, φ), the metrics reported beside it); None where the problem has no such loss."""
-        with self._graph_to_examine("outer_loss"):
-            value = self.problem.outer_loss(self.unravel(params), outer, batch)
+        value = self._call("outer_loss", self.unravel(params), outer, batch)
         if value is None and self.has_step_loss:
             return None, {}
         loss, metrics = value if isinstance(value, tuple) else (value, {})
         check_scalar(loss, "outer_loss")
-        self._examine("outer_loss", loss, (params, outer, batch))
         return loss, {name: torch.as_tensor(metric) for name, metric in metrics.items()}
 
     def step_loss(self, params: Tensor, outer: Any, step: int, key: Key) -> Tensor:
-        """f_t(θ_{t+1}, φ), t = `step`, for problems that have losses along the run."""
+        """f_t(θ_{t+1}, φ), t = `step`, for problems that have losses along the run; 0 for None."""
         generator = key.generator("step_loss", step)
-        with self._graph_to_examine("step_loss"):
-            value = self.problem.step_loss(self.unravel(params), outer, step, generator=generator)
-        loss = check_scalar(value, "step_loss")
-        self._examine("step_loss", loss, (params, outer))
-        return loss
+        value = self._call("step_loss", self.unravel(params), outer, step, generator=generator)
+        return params.new_zeros(()) if value is None else check_scalar(value, "step_loss")
 
     @contextmanager
-    def examined(self, examine: Examine | None, *methods: str) -> Iterator[None]:
-        """Inside, show `examine` what these methods of the problem return and were given."""
-        before, self._examined = self._examined, (examine, methods)
+    def watched(self, watch: Watch | None, *methods: str) -> Iterator[None]:
+        """Inside, these methods of the problem are called by `watch`."""
+        before, self._watch = self._watch, (watch, methods)
         try:
             yield
         finally:
-            self._examined = before
+            self._watch = before
 
-    def _examine(self, method: str, returned: Any, arguments: Any) -> None:
-        examine, methods = self._examined
-        if examine is not None and method in methods:
-            examine(method, returned, arguments)
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """What a method of the problem returns: with autograd on, as it may differentiate itself.
 
-    def _graph_to_examine(self, method: str) -> Any:
-        """Where what a method returns is examined, it needs its graph, asked for or not."""
-        wanted = self._examined[0] is not None and method in self._examined[1]
-        return torch.enable_grad() if wanted else nullcontext()
+        Where nothing that it is given requires a gradient, that makes no graph.
+        """
+        watch, methods = self._watch
+        method = getattr(self.problem, name)
+        with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+            if name in OF_OUTER:
+                args = views_of(args)
+            if watch is not None and name in methods:
+                return watch(name, method, args, kwargs)
+            return method(*args, **kwargs)
 
     def check_optimizer(self, hyperparameters: Mapping[str, Any]) -> None:
-        """Try an optimizer from elsewhere: is its derivative that of what it computes?
+        """Try an optimizer that is not all ours: is its derivative that of what it computes?
+
+        Args:
+            hyperparameters: h_t; those that are learned require a gradient.
 
         Raises:
             ConfigurationError: It is not, so that every hypergradient would be wrong.
         """
-        if not self._transformation(hyperparameters)[1]:
-            made_of = None if self._is_transformation else hyperparameters
-            example = self._layout_now.example
+        made_of = None if self._is_transformation else hyperparameters
+        maker = getattr(self.optimizer, "func", self.optimizer)  # Of a functools.partial.
+        is_ours = made_of is None or getattr(maker, "__module__", "").startswith("bilevel.optim")
+        if not (is_ours and self._transformation(hyperparameters)[1]):
+            example = self.layout.example
             check_differentiable(self.optimizer, example, hyperparameters=made_of)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -269,10 +279,11 @@ class InnerLoop:
 
     def unravel(self, params: Tensor) -> Any:
         """Flat parameters as the pytree that `Problem.init` returned."""
-        return self._layout_now.unravel(params)
+        return self.layout.unravel(params)
 
     @property
-    def _layout_now(self) -> Layout:
+    def layout(self) -> Layout:
+        """How the pytree lies in the vector."""
         assert self._layout is not None, "start() comes first"
         return self._layout
 
@@ -282,33 +293,29 @@ class InnerLoop:
         """(the optimizer, whether it is for the flat vector)."""
         if self._finished is not None:
             return self._finished
-        transformation = self.optimizer
-        if not self._is_transformation:
-            try:
-                transformation = self.optimizer(**hyperparameters)
-            except TypeError as error:
-                raise ConfigurationError(
-                    "optimizer could not be made from the problem's hyperparameters "
-                    f"{sorted(hyperparameters)}: {error}"
-                ) from error
-            self._settle(transformation, self._layout_now.device)
-        of_vector = on_vector(transformation, self._layout_now.example)
+        transformation = self._made(hyperparameters)
+        of_vector = on_vector(transformation, self.layout.example)
         made = (transformation, False) if of_vector is None else (of_vector, True)
         if self._is_transformation:
             self._finished = made
         return made
 
+    def _made(self, hyperparameters: Mapping[str, Any]) -> GradientTransformation:
+        """The optimizer for the pytree of parameters."""
+        if self._is_transformation:
+            return self.optimizer
+        try:
+            transformation = self.optimizer(**hyperparameters)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, ConfigurationError):
+                raise
+            raise ConfigurationError(
+                "optimizer could not be made from the problem's hyperparameters "
+                f"{sorted(hyperparameters)}: {error}"
+            ) from error
+        self._settle(transformation, self.layout.device)
+        return transformation
+
     def _settle(self, transformation: Any, device: torch.device) -> None:
         settle(transformation, device, check=not self._settled)
         self._settled = True
-
-
-def _check_signature(problem: Problem) -> None:
-    """Raise `ProblemError` unless `hyperparameters` takes (outer, step)."""
-    try:
-        inspect.signature(problem.hyperparameters).bind(None, 0)
-    except TypeError as error:
-        raise ProblemError(
-            f"{type(problem).__name__}.hyperparameters must take (outer, step): what it returns "
-            f"may differ from one inner step to the next ({error})"
-        ) from error

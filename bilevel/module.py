@@ -1,28 +1,42 @@
 """Using an `nn.Module` as the inner model."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
+from bilevel.draws import DrawsFrom
 from bilevel.errors import ProblemError
+from bilevel.initialisation import check_own_initialisation, resets_of
 
 
 def fresh_parameters(
-    module: nn.Module,
+    module: nn.Module | Callable[[], nn.Module],
     generator: torch.Generator,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Newly initialised parameters for `module`, by each layer's own `reset_parameters`.
+    """Newly initialised parameters for `module`, those that are trained.
 
-    Neither the module nor PyTorch's global generators are changed. The draws are made on the CPU,
-    so that the same generator gives the same network on every device.
+    Of a function that builds the module, as in `fresh_parameters(lambda: Net(), generator)`, its
+    own initialisation is used, whatever it is. Of a module, each layer's own `reset_parameters`;
+    then what the module holds is looked at once, and refused where it is not what these draw,
+    because a custom initialisation, or training, or loaded weights left it there. (A custom
+    initialisation of a few entries, or one that draws nearly the same, can pass unnoticed.)
+
+    Parameters with `requires_grad=False` are left out: `torch.func.functional_call(module, …)`
+    then uses those of the module, so a pretrained part stays as it is and is not trained.
+
+    The module is not changed, and PyTorch's global generators are neither used nor changed, so
+    threads may call this at the same time. (Draws of NumPy and Python are their own.) They are made
+    on the CPU, so that the same generator gives the same network on every device.
 
     Args:
-        module: Any module whose layers with parameters of their own have `reset_parameters`.
+        module: A module, or a function without arguments, or a class, that makes one.
         generator: Source of randomness; one integer is drawn from it.
         device: Where the parameters go; default: where the module's are.
         dtype: Their dtype; default: the module's.
@@ -31,34 +45,82 @@ def fresh_parameters(
         The parameters by name, as `torch.func.functional_call` takes them.
 
     Raises:
-        ProblemError: A layer holds parameters and has no `reset_parameters`.
+        ProblemError: A layer holds parameters to train and has no `reset_parameters`, or one of
+            them is not what that draws; or there is nothing to train.
     """
-    blank = {id(p): nn.Parameter(torch.empty_like(p, device="cpu")) for p in module.parameters()}
-    template = copy.deepcopy(module, blank)
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        for name, layer in _children_first(template):
-            reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
-            if callable(reset):
-                reset()
-            elif any(True for _ in layer.parameters(recurse=False)):
-                raise ProblemError(
-                    f"layer {name or '(root)'!r} ({type(layer).__name__}) holds parameters but has "
-                    "no reset_parameters(), so a fresh initialisation cannot be drawn for it"
-                )
-    places = {name: parameter.device for name, parameter in module.named_parameters()}
+    if isinstance(module, nn.Module):
+        _check_trainable(module)
+        template = _blank(module)
+        _draw(template, seed)
+        check_own_initialisation(module, partial(_draw, _blank(module)))
+        places = {name: parameter.device for name, parameter in module.named_parameters()}
+    else:
+        template = _built(module, seed)
+        default = torch.get_default_device()
+        places = {
+            name: default if parameter.device.type == "cpu" else parameter.device
+            for name, parameter in template.named_parameters()
+        }
     return {
         name: parameter.detach().to(device=device or places[name], dtype=dtype)
         for name, parameter in template.named_parameters()
+        if parameter.requires_grad
     }
 
 
-def _children_first(module: nn.Module, name: str = "") -> Iterable[tuple[str, nn.Module]]:
-    """A layer's own initialisation may overwrite that of its parts, so it comes after theirs."""
-    for part, child in module.named_children():
-        yield from _children_first(child, f"{name}.{part}" if name else part)
-    yield name, module
+def _built(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """What a function builds, drawing from `seed`."""
+    if not callable(make):
+        raise ProblemError(
+            f"module is a {type(make).__name__}; it must be an nn.Module or a function without "
+            "arguments that makes one"
+        )
+    with DrawsFrom(seed), torch.device("cpu"):
+        module = make()
+    if not isinstance(module, nn.Module):
+        raise ProblemError(
+            f"the function that was to build a module returned a {type(module).__name__}"
+        )
+    _check_trainable(module)
+    return module
+
+
+def _blank(module: nn.Module) -> nn.Module:
+    """A copy on the CPU in which no parameter has a value yet."""
+    blank = {
+        id(p): nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=p.requires_grad)
+        for p in module.parameters()
+    }
+    return copy.deepcopy(module, blank)
+
+
+def _draw(template: nn.Module, seed: int) -> nn.Module:
+    """Have every layer draw its own initialisation from `seed`."""
+    with DrawsFrom(seed):
+        for name, layer, reset in resets_of(template):
+            if reset is not None:
+                reset()
+            elif any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+                raise ProblemError(
+                    f"layer {name or '(root)'!r} ({type(layer).__name__}) holds parameters but has "
+                    "no reset_parameters(), so a fresh initialisation cannot be drawn for it: give "
+                    "a function that builds the module, as in fresh_parameters(lambda: Net(), "
+                    "generator)"
+                )
+    return template
+
+
+def _check_trainable(module: nn.Module) -> None:
+    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
+        raise ProblemError(
+            "the module has lazy layers, whose parameters have no shape yet: call it once first"
+        )
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ProblemError(
+            "the module has no parameter to train: it has none at all, or all of them have "
+            "requires_grad=False, which fresh_parameters leaves as they are"
+        )
 
 
 def refuse_running_statistics(module: nn.Module, name: str = "module") -> None:

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.errors import ConfigurationError
+from bilevel.errors import ConfigurationError, ProblemError
 
 
 class Problem(ABC):
@@ -150,6 +150,33 @@ def overrides(problem: Problem, name: str) -> bool:
     return getattr(getattr(problem, name), "__func__", None) is not getattr(Problem, name)
 
 
+def check_signatures(problem: Problem) -> None:
+    """Raise `ProblemError` unless every method takes the arguments that it is called with."""
+    for name, (count, has_generator) in _ARGUMENTS.items():
+        signature = _signature(getattr(problem, name))
+        if signature is None:
+            continue
+        try:
+            signature.bind(*(None,) * count, **({"generator": None} if has_generator else {}))
+        except TypeError as error:
+            raise ProblemError(
+                f"{type(problem).__name__}.{name} must take {_shown(name)}, as in Problem: {error}"
+            ) from error
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """None where a function does not tell, as some written in C do not."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return None
+
+
+def _shown(method: str) -> str:
+    """The arguments of a method as they are written."""
+    return f"({', '.join(list(inspect.signature(getattr(Problem, method)).parameters)[1:])})"
+
+
 def _outer_itself(outer: Any, step: int) -> Any:
     return outer
 
@@ -193,22 +220,20 @@ class _Method:
         count, has_generator = _ARGUMENTS[name]
         if not callable(function):
             raise ConfigurationError(f"{name}={function!r}: it must be a function")
-        signature = inspect.signature(function)
+        signature = _signature(function)
+        parameters = {} if signature is None else signature.parameters
         self._function = function
-        self._takes_generator = has_generator and (
-            "generator" in signature.parameters
-            or any(x.kind is x.VAR_KEYWORD for x in signature.parameters.values())
+        takes_generator = has_generator and (
+            "generator" in parameters or any(x.kind is x.VAR_KEYWORD for x in parameters.values())
         )
-        self._drops_generator = has_generator and not self._takes_generator
+        self._drops_generator = has_generator and not takes_generator
         try:
-            signature.bind(
-                *(None,) * count, **({"generator": None} if self._takes_generator else {})
-            )
+            if signature is not None:
+                signature.bind(*(None,) * count, **({"generator": None} if takes_generator else {}))
         except TypeError as error:
-            arguments = list(inspect.signature(getattr(Problem, name)).parameters)[1:]
             raise ConfigurationError(
-                f"{name} must take the arguments of Problem.{name}, ({', '.join(arguments)}), of "
-                f"which generator may be left out: {error}"
+                f"{name} must take the arguments of Problem.{name}, {_shown(name)}, of which "
+                f"generator may be left out: {error}"
             ) from error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

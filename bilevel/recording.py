@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, final
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,60 +14,19 @@ from torch import Tensor
 from bilevel.contract import check_scalar
 from bilevel.errors import ConfigurationError
 from bilevel.first_call import FirstCall
-from bilevel.graph import saved_storages
-from bilevel.inner import SIGNALS, InnerLoop, StepInputs
-from bilevel.outer import OuterVariables, outer_loss_value
+from bilevel.graph_budget import GraphBudget, KeptGraphs
+from bilevel.inner import SIGNALS, InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
+from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
-from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import detach, tensors_in
+from bilevel.unrolled import Unrolled
+from bilevel.window import Window
 
 #: The per-step signal that takes the outer batch: F at θ_{t+1}.
 OUTER_LOSS = "outer_loss"
-
-
-@final
-@dataclass
-class GraphBudget:
-    """How many bytes of autograd graph a recording may keep, and what one step's graph takes.
-
-    What a step takes is measured once for each combination of shapes, on two steps that follow each
-    other, and remembered. So what is kept depends on shapes and settings alone, never on the load
-    of the machine: a run that is resumed goes the same way.
-
-    Attributes:
-        bytes: The most that may be kept; None: 256 MiB on a CPU, 1/64 of an accelerator's memory.
-    """
-
-    bytes: int | None = None
-    _measured: dict[Hashable, int] = field(default_factory=dict)
-
-    def limit(self, device: torch.device) -> int:
-        """The budget in bytes for a run on `device`."""
-        if self.bytes is not None:
-            return self.bytes
-        if device.type == "cuda":
-            return torch.cuda.get_device_properties(device).total_memory // 64
-        return 256 * 2**20
-
-    def size(self, kind: str, signature: Hashable, count: int) -> int:
-        """What `count` graphs of a kind that was measured take, in bytes."""
-        return count * self._measured[kind, signature]
-
-    def fits(self, kind: str, signature: Hashable, count: int, device: torch.device) -> bool | None:
-        """Whether `count` graphs of this kind fit; None where one has not been measured yet."""
-        if self.bytes == 0:
-            return False
-        measured = self._measured.get((kind, signature))
-        return None if measured is None else count * measured <= self.limit(device)
-
-    def measure(
-        self, kind: str, signature: Hashable, before: Sequence[Tensor], after: Sequence[Tensor]
-    ) -> None:
-        """Remember what the graph of `after` keeps beyond that of the step before."""
-        shared = saved_storages(before)
-        self._measured[kind, signature] = sum(
-            size for at, size in saved_storages(after).items() if at not in shared
-        )
 
 
 @torch.no_grad()
@@ -118,9 +77,11 @@ def record(
     budget = GraphBudget(0) if budget is None else budget
     variables = OuterVariables(outer)
     constants = detach(variables.tree)
-    examine = None if first_call is None else first_call.examine
-    with torch.enable_grad(), inner.examined(examine, "init", "hyperparameters"):
-        first = inner.start(variables.tree, key, inner.hyperparameters(variables.tree, 0))
+    with torch.enable_grad():
+        hyperparameters = inner.hyperparameters(variables.tree, 0)
+        first = inner.start(variables.tree, key, hyperparameters)
+    if first_call is not None:
+        first_call.begin(variables, key, first, hyperparameters)
     iterate = first.detached()
     step_signals = tuple(name for name in signals if name != OUTER_LOSS)
     of_problem = set(step_signals) - set(SIGNALS)
@@ -133,39 +94,37 @@ def record(
     if keep_every is None:
         one = replace(iterate, gradient=iterate.params) if keep_gradients else iterate
         keep_every = affordable_spacing(one, horizon - keep_from, keep_on)
-    whole = _Keep(budget, "step", 0 if window is None else window.width)
+    whole = KeptGraphs(budget, "step", 0 if window is None else window.width)
     if inner.compiler is not None:
         whole.refuse("the steps are compiled")
-    parts = _Keep(budget, "inputs", horizon - keep_from)
-    on_graph: Iterate | None = None
+    if signals or keep_gradients:
+        whole.refuse("signals or gradients of every step are recorded")
+    parts = KeptGraphs(budget, "inputs", horizon - keep_from)
+    unrolled: Unrolled | None = None
     kept: dict[int, Iterate] = {}
     inputs_kept: dict[int, StepInputs] = {}
-    graphs: dict[int, Iterate] = {}
     recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
+    known = 0  # the step whose iterate is `iterate`
     for step in range(horizon):
-        in_graph = window is not None and step >= window.start and whole.wanted
-        with_graph = step == 0 or (step >= keep_from and (in_graph or parts.wanted))
-        examined = examine if step in (0, keep_from, horizon - 1) else None
-        with torch.set_grad_enabled(with_graph), inner.examined(examined, "inner_batch"):
-            inputs = inner.inputs(variables.tree if with_graph else constants, step, key)
-        if first_call is not None and examined is not None:
-            first_call.step(variables, key, first, iterate, inputs, step)
+        in_graph = window is not None and window.start <= step < window.stop and whole.wanted
+        with_graph = first_call is not None or (step >= keep_from and (in_graph or parts.wanted))
+        inputs = inner.inputs(variables.tree if with_graph else constants, step, key)
+        if first_call is not None:
+            first_call.step(iterate, inputs, step, briefly=step not in (0, keep_from, horizon - 1))
         if step >= keep_from and parts.wanted:
             inputs_kept[step] = inputs
             parts.see(iterate, inputs, inputs)
             if not parts.wanted:
                 inputs_kept.clear()
-        if in_graph:
-            if on_graph is None:
-                on_graph = _on_graph(first if step == 0 else iterate)
-            graphs[step] = on_graph
-            on_graph, gradient, scalars = step_with_graph(
-                inner, on_graph, inputs, step_signals, constants if of_problem else None
-            )
-            after = on_graph.detached()
-            whole.see(iterate, inputs, (on_graph.params, on_graph.state))
-            if not whole.wanted:
-                graphs.clear()
+        if in_graph and unrolled is None:
+            whole.probe(inner, iterate, inputs)
+            if whole.wanted:
+                unrolled = Unrolled(inner, first if step == 0 else iterate, step)
+        if in_graph and unrolled is not None:
+            scalars = {"inner_loss": unrolled.step(inputs)}
+            # Nobody asks for iterates inside a window that is kept as a whole, but a first call.
+            inside = first_call is None and step + 1 < unrolled.start + whole.count
+            after, after_step = (iterate, known) if inside else (unrolled.iterate(), step + 1)
         else:
             params, state, gradient, scalars = inner.run(
                 inner.advance,
@@ -175,19 +134,17 @@ def record(
                 step_signals,
                 constants if of_problem else None,
             )
-            after = Iterate(params, state)
+            after, after_step = Iterate(params, state), step + 1
         if OUTER_LOSS in signals:
             scalars[OUTER_LOSS] = outer_loss_value(inner, after.params, constants, outer_batch)[0]
-        if step >= keep_from and (step - keep_from) % keep_every == 0:
+        if step >= keep_from and (step - keep_from) % keep_every == 0 and known == step:
             iterate = replace(iterate, gradient=gradient) if keep_gradients else iterate
             kept[step] = iterate if keep_on is None else iterate.to(keep_on)
-        iterate = after
+        iterate, known = after, after_step
         for name, value in scalars.items():
             recorded[name].append(value)
     kept[horizon] = iterate
-    if graphs and on_graph is not None:
-        graphs[horizon] = on_graph
-    return Trajectory(
+    trajectory = Trajectory(
         inner=inner,
         variables=variables,
         key=key,
@@ -195,11 +152,14 @@ def record(
         first=first,
         kept=kept,
         inputs=inputs_kept,
-        graphs=graphs,
+        unrolled=unrolled,
         trace=Trace({name: torch.stack(values) for name, values in recorded.items()}),
         window=Window(min(keep_from, horizon - 1), horizon),
         no_graph=whole.refusal if window is not None else "",
     )
+    if first_call is not None:
+        first_call.finish(trajectory if window is None else trajectory.select(window))
+    return trajectory
 
 
 def affordable_spacing(iterate: Iterate, count: int, kept_on: torch.device | None = None) -> int:
@@ -233,80 +193,10 @@ def _host_memory() -> int:
         return 0
 
 
-@final
-class _Keep:
-    """Whether the graphs of `count` steps are kept; open until two steps in a row were seen."""
-
-    def __init__(self, budget: GraphBudget, kind: str, count: int) -> None:
-        self._budget, self._kind, self._count = budget, kind, count
-        self._before: list[Tensor] | None = None
-        self._decided: bool | None = None
-        self.refusal = ""
-        if budget.bytes == 0:
-            self.refuse("graph_budget=0")
-        elif count == 0:
-            self._decided = False
-        elif count == 1:  # The graph of one step is there in any case.
-            self._decided = True
-
-    def refuse(self, reason: str) -> None:
-        """Keep none, for a reason."""
-        self._decided, self.refusal = False, reason
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the next step's graph is to be made and held."""
-        return self._decided is not False
-
-    def see(self, iterate: Iterate, inputs: StepInputs, made: Any) -> None:
-        """Decide, by the pytree that was made with its graph, if it is not decided."""
-        if self._decided is not None:
-            return
-        leaves = tensors_in((iterate.params, iterate.state, inputs))
-        signature = tuple((x.shape, x.dtype) for x in leaves)
-        device = iterate.params.device
-        self._decided = self._budget.fits(self._kind, signature, self._count, device)
-        tensors = tensors_in(made)
-        if self._decided is None and self._before is not None:
-            self._budget.measure(self._kind, signature, self._before, tensors)
-            self._decided = self._budget.fits(self._kind, signature, self._count, device)
-        self._before = tensors if self._decided is None else None
-        if self._decided is False:
-            size = self._budget.size(self._kind, signature, self._count)
-            limit = self._budget.limit(device)
-            self.refuse(
-                f"the graph of {self._count} steps would take {size / 2**20:.3g} MiB, more than "
-                f"graph_budget={limit / 2**20:.3g} MiB"
-            )
-
-
-def _on_graph(iterate: Iterate) -> Iterate:
-    """The iterate with parameters that an inner gradient can be taken for."""
-    if iterate.params.requires_grad:
-        return iterate
-    return replace(iterate, params=iterate.params.detach().requires_grad_())
-
-
-@torch.enable_grad()
-def step_with_graph(
-    inner: InnerLoop,
-    iterate: Iterate,
-    inputs: StepInputs,
-    signals: tuple[str, ...] = (),
-    outer: Any = None,
-) -> tuple[Iterate, Tensor, dict[str, Tensor]]:
-    """((θ_{t+1}, s_{t+1}) on the graph, g_t and the per-step scalars without one)."""
-    gradient, loss = inner.gradient_with_graph(iterate.params, inputs.batch)
-    after = inner.update(iterate, gradient, inputs.hyperparameters)
-    gradient = gradient.detach()
-    with torch.no_grad():
-        supplied = inner.signals(signals, gradient, after.params.detach(), outer)
-    return after, gradient, {"inner_loss": loss.detach(), **supplied}
-
-
 def _check_signals(inner: InnerLoop, names: set[str], params: Tensor, outer: Any) -> None:
     """Raise unless the problem supplies a scalar for every name."""
-    supplied = inner.problem.signals(inner.unravel(params), outer)
+    with torch.enable_grad():
+        supplied = inner.problem.signals(inner.unravel(params), outer)
     unknown = names - set(supplied)
     if unknown:
         raise ConfigurationError(

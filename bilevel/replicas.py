@@ -21,9 +21,9 @@ class Replicas(Problem):
 
     and losses along the run like the one at its end. The first two go through `torch.func.vmap`,
     so each operation is done once for all R. The hypergradient is the mean of R independent ones:
-    its variance over inner randomness is 1/R of one's. Exact as long as the inner optimizer treats
-    every coordinate on its own; clipping by the norm would clip the R gradients together. Recorded
-    inner losses are sums over the replicas.
+    its variance over inner randomness is 1/R of one's. The inner optimizer must do to the stacked
+    parameters what it would do to each replica's: clipping by the norm, which would clip the R
+    gradients together, is refused. Recorded inner losses are sums over the replicas.
 
     Side by side wins where single operations are too small to fill the processor, as for a small
     network on a GPU, and loses where they are not, because convolutions with different weights

@@ -9,8 +9,9 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.errors import ProblemError
-from bilevel.trajectory import Trace, Window
+from bilevel.errors import NonFiniteError, ProblemError
+from bilevel.trajectory import Trace
+from bilevel.window import Window
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Stats:
         hypergradient_norm: ‖dF/dφ‖₂ over all outer variables, a scalar tensor.
         hessian_vector_products: How many products with the inner Hessian were computed.
         cotangent_norms: ‖λ_t‖₂ for t = start … stop, where λ_t = dF/dθ_t; shape [width + 1]. None
-            where the estimator has no such quantity.
+            where the estimator has no such quantity, and of a recorded graph, where asking for them
+            would cost time: `graph_budget=0` gives them.
         solver: How an implicit estimator's linear system was solved.
         outer_loss_gap: F(θ*) − F(θ_stop) to first order, where θ* is the point to which the inner
             run tends: how far from converged it was, in units of the outer loss. A scalar tensor,
@@ -109,6 +111,39 @@ class HypergradientResult:
     params: Any
     trace: Trace
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_finite(result: HypergradientResult) -> None:
+    """Raise if anything is not finite, saying where along the run it began."""
+    if bool(torch.isfinite(result.loss + result.stats.hypergradient_norm)):
+        return
+    window = result.window
+    bad = (~torch.isfinite(result.trace["inner_loss"])).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise NonFiniteError(
+            f"the inner loss became {float(result.trace['inner_loss'][step])} at inner step {step} "
+            f"of {result.trace.horizon}: lower the inner learning rate or look at the inner batch"
+        )
+    if not bool(torch.isfinite(result.loss)):
+        raise NonFiniteError(
+            f"the outer loss is {float(result.loss)} at inner step {window.stop}, though every "
+            "inner loss before it is finite: look at outer_loss and its batch"
+        )
+    norms = result.stats.cotangent_norms
+    bad = (~torch.isfinite(torch.zeros(0) if norms is None else norms)).nonzero()
+    where = ""
+    if len(bad):
+        where = (
+            f"; going backward over [{window.start}, {window.stop}), the cotangent is not finite "
+            f"from inner step {window.start + int(bad[-1])} on"
+        )
+    elif norms is None and result.stats.method:
+        where = " (graph_budget=0 says from which inner step on)"
+    raise NonFiniteError(
+        f"the hypergradient's norm is {float(result.stats.hypergradient_norm)}{where}: shorten "
+        "the window, lower the inner learning rate, or raise the optimizer's eps_root"
+    )
 
 
 def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:

@@ -4,67 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError, ProblemError
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
 from bilevel.random import Key
-from bilevel.tree import detach, to_device
-
-if TYPE_CHECKING:
-    from bilevel.inner import InnerLoop, StepInputs
-    from bilevel.outer import OuterVariables
-
-
-@dataclass(frozen=True)
-class Window:
-    """The inner steps [start, stop) that are differentiated; the outer loss is taken at θ_stop.
-
-    Raises:
-        ConfigurationError: Unless 0 ≤ start < stop.
-    """
-
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise ConfigurationError(
-                f"window [{self.start}, {self.stop}): start must be at least 0 and below stop"
-            )
-
-    @property
-    def width(self) -> int:
-        """The number of inner steps that are differentiated."""
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Iterate:
-    """One point of the inner run.
-
-    Attributes:
-        params: θ_t ∈ R^p, flat.
-        state: s_t, the optimizer's state.
-        gradient: ∇_θ ℓ(θ_t, b_t) ∈ R^p, where the rollout was asked to keep it.
-    """
-
-    params: Tensor
-    state: Any
-    gradient: Tensor | None = None
-
-    def to(self, device: torch.device) -> Iterate:
-        """The same on another device."""
-        if self.params.device == device:
-            return self
-        gradient = None if self.gradient is None else self.gradient.to(device)
-        return Iterate(self.params.to(device), to_device(self.state, device), gradient)
-
-    def detached(self) -> Iterate:
-        """The same without a graph."""
-        return Iterate(*detach((self.params, self.state, self.gradient)))
+from bilevel.tree import detach
+from bilevel.unrolled import Unrolled
+from bilevel.window import Window
 
 
 @dataclass(frozen=True)
@@ -99,8 +51,8 @@ class Trace(Mapping[str, Tensor]):
 class Trajectory:
     """A recorded inner run, made by `record`.
 
-    Only what the recording kept of the graphs from φ is on a graph: `first`, `inputs` and `graphs`.
-    Each of these graphs can be differentiated once.
+    Only what the recording kept of the graphs from φ is on a graph: `first`, `inputs` and
+    `unrolled`. Each of these graphs can be differentiated once.
 
     Attributes:
         inner: The inner loop that was run.
@@ -110,7 +62,7 @@ class Trajectory:
         first: (θ_0, s_0), on the graph of φ.
         kept: Iterates by step, those from which every other one is recomputed exactly.
         inputs: By step, what steps took of φ, on its graph, where that was kept.
-        graphs: By step, θ_start … θ_stop of a window that was recorded with its graph.
+        unrolled: The window with its whole graph, where that was kept.
         no_graph: Why it was not, a sentence; empty where nobody asked.
         trace: Per-step signals.
         window: What is differentiated.
@@ -124,7 +76,7 @@ class Trajectory:
     first: Iterate
     kept: dict[int, Iterate]
     inputs: dict[int, StepInputs]
-    graphs: dict[int, Iterate]
+    unrolled: Unrolled | None
     trace: Trace
     window: Window
     no_graph: str = ""
@@ -138,7 +90,7 @@ class Trajectory:
     @property
     def has_graph(self) -> bool:
         """Whether the window was recorded with its graph."""
-        return self.window.start in self.graphs and self.window.stop in self.graphs
+        return self.unrolled is not None and self.unrolled.window == self.window
 
     def select(self, window: Window) -> Trajectory:
         """The same recording with another window.
@@ -164,15 +116,20 @@ class Trajectory:
         if step in self.inputs:
             return self.inputs[step]
         with torch.enable_grad():
-            return self._made_again(self.variables.tree, step)
+            return self.made_again(self.variables.tree, step)
 
-    def _made_again(self, outer: Any, step: int) -> StepInputs:
+    def made_again(self, outer: Any, step: int) -> StepInputs:
+        """(b_t, h_t) for some outer variables, with the randomness of this run.
+
+        Raises:
+            ProblemError: That failed, though it had not before.
+        """
         try:
             return self.inner.inputs(outer, step, self.key)
         except Exception as error:
             raise ProblemError(
                 f"inner_batch raised {type(error).__name__} when inner step {step} was made "
-                f"again, though it had not before. {_REPEATABLE}"
+                f"again ({error}), though it had not before. {_REPEATABLE}"
             ) from error
 
     @torch.no_grad()
@@ -207,7 +164,7 @@ class Trajectory:
             if step in self.inputs:
                 inputs = detach(self.inputs[step])
             else:
-                inputs = self._made_again(detach(self.variables.tree), step)
+                inputs = detach(self.made_again(detach(self.variables.tree), step))
             before = segment[-1]
             params, state, gradient, _ = self.inner.run(
                 self.inner.advance, before.params, before.state, inputs, ()
@@ -241,7 +198,9 @@ class Trajectory:
             return
         index = int(off.nonzero()[-1])
         step = steps[index]
-        method = "inner_loss" if step in self.inputs else "inner_batch or inner_loss"
+        method = "inner_batch or inner_loss"
+        if step in self.inputs:
+            method = "inner_loss (or the batch it is given, if that was written to after its step)"
         raise ProblemError(
             f"{method} is not the same when it is run again: the inner loss of step {step} was "
             f"{float(before[index]):.6g} and is now {float(again[index]):.6g}, from the same "
@@ -253,5 +212,5 @@ class Trajectory:
 _REPEATABLE = (
     "A step must be a pure function of its arguments (docs/contract.md): draw from the generator "
     "that inner_batch is given, choose examples by `step`, and let no module, counter or iterator "
-    "change while it runs"
+    "change while it runs; bilevel.gradcheck looks at every method"
 )

@@ -52,6 +52,12 @@ def detach(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def views_of(tree: Any) -> Any:
+    """The same pytree with every tensor that requires a gradient as a new view of itself."""
+    leaves, rebuild = partition(tree, needs_gradient)
+    return rebuild([leaf.view_as(leaf) for leaf in leaves]) if leaves else tree
+
+
 def to_device(tree: Any, device: torch.device) -> Any:
     """The same pytree with every tensor on `device`."""
     return optree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
@@ -99,6 +105,10 @@ class Layout:
         """The leaves as one vector."""
         leaves = [leaf.reshape(-1) for leaf in optree.tree_leaves(tree)]
         return leaves[0] if len(leaves) == 1 else torch.cat(leaves)
+
+    def unflatten(self, leaves: Sequence[Tensor]) -> Any:
+        """The pytree with these leaves."""
+        return optree.tree_unflatten(self.spec, list(leaves))
 
     def unravel(self, vector: Tensor) -> Any:
         """The pytree whose leaves are views of the vector."""

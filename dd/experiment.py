@@ -10,6 +10,13 @@ import torch
 from torch import nn
 
 import bilevel
+from bilevel.checks import (
+    check_callable,
+    check_choice,
+    check_instance,
+    check_integer,
+    check_number,
+)
 from bilevel.distributed import world_size
 from dd.augmentation import Augmentation
 from dd.data import ImageDataset, PixelTransform
@@ -25,13 +32,6 @@ from dd.evaluation.report import Assessment, Report, new_report, versions
 from dd.objectives.base import Task
 from dd.objectives.expert_buffer import describe
 from dd.runtime.changes import Judging
-from dd.runtime.checks import (
-    check_callable,
-    check_choice,
-    check_instance,
-    check_integer,
-    check_number,
-)
 from dd.runtime.devices import chosen_device
 from dd.runtime.files import write_json, write_text
 from dd.runtime.run_folder import RunFolder
@@ -85,21 +85,18 @@ class Experiment:
         check_instance("synthetic", synthetic, SyntheticDataset, "@SyntheticDataset() with ()")
         check_instance("distiller", distiller, Distiller, "@Distiller() with ()")
         check_instance("evaluator", evaluator, Evaluator, "@Evaluator() with ()")
-        check_integer("seed", seed, 0)
-        check_number("validation_fraction", validation_fraction, above=0)
-        if validation_fraction >= 1:
-            raise ValueError(f"validation_fraction={validation_fraction}: it must be below 1")
-        check_choice("images_on", images_on, ("device", "host"))
         self.dataset = dataset
         self.transform = transform
         self.augmentation = augmentation
         self.synthetic = synthetic
         self.distiller = distiller
         self.evaluator = evaluator
-        self.seed = seed
-        self.validation_fraction = validation_fraction
+        self.seed = check_integer("seed", seed, 0)
+        self.validation_fraction = check_number(
+            "validation_fraction", validation_fraction, above=0, below=1
+        )
         self.device = chosen_device(device)
-        self.images_on = images_on
+        self.images_on = check_choice("images_on", images_on, ("device", "host"))
         channels, height, width = dataset.image_shape
         if height != width:
             raise ValueError(f"dataset: its images are {height}×{width}; they must be square")

@@ -61,7 +61,7 @@ def accuracy(problem: Cleaning, logits: Tensor, test: tuple[Tensor, Tensor]) -> 
     inner = bilevel.InnerLoop(problem, OPTIMIZER)
     found = []
     for seed in range(3):
-        run = inner.rollout(logits, bilevel.Key(seed), steps=STEPS, horizon=STEPS)
+        run = bilevel.record(inner, logits, bilevel.Key(seed), steps=STEPS)
         found.append(inner.outer_loss(run.kept[STEPS].params, logits, test)[1]["accuracy"])
     return float(torch.stack(found).mean())
 

@@ -45,7 +45,7 @@ class Client(bilevel.Problem):
         drawn = torch.randint(len(self.training[1]), (16,), generator=generator)
         return self.training[0][drawn], self.training[1][drawn]
 
-    def hyperparameters(self, outer: Outer) -> Outer:
+    def hyperparameters(self, outer: Outer, step: int) -> Outer:
         return {"lr": outer["log_rate"].exp()}
 
     def inner_loss(self, params: Outer, batch: Batch) -> Tensor:
@@ -63,7 +63,7 @@ class Client(bilevel.Problem):
     def adapt(self, outer: Outer, steps: int, seed: int) -> Outer:
         """The parameters after `steps` local steps from the common initialisation."""
         inner = bilevel.InnerLoop(self, bilevel.optim.sgd)
-        run = inner.rollout(outer, bilevel.Key(seed), steps=steps, horizon=steps)
+        run = bilevel.record(inner, outer, bilevel.Key(seed), steps=steps)
         return inner.unravel(run.kept[steps].params)
 
 

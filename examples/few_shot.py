@@ -136,7 +136,7 @@ def main() -> None:
             torch.manual_seed(1)
             support, query = test(200)
             inner = bilevel.InnerLoop(FewShot(support, penalty), inner_optimizer)
-            run = inner.rollout(outer, bilevel.Key(0), steps=steps, horizon=steps)
+            run = bilevel.record(inner, outer, bilevel.Key(0), steps=steps)
             error = measure(run, inner, query)
             print(f"{kind + ', ' + name:<38}{count:>12}{seconds:>12.4f}{error:>8.3f}")
             if count == rounds:

@@ -38,19 +38,18 @@ class Schedule(bilevel.Problem):
     def init(self, outer: Outer, *, generator: torch.Generator) -> dict[str, Tensor]:
         return bilevel.fresh_parameters(NETWORK, generator)
 
-    def hyperparameters(self, outer: Outer) -> dict[str, Tensor]:
-        return {"momentum": outer["momentum"].sigmoid()}
+    def hyperparameters(self, outer: Outer, step: int) -> dict[str, Tensor]:
+        return {"lr": outer["log_rate"][step].exp(), "momentum": outer["momentum"].sigmoid()}
 
     def inner_batch(
         self, outer: Outer, step: int, *, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         drawn = torch.randint(len(self.labels), (32,), generator=generator)
-        return self.images[drawn], self.labels[drawn], outer["log_rate"][step].exp()
+        return self.images[drawn], self.labels[drawn]
 
-    def inner_loss(self, params: dict[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        images, labels, rate = batch
-        # The optimizer's rate is 1, so that a factor of the loss is the rate of this step.
-        return rate * cross_entropy(functional_call(NETWORK, params, (images,)), labels)
+    def inner_loss(self, params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        return cross_entropy(functional_call(NETWORK, params, (images,)), labels)
 
     def outer_loss(
         self, params: dict[str, Tensor], outer: Outer, batch: tuple[Tensor, Tensor]
@@ -60,20 +59,16 @@ class Schedule(bilevel.Problem):
         return cross_entropy(scores, labels), {"accuracy": (scores.argmax(1) == labels).float()}
 
 
-def optimizer(momentum: Tensor) -> object:
-    return bilevel.optim.sgd(1.0, momentum)
-
-
 def constant(log_rate: float) -> Outer:
     return {"log_rate": torch.full((STEPS,), log_rate), "momentum": torch.tensor(1.0)}
 
 
 def judge(problem: Schedule, outer: Outer, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """(loss, accuracy) at the end of the run: mean over eight networks."""
-    inner = bilevel.InnerLoop(problem, optimizer)
+    inner = bilevel.InnerLoop(problem, bilevel.optim.sgd)
     found = []
     for seed in range(8):
-        run = inner.rollout(outer, bilevel.Key(seed), steps=STEPS, horizon=STEPS)
+        run = bilevel.record(inner, outer, bilevel.Key(seed), steps=STEPS)
         loss, metrics = inner.outer_loss(run.kept[STEPS].params, outer, data)
         found.append((float(loss), float(metrics["accuracy"].mean())))
     losses, accuracies = zip(*found, strict=True)
@@ -90,7 +85,7 @@ def learn(
     """The schedule after `rounds` outer steps."""
     outer = {name: value.clone().requires_grad_() for name, value in outer.items()}
     outer_optimizer = torch.optim.Adam(outer.values(), lr=0.05)
-    hypergradient = bilevel.Hypergradient(problem, optimizer, STEPS, estimator=estimator)
+    hypergradient = bilevel.Hypergradient(problem, bilevel.optim.sgd, STEPS, estimator=estimator)
     for _ in range(rounds):
         outer_optimizer.zero_grad()
         hypergradient.backward(outer, validation)

@@ -73,7 +73,7 @@ def scores(params: dict[str, Tensor], sequences: Tensor) -> Tensor:
 def accuracy(sequences: Tensor, test: Batch) -> float:
     """Mean test accuracy of fresh networks trained on the sequences."""
     inner = bilevel.InnerLoop(Sequences(), OPTIMIZER)
-    run = inner.rollout(sequences, bilevel.Key(0), steps=STEPS, horizon=STEPS)
+    run = bilevel.record(inner, sequences, bilevel.Key(0), steps=STEPS)
     guess = scores(inner.unravel(run.kept[STEPS].params), test[0]).argmax(2)
     return float((guess == test[1]).float().mean())
 

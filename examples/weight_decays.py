@@ -89,8 +89,8 @@ def search(
 def train(problem: WeightDecays, log_decay: Tensor) -> Tensor:
     """The parameters after an inner run, without a hypergradient."""
     inner = bilevel.InnerLoop(problem, SGD)
-    run = inner.rollout(
-        {"log_decay": log_decay}, bilevel.Key(0), steps=STEPS, horizon=STEPS, keep_from=STEPS - 1
+    run = bilevel.record(
+        inner, {"log_decay": log_decay}, bilevel.Key(0), steps=STEPS, keep_from=STEPS - 1
     )
     return inner.unravel(run.kept[STEPS].params)
 

@@ -25,6 +25,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _memory():
+    """A command that runs in this process leaves its allocator as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dd.cli.keep_freed_memory", lambda: True)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

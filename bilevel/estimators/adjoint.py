@@ -1,18 +1,22 @@
 """The exact hypergradient: the recorded graph, or the adjoint recursion one step at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from bilevel.checks import check_choice
+from bilevel.derivatives import check_forward_mode
 from bilevel.estimators.base import Estimator, WindowEnd
 from bilevel.estimators.recursion import BackwardRecursion, pull, pull_update
 from bilevel.estimators.reverse import through_graph
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
+from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
 
 
@@ -53,9 +57,32 @@ class Adjoint(Estimator):
         self.uses_graph = hvp == "reverse"
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
-        if trajectory.has_graph and self.hvp == "reverse":
-            return through_graph(trajectory, outer_batch)
+        if trajectory.unrolled is not None and trajectory.has_graph:
+            return through_graph(trajectory, trajectory.unrolled, outer_batch)
         return self.through_window(trajectory, WindowEnd.of(trajectory, outer_batch))
+
+    def check_step(
+        self,
+        inner: InnerLoop,
+        variables: OuterVariables,
+        key: Key,
+        iterate: Iterate,
+        inputs: StepInputs,
+    ) -> None:
+        if self.hvp == "reverse":
+            return
+        leaves, rebuild = partition(inputs.batch, needs_gradient)
+        leaves = [leaf.detach() for leaf in leaves]
+
+        def reverse(params: Tensor) -> Sequence[Tensor]:
+            at = [params, *(leaf.requires_grad_() for leaf in leaves)]
+            loss = inner.loss(params, rebuild(at[1:]))
+            return torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
+
+        def forward(params: Tensor) -> Sequence[Tensor]:
+            return _gradients(inner, rebuild)(params, *leaves)
+
+        check_forward_mode(forward, reverse, [iterate.params], self)
 
     def through_window(
         self,
@@ -135,11 +162,22 @@ def _step_back_forward(
         inner, params, state, gradient, inputs.hyperparameters, cotangent, state_cotangents
     )
 
-    def gradients(params: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.grad(
-            lambda params, leaves: inner.loss(params, rebuild_batch(leaves)), argnums=(0, 1)
-        )(params, leaves)
-
     tangents = (direction, *(torch.zeros_like(leaf) for leaf in batch_leaves))
-    product, mixed = torch.func.jvp(gradients, (params, *batch_leaves), tangents)[1]
+    product, *mixed = torch.func.jvp(
+        _gradients(inner, rebuild_batch), (params, *batch_leaves), tangents
+    )[1]
     return loss, through_update + product, state_cotangents, [*mixed, *hyper_cotangents]
+
+
+def _gradients(
+    inner: InnerLoop, rebuild: Callable[[Sequence[Tensor]], Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """(θ, *leaves of b) ↦ (∇_θ ℓ, *∇_b ℓ), under any transform of `torch.func`."""
+
+    def gradients(params: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        slope, slopes = torch.func.grad(
+            lambda params, leaves: inner.loss(params, rebuild(leaves)), argnums=(0, 1)
+        )(params, leaves)
+        return slope, *slopes
+
+    return gradients

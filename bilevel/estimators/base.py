@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.outer import OuterGradient
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
+from bilevel.outer_gradient import OuterGradient
+from bilevel.random import Key
 from bilevel.result import HypergradientResult, Stats
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 
 
 class Estimator(ABC):
@@ -30,6 +34,7 @@ class Estimator(ABC):
         carries_over: What a call takes over from the one before, in words; empty where calls have
             nothing to do with each other. Whoever trains another inner problem in every outer step
             has no use for an estimator that carries anything over.
+        leaves_out: What a result leaves out by design, in words; empty where it is exact.
     """
 
     uses_inner_gradients: bool = False
@@ -39,6 +44,7 @@ class Estimator(ABC):
     uses_step_losses: bool = True
     differentiates_optimizer: bool = True
     carries_over: str = ""
+    leaves_out: str = ""
 
     @abstractmethod
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
@@ -46,6 +52,27 @@ class Estimator(ABC):
 
         The iterate at the start of the window is a constant, unless the window starts at step 0:
         then it is `Problem.init(outer)` and its derivative is part of the result.
+        """
+
+    def check_step(
+        self,
+        inner: InnerLoop,
+        variables: OuterVariables,
+        key: Key,
+        iterate: Iterate,
+        inputs: StepInputs,
+    ) -> None:
+        """Look at inner step 0, once: is it one that this estimator can differentiate?
+
+        Args:
+            inner: The inner loop.
+            variables: φ.
+            key: The randomness of the run.
+            iterate: (θ_0, s_0), without a graph.
+            inputs: What the step takes of φ, on its graph.
+
+        Raises:
+            ProblemError: It is not.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from bilevel.checks import check_integer, check_number
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
-from bilevel.outer import OuterGradient, outer_loss_value
+from bilevel.iterate import Iterate
+from bilevel.outer_gradient import OuterGradient, outer_loss_value
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory, Window
+from bilevel.trajectory import Trajectory
 from bilevel.tree import detach
+from bilevel.window import Window
 
 
 @final
@@ -44,6 +46,7 @@ class EvolutionStrategies(Estimator):
     uses_second_derivatives = False
     runs_again = True
     differentiates_optimizer = False
+    leaves_out = "the gradient is that of a smoothed outer loss, and sampled"
 
     def __init__(self, sigma: float, pairs: int = 1) -> None:
         self.sigma = check_number("sigma", sigma, above=0)

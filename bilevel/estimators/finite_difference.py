@@ -41,6 +41,7 @@ class FiniteDifference(Estimator):
     """
 
     uses_second_derivatives = False
+    leaves_out = "differences of first derivatives stand for second ones"
 
     def __init__(self, radius: float = 1e-2) -> None:
         self.radius = check_number("radius", radius, above=0)

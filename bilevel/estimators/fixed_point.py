@@ -9,9 +9,10 @@ from torch import Tensor
 from bilevel.checks import check_instance, check_integer
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.estimators.implicit import last_inputs, remarks, solver_stats
+from bilevel.iterate import Iterate
 from bilevel.linear import LinearOperator, Neumann, Solver
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
 
 
@@ -48,6 +49,7 @@ class FixedPoint(Estimator):
     """
 
     uses_step_losses = False
+    leaves_out = "the run is taken to have converged, so how it got there does not count"
 
     def __init__(self, solver: Solver | None = None, *, batches: int = 1) -> None:
         solver = Neumann(1.0) if solver is None else solver

@@ -6,10 +6,15 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.derivatives import check_forward_mode
 from bilevel.errors import ProblemError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
+from bilevel.outer import OuterVariables
+from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import partition
 
 
@@ -27,6 +32,31 @@ class Forward(Estimator):
     """
 
     runs_again = True
+
+    def check_step(
+        self,
+        inner: InnerLoop,
+        variables: OuterVariables,
+        key: Key,
+        iterate: Iterate,
+        inputs: StepInputs,
+    ) -> None:
+        point, rebuild = _flat(iterate), partition(iterate.state)[1]
+
+        def step(at: Sequence[Tensor], *, by_reverse: bool) -> tuple[Tensor, ...]:
+            here = Iterate(at[0], rebuild(at[1 : len(point)]))
+            inputs = inner.inputs(variables.like(at[len(point) :]), 0, key)
+            if not by_reverse:
+                return _flat(inner.step(here, inputs))
+            gradient, _ = inner.gradient_with_graph(here.params, inputs.batch)
+            return _flat(inner.update(here, gradient, inputs.hyperparameters))
+
+        check_forward_mode(
+            lambda *at: step(at, by_reverse=False),
+            lambda *at: step(at, by_reverse=True),
+            [*point, *variables.leaves],
+            self,
+        )
 
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
         window, key, inner = trajectory.window, trajectory.key, trajectory.inner

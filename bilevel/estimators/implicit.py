@@ -10,7 +10,8 @@ from torch import Tensor
 from bilevel.checks import check_flag, check_instance, check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import StepInputs
 from bilevel.linear import ConjugateGradient, HessianOperator, LinearOperator, Solution, Solver
 from bilevel.result import HypergradientResult, SolverStats
 from bilevel.trajectory import Trajectory
@@ -68,6 +69,7 @@ class Implicit(Estimator):
     """
 
     uses_step_losses = False
+    leaves_out = "the run is taken to have converged, so how it got there does not count"
     differentiates_optimizer = False
 
     def __init__(

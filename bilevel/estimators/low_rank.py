@@ -17,10 +17,12 @@ from bilevel.estimators.recursion import (
     gradient_response,
     pull_update,
 )
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.result import HypergradientResult, LowRankStats
-from bilevel.trajectory import Iterate, Trajectory, Window
+from bilevel.trajectory import Trajectory
 from bilevel.tree import detach, needs_gradient, partition
+from bilevel.window import Window
 
 
 @final
@@ -67,6 +69,7 @@ class LowRank(Estimator):
     """
 
     uses_inner_gradients = True
+    leaves_out = "one Hessian of low rank stands for those of all steps"
 
     def __init__(
         self, basis: Basis | None = None, group_size: int = 8, guard: float | None = 0.6

@@ -18,10 +18,12 @@ from bilevel.estimators.evolution_strategies import (
     end_of,
     set_to_mean,
 )
+from bilevel.iterate import Iterate
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trace, Trajectory, Window
+from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import partition
+from bilevel.window import Window
 
 
 @final
@@ -60,6 +62,7 @@ class PersistentEvolutionStrategies(Estimator):
     uses_second_derivatives = False
     runs_again = True
     differentiates_optimizer = False
+    leaves_out = "the gradient is that of a smoothed outer loss, and sampled"
     carries_over = "its particles"
 
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:

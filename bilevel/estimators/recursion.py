@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from bilevel.estimators.base import WindowEnd, make_result
-from bilevel.inner import InnerLoop, StepInputs
+from bilevel.inner import InnerLoop
+from bilevel.iterate import Iterate, StepInputs
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Iterate, Trajectory
+from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
 
 

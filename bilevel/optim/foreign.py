@@ -163,7 +163,7 @@ def _naming(transformation: Any) -> Iterator[None]:
 @torch.no_grad()
 def _check_pure(transformation: Any, like: Any) -> None:
     """Raise if a step writes to what it is given, or is another one when it is run again."""
-    params, grads = (_random(like, 1.0, seed) for seed in range(2))
+    params, grads = (random_like(like, 1.0, seed) for seed in range(2))
     state = transformation.init(params)
     given = partition((params, grads, state), lambda leaf: isinstance(leaf, Tensor))[0]
     versions = [leaf._version for leaf in given]
@@ -197,16 +197,17 @@ def _culprit(transformation: Any, like: Any) -> str:
 
 
 def _is_wrong(make: Callable[[list[Tensor]], Any], like: Any, values: list[Tensor]) -> bool:
-    """Whether autograd's derivative is wrong at two points or more.
+    """Whether autograd's derivative is wrong at two points for gradients of one size.
 
     With `values` it is that by the hyperparameters, else that by the parameters and gradients.
     """
-    wrong = 0
-    for index, scale in enumerate(SCALES * POINTS):
-        wrong += _is_wrong_at(make, like, values, scale, seed=100 * index)
-        if wrong == 2:
-            return True
-    return False
+    return any(
+        all(
+            _is_wrong_at(make, like, values, scale, seed=100 * (len(SCALES) * point + index))
+            for point in range(POINTS)
+        )
+        for index, scale in enumerate(SCALES)
+    )
 
 
 def _is_wrong_at(
@@ -214,8 +215,8 @@ def _is_wrong_at(
 ) -> bool:
     """Whether autograd's derivative is wrong at one point, along one direction."""
     sizes = [1.0] + [scale] * STEPS
-    start = [_random(like, size, seed + step) for step, size in enumerate(sizes)]
-    noise = [_random(like, size, seed + step) for step, size in enumerate(sizes, start=50)]
+    start = [random_like(like, size, seed + step) for step, size in enumerate(sizes)]
+    noise = [random_like(like, size, seed + step) for step, size in enumerate(sizes, start=50)]
 
     def updates(distance: Tensor | float) -> list[Tensor]:
         if values:
@@ -240,7 +241,7 @@ def _is_wrong_at(
         found = updates(distance)
         weights = [
             other + update.detach() / update.detach().square().mean().sqrt().clamp_min(1e-300)
-            for update, other in zip(found, _random(found, 1.0, seed + 99), strict=True)
+            for update, other in zip(found, random_like(found, 1.0, seed + 99), strict=True)
         ]
         value = _weighed(weights, found)
         slope = 0.0
@@ -263,7 +264,7 @@ def _weighed(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
     return torch.stack([(w * u).sum() for w, u in zip(weights, updates, strict=True)]).sum()
 
 
-def _random(like: Any, scale: float, seed: int) -> Any:
+def random_like(like: Any, scale: float, seed: int) -> Any:
     """Normal float64 numbers of this size in the structure of some parameters."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Trace, Window
+from bilevel.trajectory import Trace
 from bilevel.truncation.plan import Plan
 from bilevel.truncation.transition import Stage
+from bilevel.window import Window
 
 
 class Truncation(ABC):

@@ -4,9 +4,9 @@ from typing import final
 
 import torch
 
-from bilevel.trajectory import Window
 from bilevel.truncation.base import Truncation
 from bilevel.truncation.plan import Plan
+from bilevel.window import Window
 
 
 @final

@@ -5,9 +5,9 @@ from typing import final
 import torch
 
 from bilevel.checks import check_integer
-from bilevel.trajectory import Window
 from bilevel.truncation.base import Truncation
 from bilevel.truncation.plan import Plan
+from bilevel.window import Window
 
 
 @final

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Window
+from bilevel.window import Window
 
 
 @final

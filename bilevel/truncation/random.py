@@ -7,9 +7,9 @@ import torch
 
 from bilevel.checks import check_integer
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Window
 from bilevel.truncation.base import Truncation
 from bilevel.truncation.plan import Plan
+from bilevel.window import Window
 
 
 @final

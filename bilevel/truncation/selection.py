@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Window
+from bilevel.window import Window
 
 
 @final

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.checks import check_choice, check_instance, check_integer
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Trace, Window
+from bilevel.trajectory import Trace
 from bilevel.truncation.base import Truncation
 from bilevel.truncation.distribution import StepDistribution
 from bilevel.truncation.norms import changes, gradient_norms, rank
@@ -17,6 +17,7 @@ from bilevel.truncation.plan import Plan
 from bilevel.truncation.selection import Selection
 from bilevel.truncation.softmax import Softmax
 from bilevel.truncation.transition import Stage, Transition
+from bilevel.window import Window
 
 
 @final

@@ -11,6 +11,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from bilevel.checks import check_number
+
 __all__ = ["DatasetNotFoundError", "ImageDataset", "stratified_split", "to_unit_range"]
 
 
@@ -194,8 +196,7 @@ def stratified_split(
         ValueError: if ``fraction`` is outside (0, 1), or the data is too small to give such a
             split.
     """
-    if not (isinstance(fraction, (int, float)) and 0.0 < fraction < 1.0):
-        raise ValueError(f"{parameter} is {fraction!r}; it must lie strictly between 0 and 1")
+    check_number(parameter, fraction, above=0, below=1)
     targets = labels.cpu().numpy()
     try:
         kept, held_out = train_test_split(

@@ -199,7 +199,7 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
     state.processes = world_size()
     skipped_in_a_row = 0
     yield Ready(state.step)
-    while settings.progress(state) < 1:
+    while progress(settings, state) < 1:
         began, sentence = time.perf_counter(), None
         event: Event
         try:
@@ -250,7 +250,7 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
     seconds = time.perf_counter() - began
     state.step += 1
     state.seconds += seconds
-    told = {"loss": float(result.loss), **metrics, "progress": settings.progress(state)}
+    told = {"loss": float(result.loss), **metrics, "progress": progress(settings, state)}
     sentence = state.truncation.update(told)
     signals = {name: value for name, value in result.trace.items() if name != "inner_loss"}
     stepped = Stepped(
@@ -283,6 +283,12 @@ def validate(run: Distillation) -> Validated:
         if state.best_accuracy is None or accuracy[name] > state.best_accuracy:
             state.best_accuracy, state.best_step, best = accuracy[name], state.step, name
     return Validated(state.step, accuracy, best)
+
+
+def progress(settings: Distiller, state: TrainingState) -> float:
+    """What is done of a run, by steps or by time, whichever is further; at least 1 is all."""
+    by_time = 0.0 if settings.minutes is None else state.seconds / (60 * settings.minutes)
+    return max(state.step / settings.outer_steps, by_time)
 
 
 def _follow_the_first_process(state: TrainingState, sentence: str | None) -> str | None:

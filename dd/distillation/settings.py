@@ -8,13 +8,13 @@ from typing import Any, final
 import torch
 
 import bilevel
+from bilevel.checks import check_choice, check_flag, check_instance, check_integer, check_number
 from bilevel.clip import Clip
 from bilevel.distributed import world_size
 from dd.distillation.state import TrainingState
 from dd.objectives import Objective, RealImages
 from dd.objectives.base import Task
 from dd.runtime.changes import Resumable
-from dd.runtime.checks import check_choice, check_flag, check_instance, check_integer, check_number
 
 
 @final
@@ -53,7 +53,7 @@ class Distiller:
         snapshot_minutes: Wall-clock times at which the set is also kept under `snapshots/`.
 
     Raises:
-        ValueError: An argument outside its range.
+        ConfigurationError: An argument outside its range.
     """
 
     def __init__(
@@ -78,73 +78,47 @@ class Distiller:
         image_every: Resumable[int] = 100,
         snapshot_minutes: Resumable[Sequence[float]] = (),
     ) -> None:
-        for name, value, minimum in (
-            ("outer_steps", outer_steps, 1),
-            ("inner_steps", inner_steps, 1),
-            ("keep_every", 1 if keep_every is None else keep_every, 1),
-            ("inner_replicas", inner_replicas, 1),
-            ("validate_every", validate_every, 0),
-            ("image_every", image_every, 1),
-        ):
-            check_integer(name, value, minimum)
-        if minutes is not None:
-            check_number("minutes", minutes, above=0)
-        check_number("image_lr", image_lr, above=0)
-        check_number("label_lr", label_lr, above=0)
-        check_instance(
+        self.outer_steps = check_integer("outer_steps", outer_steps)
+        self.inner_steps = check_integer("inner_steps", inner_steps)
+        self.truncation = check_instance(
             "truncation", truncation, bilevel.truncation.Truncation, "@RandomWindow() with ()"
         )
-        check_choice("compile", compile, (True, False, "auto"))
-        check_flag("tf32", tf32)
-        if keep_on is not None:
-            check_choice("keep_on", keep_on, ("cpu",))
         if inner_steps < truncation.minimum_steps:
-            raise ValueError(
+            raise bilevel.ConfigurationError(
                 f"inner_steps={inner_steps}: {type(truncation).__name__} needs at least "
                 f"{truncation.minimum_steps}, the width of its window"
             )
-        if objective is not None:
-            check_instance("objective", objective, Objective, "@RealImages() with ()")
         self.objective = RealImages() if objective is None else objective
+        check_instance("objective", self.objective, Objective, "@RealImages() with ()")
         for metric in truncation.metrics:
             check_choice(
                 f"the metric of {type(truncation).__name__}", metric, self.objective.metrics
             )
-        is_made = hasattr(optimizer, "init") and hasattr(optimizer, "update")
-        if self.objective.learns_rate and (is_made or not callable(optimizer)):
-            raise ValueError(f"optimizer={optimizer!r}: its rate is learned, so write @sgd, no ()")
-        if not self.objective.learns_rate and not is_made:
-            raise ValueError(f"optimizer={optimizer!r}: write for example @adam() with ()")
+        self.optimizer = _checked_optimizer(optimizer, self.objective)
+        self.minutes = None if minutes is None else check_number("minutes", minutes, above=0)
+        self.estimator = None if estimator is None else _checked_estimator(estimator)
+        self.keep_every = None if keep_every is None else check_integer("keep_every", keep_every)
+        self.keep_on = check_choice("keep_on", keep_on, (None, "cpu"))
+        self.inner_replicas = check_integer("inner_replicas", inner_replicas)
+        self.compile = check_choice("compile", compile, (True, False, "auto"))
+        self.tf32 = check_flag("tf32", tf32)
+        self.image_lr = check_number("image_lr", image_lr, above=0)
+        self.label_lr = check_number("label_lr", label_lr, above=0)
+        self.average_decay = average_decay
         if average_decay is not None:
-            check_number("average_decay", average_decay, above=0)
-            if average_decay >= 1:
-                raise ValueError(f"average_decay={average_decay}: it must be below 1")
-        if estimator is not None:
-            _check_estimator(estimator)
+            check_number("average_decay", average_decay, above=0, below=1)
+        self.clip = clip
         if clip is not None:
             check_instance("clip", clip, Clip, "@MovingAverageClip() with ()")
+        self.validate_every = check_integer("validate_every", validate_every, 0)
+        self.image_every = check_integer("image_every", image_every)
         if not isinstance(snapshot_minutes, (list, tuple)):
-            raise ValueError(f"snapshot_minutes={snapshot_minutes!r}: it must be a list of minutes")
-        for minute in snapshot_minutes:
-            check_number("snapshot_minutes", minute, above=0)
-        self.outer_steps = outer_steps
-        self.inner_steps = inner_steps
-        self.truncation = truncation
-        self.optimizer = optimizer
-        self.minutes = minutes
-        self.estimator = estimator
-        self.keep_every = keep_every
-        self.keep_on = keep_on
-        self.inner_replicas = inner_replicas
-        self.compile = compile
-        self.tf32 = tf32
-        self.image_lr = image_lr
-        self.label_lr = label_lr
-        self.average_decay = average_decay
-        self.clip = clip
-        self.validate_every = validate_every
-        self.image_every = image_every
-        self.snapshot_minutes = sorted(snapshot_minutes)
+            raise bilevel.ConfigurationError(
+                f"snapshot_minutes={snapshot_minutes!r}: it must be a list of minutes"
+            )
+        self.snapshot_minutes = sorted(
+            check_number("snapshot_minutes", minute, above=0) for minute in snapshot_minutes
+        )
 
     @property
     def compiles(self) -> bool:
@@ -176,23 +150,25 @@ class Distiller:
             processes=world_size(),
         )
 
-    def progress(self, state: TrainingState) -> float:
-        """What is done of the run, by steps or by time, whichever is further; at least 1 is all."""
-        by_time = 0.0 if self.minutes is None else state.seconds / (60 * self.minutes)
-        return max(state.step / self.outer_steps, by_time)
+
+def _checked_optimizer(optimizer: Any, objective: Objective) -> Any:
+    is_made = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+    if objective.learns_rate and (is_made or not callable(optimizer)):
+        raise bilevel.ConfigurationError(
+            f"optimizer={optimizer!r}: its rate is learned, so write @sgd, no ()"
+        )
+    if not objective.learns_rate and not is_made:
+        raise bilevel.ConfigurationError(
+            f"optimizer={optimizer!r}: write for example @adam() with ()"
+        )
+    return optimizer
 
 
-def _check_estimator(estimator: Any) -> None:
+def _checked_estimator(estimator: bilevel.estimators.Estimator) -> bilevel.estimators.Estimator:
     check_instance("estimator", estimator, bilevel.estimators.Estimator, "@Adjoint() with ()")
-    basis = getattr(estimator, "basis", None)
-    if isinstance(basis, bilevel.basis.Eigenvectors) and basis.refresh_every > 1:
-        raise ValueError(
-            f"Eigenvectors.refresh_every={basis.refresh_every}: it must be 1, since every "
-            "outer step trains a fresh network, to which older eigenvectors do not belong"
+    if estimator.carries_over:
+        raise bilevel.ConfigurationError(
+            f"estimator={type(estimator).__name__}: it takes over {estimator.carries_over} from "
+            "the outer step before, but every outer step trains a fresh network"
         )
-    persistent = isinstance(estimator, bilevel.estimators.PersistentEvolutionStrategies)
-    if persistent or getattr(estimator, "warm_start", False):
-        raise ValueError(
-            f"estimator={type(estimator).__name__}: it goes on from what the outer step before "
-            "left, but every outer step trains a fresh network"
-        )
+    return estimator

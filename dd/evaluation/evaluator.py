@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from bilevel import Key, fresh_parameters
+from bilevel import ConfigurationError, Key, fresh_parameters
+from bilevel.checks import check_instance, check_integer, check_number
 from dd.augmentation import Augmentation, NoAugmentation
 from dd.data.prepared import PreparedData
 from dd.data.stored_images import Images
 from dd.evaluation.protocols import BPTTProtocol, Protocol
 from dd.runtime.changes import Resumable
-from dd.runtime.checks import check_instance, check_integer, check_number
 from dd.runtime.precision import full_float32
 from dd.runtime.processes import collected, own_share, progress_bar
 from dd.synthetic.dataset import random_subset
@@ -114,33 +114,18 @@ class Evaluator:
         augmentation: Augmentation | None = None,
         protocol: Protocol | None = None,
     ) -> None:
-        for name, value, minimum in (
-            ("networks", networks, 1),
-            ("batch_size", batch_size, 1),
-            ("full_data_networks", full_data_networks, 0),
-            ("validation_networks", validation_networks, 1),
-            ("validation_steps", validation_steps, 1),
-        ):
-            check_integer(name, value, minimum)
-        for name, values in (("steps", steps), ("full_data_steps", full_data_steps)):
-            if not isinstance(values, (list, tuple)) or not values:
-                raise ValueError(f"{name}={values!r}: it must be a list of numbers of steps")
-            for value in values:
-                check_integer(name, value, 1)
+        self.networks = check_integer("networks", networks)
+        self.steps = _checked_steps("steps", steps)
+        self.batch_size = check_integer("batch_size", batch_size)
+        self.full_data_networks = check_integer("full_data_networks", full_data_networks, 0)
+        self.full_data_steps = _checked_steps("full_data_steps", full_data_steps)
+        self.validation_networks = check_integer("validation_networks", validation_networks)
+        self.validation_steps = check_integer("validation_steps", validation_steps)
         check_number("lr", lr, above=0)
-        if augmentation is not None:
-            check_instance("augmentation", augmentation, Augmentation, "@FlipOrRotate() with ()")
-        if protocol is not None:
-            check_instance("protocol", protocol, Protocol, "@DCProtocol() with ()")
         self.protocol = BPTTProtocol(lr) if protocol is None else protocol
-        self.networks = networks
-        self.steps = sorted(set(steps))
-        self.batch_size = batch_size
-        self.full_data_networks = full_data_networks
-        self.full_data_steps = sorted(set(full_data_steps))
-        self.validation_networks = validation_networks
-        self.validation_steps = validation_steps
+        check_instance("protocol", self.protocol, Protocol, "@DCProtocol() with ()")
         self.augmentation = self.protocol.augmentation if augmentation is None else augmentation
+        check_instance("augmentation", self.augmentation, Augmentation, "@FlipOrRotate() with ()")
 
     def without_augmentation(self) -> "Evaluator":
         """The same evaluator, but for its augmentation."""
@@ -283,6 +268,13 @@ class Evaluator:
             if step in steps:
                 stages.append({k: value.detach().clone() for k, value in params.items()})
         return stages
+
+
+def _checked_steps(name: str, steps: Sequence[int]) -> list[int]:
+    """Numbers of steps, ascending, each once."""
+    if not isinstance(steps, (list, tuple)) or not steps:
+        raise ConfigurationError(f"{name}={steps!r}: it must be a list of numbers of steps")
+    return sorted({check_integer(name, value) for value in steps})
 
 
 def _rows(source: Images, chosen: Tensor | slice) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
+from bilevel.checks import check_integer, check_number
 from dd.augmentation import DSA, Augmentation, FlipOrRotate
-from dd.runtime.checks import check_integer, check_number
 
 
 class Protocol(ABC):
@@ -59,8 +59,7 @@ class BPTTProtocol(Protocol):
     name = "bptt"
 
     def __init__(self, lr: float = 1e-3) -> None:
-        check_number("lr", lr, above=0)
-        self.lr = lr
+        self.lr = check_number("lr", lr, above=0)
         self.augmentation = FlipOrRotate()
 
     def steps(self, wanted: Sequence[int], images: int, batch_size: int) -> list[int]:
@@ -94,14 +93,10 @@ class DCProtocol(Protocol):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
     ) -> None:
-        check_integer("epochs", epochs, 1)
-        check_number("lr", lr, above=0)
-        check_number("momentum", momentum, minimum=0)
-        check_number("weight_decay", weight_decay, minimum=0)
-        self.epochs = epochs
-        self.lr = lr
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self.epochs = check_integer("epochs", epochs)
+        self.lr = check_number("lr", lr, above=0)
+        self.momentum = check_number("momentum", momentum, minimum=0)
+        self.weight_decay = check_number("weight_decay", weight_decay, minimum=0)
         self.augmentation = DSA()
 
     def steps(self, wanted: Sequence[int], images: int, batch_size: int) -> list[int]:

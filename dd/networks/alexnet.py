@@ -4,7 +4,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from dd.networks.sizes import check_image_size, check_sizes
+from bilevel.checks import check_integer
 
 
 @final
@@ -31,8 +31,10 @@ class AlexNet(nn.Module):
         self, num_classes: int, channels: int = 3, image_size: int = 32, width: int = 128
     ) -> None:
         super().__init__()
-        check_sizes(num_classes=num_classes, channels=channels, image_size=image_size, width=width)
-        check_image_size(image_size, 3)
+        check_integer("num_classes", num_classes)
+        check_integer("channels", channels)
+        check_integer("image_size", image_size, 8)
+        check_integer("width", width)
         middle = width * 3 // 2
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 5, padding=2),

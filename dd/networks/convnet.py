@@ -4,7 +4,8 @@ from typing import final
 
 from torch import Tensor, nn
 
-from dd.networks.sizes import check_sizes
+from bilevel import ConfigurationError
+from bilevel.checks import check_integer
 
 
 @final
@@ -43,16 +44,13 @@ class ConvNet(nn.Module):
         width: int = 128,
     ) -> None:
         super().__init__()
-        check_sizes(
-            num_classes=num_classes,
-            channels=channels,
-            image_size=image_size,
-            depth=depth,
-            width=width,
-        )
-        if image_size < 2**depth:
-            raise ValueError(
-                f"image_size is {image_size}; with depth {depth} it must be at least {2**depth}"
+        check_integer("num_classes", num_classes)
+        check_integer("channels", channels)
+        check_integer("depth", depth)
+        check_integer("width", width)
+        if check_integer("image_size", image_size) < 2**depth:
+            raise ConfigurationError(
+                f"image_size={image_size}: with depth={depth} it must be at least {2**depth}"
             )
         blocks: list[nn.Module] = []
         for block in range(depth):

@@ -5,7 +5,7 @@ from typing import final
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dd.networks.sizes import check_image_size, check_sizes
+from bilevel.checks import check_integer
 
 
 @final
@@ -31,9 +31,11 @@ class ResNet18(nn.Module):
         self, num_classes: int, channels: int = 3, image_size: int = 32, width: int = 64
     ) -> None:
         super().__init__()
-        check_sizes(num_classes=num_classes, channels=channels, image_size=image_size, width=width)
+        check_integer("num_classes", num_classes)
+        check_integer("channels", channels)
+        check_integer("image_size", image_size, 16)
+        check_integer("width", width)
         # GroupNorm needs more than one pixel to take a variance over.
-        check_image_size(image_size, 4)
         self.stem = nn.Sequential(*_convolution(channels, width, 3, 1), nn.ReLU())
         blocks: list[nn.Module] = []
         before = width

@@ -4,7 +4,7 @@ from typing import final
 
 from torch import Tensor, nn
 
-from dd.networks.sizes import check_image_size, check_sizes
+from bilevel.checks import check_integer
 
 #: Channels of every convolution, in units of the first; None is 2×2 max-pooling.
 _LAYERS = (1, None, 2, None, 4, 4, None, 8, 8, None, 8, 8, None)
@@ -31,8 +31,10 @@ class VGG11(nn.Module):
         self, num_classes: int, channels: int = 3, image_size: int = 32, width: int = 64
     ) -> None:
         super().__init__()
-        check_sizes(num_classes=num_classes, channels=channels, image_size=image_size, width=width)
-        check_image_size(image_size, 5)
+        check_integer("num_classes", num_classes)
+        check_integer("channels", channels)
+        check_integer("image_size", image_size, 32)
+        check_integer("width", width)
         layers: list[nn.Module] = []
         for factor in _LAYERS:
             if factor is None:

@@ -5,7 +5,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from dd.networks.sizes import check_sizes
+from bilevel import ConfigurationError
+from bilevel.checks import check_integer
 
 
 @final
@@ -41,19 +42,20 @@ class ViT(nn.Module):
         heads: int = 4,
     ) -> None:
         super().__init__()
-        check_sizes(
-            num_classes=num_classes,
-            channels=channels,
-            image_size=image_size,
-            patch=patch,
-            width=width,
-            depth=depth,
-            heads=heads,
-        )
+        for name, value in (
+            ("num_classes", num_classes),
+            ("channels", channels),
+            ("image_size", image_size),
+            ("patch", patch),
+            ("width", width),
+            ("depth", depth),
+            ("heads", heads),
+        ):
+            check_integer(name, value)
         if image_size % patch:
-            raise ValueError(f"patch is {patch}; it must divide image_size, {image_size}")
+            raise ConfigurationError(f"patch={patch}: it must divide image_size={image_size}")
         if width % heads:
-            raise ValueError(f"heads is {heads}; it must divide width, {width}")
+            raise ConfigurationError(f"heads={heads}: it must divide width={width}")
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.positions = _Positions((image_size // patch) ** 2, width)
         self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))

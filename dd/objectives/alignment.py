@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from bilevel import ConfigurationError
+from bilevel.checks import check_choice, check_instance, check_integer, check_number
 from dd.objectives.experts import Experts
-from dd.runtime.checks import check_choice, check_instance, check_integer, check_number
 
 
 @final
@@ -62,22 +63,21 @@ class PrototypeAlignment:
         classes_per_step: int | None = None,
         experts: Experts | None = None,
     ) -> None:
-        check_number("weight", weight, above=0)
+        self.weight = check_number("weight", weight, above=0)
         if not isinstance(layer, str) or not layer:
-            raise ValueError(f"layer={layer!r}: it must be the name of a layer of the network")
+            raise ConfigurationError(
+                f"layer={layer!r}: it must be the name of a layer of the network"
+            )
+        self.layer = layer
         if not isinstance(parts, (list, tuple)) or not parts:
-            raise ValueError(f"parts={parts!r}: it must be a list of 'global' and 'local'")
-        for part in parts:
-            check_choice("parts", part, ("global", "local"))
+            raise ConfigurationError(f"parts={parts!r}: it must be a list of 'global' and 'local'")
+        self.parts = tuple(check_choice("parts", part, ("global", "local")) for part in parts)
+        self.classes_per_step = classes_per_step
         if classes_per_step is not None:
-            check_integer("classes_per_step", classes_per_step, 1)
+            check_integer("classes_per_step", classes_per_step)
+        self.experts = experts
         if experts is not None:
             check_instance("experts", experts, Experts, "@Experts() with ()")
-        self.weight = weight
-        self.layer = layer
-        self.parts = tuple(parts)
-        self.classes_per_step = classes_per_step
-        self.experts = experts
 
     def check(
         self, network: nn.Module, image_shape: tuple[int, ...], patches_per_side: int
@@ -93,19 +93,21 @@ class PrototypeAlignment:
             ValueError: Naming what does not fit.
         """
         if self.parts == ("local",) and patches_per_side == 1:
-            raise ValueError("parts=('local',): images of patches_per_side=1 have no such part")
+            raise ConfigurationError(
+                "parts=('local',): images of patches_per_side=1 have no such part"
+            )
         names = [name for name, _ in network.named_modules() if name]
         if self.layer not in names:
-            raise ValueError(f"layer={self.layer!r}: the network has {', '.join(names)}")
+            raise ConfigurationError(f"layer={self.layer!r}: the network has {', '.join(names)}")
         params = dict(network.named_parameters())
         shape = tuple(self._maps(network, params, torch.zeros(1, *image_shape)).shape)
         if len(shape) != 4 or shape[3] != shape[2]:
-            raise ValueError(
+            raise ConfigurationError(
                 f"layer={self.layer!r}: it makes {list(shape[1:])} of an image; it must be a map, "
                 "[d, h, h]"
             )
         if shape[2] % patches_per_side:
-            raise ValueError(
+            raise ConfigurationError(
                 f"patches_per_side={patches_per_side}: the layer {self.layer!r} makes "
                 f"{list(shape[1:])} of an image, whose sides must be a multiple of that"
             )
@@ -168,7 +170,9 @@ class PrototypeAlignment:
         finally:
             hook.remove()
         if not outputs:
-            raise ValueError(f"layer={self.layer!r}: the network has it, but makes no use of it")
+            raise ConfigurationError(
+                f"layer={self.layer!r}: the network has it, but makes no use of it"
+            )
         return outputs[-1]
 
 

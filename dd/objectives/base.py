@@ -71,13 +71,13 @@ class PreparedObjective(ABC):
             stage: Of the truncation schedule, if it has stages.
         """
 
+    @abstractmethod
+    def report(self, result: bilevel.HypergradientResult) -> dict[str, float]:
+        """Numbers to watch beside the loss and the problem's metrics."""
+
     def held_out_accuracy(self, params: Any) -> float:
         """The metric `HELD_OUT`, for objectives whose `metrics` have it."""
         raise NotImplementedError
-
-    def report(self, result: bilevel.HypergradientResult) -> dict[str, float]:
-        """Numbers to watch beside the loss and the problem's metrics."""
-        return {}
 
 
 class Objective(ABC):

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from bilevel import ConfigurationError, Key, fresh_parameters
+from bilevel.checks import check_choice, check_integer, check_number
 from bilevel.distributed import broadcast_
 from bilevel.truncation import Stage
 from dd.augmentation import Augmentation
@@ -17,7 +18,6 @@ from dd.data.prepared import RealBatches
 from dd.data.stored_images import Images
 from dd.objectives.base import Task
 from dd.objectives.expert_buffer import check_description
-from dd.runtime.checks import check_choice, check_integer, check_number
 from dd.runtime.files import DamagedFileError, read_tensors, write_tensors
 from dd.runtime.processes import progress_bar
 
@@ -66,25 +66,15 @@ class DifficultyPacing:
         batch_size: int = 256,
         lr: float = 1e-3,
     ) -> None:
-        for name, value in (
-            ("over_steps", 1 if over_steps is None else over_steps),
-            ("networks", networks),
-            ("epochs", epochs),
-            ("batch_size", batch_size),
-        ):
-            check_integer(name, value, 1)
-        check_choice("order", order, ("easy_first", "hard_first"))
-        check_number("start", start, above=0)
-        if start > 1:
-            raise ValueError(f"start={start}: it must be at most 1")
-        check_number("lr", lr, above=0)
         self.over_steps = over_steps
-        self.order = order
-        self.start = start
-        self.networks = networks
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.lr = lr
+        if over_steps is not None:
+            check_integer("over_steps", over_steps)
+        self.order = check_choice("order", order, ("easy_first", "hard_first"))
+        self.start = check_number("start", start, above=0, maximum=1)
+        self.networks = check_integer("networks", networks)
+        self.epochs = check_integer("epochs", epochs)
+        self.batch_size = check_integer("batch_size", batch_size)
+        self.lr = check_number("lr", lr, above=0)
 
     @property
     def scoring(self) -> dict[str, float]:

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import bilevel
+from bilevel.checks import check_choice, check_instance, check_integer, check_number
 from dd.augmentation import DSA, Augmentation
 from dd.data.prepared import PreparedData, RealBatches
 from dd.evaluation.evaluator import accuracy
 from dd.networks import named_parameters_of
 from dd.objectives.expert_buffer import ExpertBuffer, ExpertWriter
-from dd.runtime.checks import check_choice, check_instance, check_integer, check_number
 from dd.runtime.stopping import StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,26 +55,20 @@ class Experts:
         augmentation: Augmentation | None = None,
         storage: str = "float32",
     ) -> None:
-        for name, value in (("count", count), ("snapshots", snapshots), ("batch_size", batch_size)):
-            check_integer(name, value, 1)
-        if steps_between_snapshots is not None:
-            check_integer("steps_between_snapshots", steps_between_snapshots, 1)
         if not isinstance(folder, str) or not folder:
-            raise ValueError(f"folder={folder!r}: it must be the name of a folder")
-        check_number("lr", lr, above=0)
-        check_number("momentum", momentum, minimum=0)
-        if augmentation is not None:
-            check_instance("augmentation", augmentation, Augmentation, "@DSA() with ()")
-        check_choice("storage", storage, tuple(DTYPES))
+            raise bilevel.ConfigurationError(f"folder={folder!r}: it must be the name of a folder")
         self.folder = Path(folder)
-        self.count = count
-        self.snapshots = snapshots
+        self.count = check_integer("count", count)
+        self.snapshots = check_integer("snapshots", snapshots)
         self.steps_between_snapshots = steps_between_snapshots
-        self.lr = lr
-        self.momentum = momentum
-        self.batch_size = batch_size
+        if steps_between_snapshots is not None:
+            check_integer("steps_between_snapshots", steps_between_snapshots)
+        self.lr = check_number("lr", lr, above=0)
+        self.momentum = check_number("momentum", momentum, minimum=0)
+        self.batch_size = check_integer("batch_size", batch_size)
         self.augmentation = DSA() if augmentation is None else augmentation
-        self.storage = storage
+        check_instance("augmentation", self.augmentation, Augmentation, "@DSA() with ()")
+        self.storage = check_choice("storage", storage, tuple(DTYPES))
 
     def open(self, description: dict[str, Any]) -> ExpertBuffer:
         """What has been trained, checked against what is wanted; errors as of `ExpertBuffer`."""

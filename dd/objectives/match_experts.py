@@ -10,12 +10,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import bilevel
+from bilevel.checks import check_instance, check_integer, check_number
 from bilevel.truncation import Stage
 from dd.augmentation import Augmentation
 from dd.networks import named_parameters_of
 from dd.objectives.base import Objective, Outer, PreparedObjective, Task
 from dd.objectives.experts import Experts
-from dd.runtime.checks import check_instance, check_integer, check_number
 from dd.synthetic.dataset import SyntheticDataset
 
 #: Over how many of the latest outer steps, since the program started, the fraction of mismatches is
@@ -57,27 +57,18 @@ class MatchExperts(Objective):
         momentum: float = 0.5,
         mismatch: float = 0.05,
     ) -> None:
-        check_instance("experts", experts, Experts, "@Experts() with ()")
-        check_integer("max_start", max_start, 1)
-        check_integer("target_after", target_after, 1)
-        check_number("rate", rate, above=0)
-        check_number("rate_lr", rate_lr, above=0)
-        check_number("momentum", momentum, above=0)
-        check_number("mismatch", mismatch, minimum=0)
-        if momentum >= 1:
-            raise ValueError(f"momentum={momentum}: it must be below 1")
+        self._experts = check_instance("experts", experts, Experts, "@Experts() with ()")
+        self.max_start = check_integer("max_start", max_start)
+        self.target_after = check_integer("target_after", target_after)
         if max_start - 1 + target_after > experts.snapshots:
-            raise ValueError(
+            raise bilevel.ConfigurationError(
                 f"max_start={max_start}, target_after={target_after}: a stretch would end at "
                 f"snapshot {max_start - 1 + target_after}, but there are {experts.snapshots}"
             )
-        self._experts = experts
-        self.max_start = max_start
-        self.target_after = target_after
-        self.rate = rate
-        self.rate_lr = rate_lr
-        self.momentum = momentum
-        self.mismatch = mismatch
+        self.rate = check_number("rate", rate, above=0)
+        self.rate_lr = check_number("rate_lr", rate_lr, above=0)
+        self.momentum = check_number("momentum", momentum, above=0, below=1)
+        self.mismatch = check_number("mismatch", mismatch, minimum=0)
 
     @property
     def experts(self) -> Experts:

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import bilevel
+from bilevel.checks import check_instance, check_integer
 from bilevel.truncation import Stage
 from dd.augmentation import Augmentation
 from dd.data.prepared import RealBatches
@@ -17,7 +18,6 @@ from dd.objectives.alignment import PrototypeAlignment
 from dd.objectives.base import HELD_OUT, Objective, Outer, PreparedObjective, Task
 from dd.objectives.difficulty import DifficultyPacing, Pool
 from dd.objectives.experts import Experts
-from dd.runtime.checks import check_instance, check_integer
 from dd.runtime.precision import Precision
 from dd.synthetic.dataset import SyntheticDataset
 
@@ -54,22 +54,18 @@ class RealImages(Objective):
         precision: Precision | None = None,
         pacing: DifficultyPacing | None = None,
     ) -> None:
-        check_integer("real_batch", real_batch, 1)
-        check_integer("real_micro_batch", real_micro_batch, 1)
-        check_integer("held_out_batch", held_out_batch, 1)
+        self.real_batch = check_integer("real_batch", real_batch)
+        self.real_micro_batch = check_integer("real_micro_batch", real_micro_batch)
+        self.held_out_batch = check_integer("held_out_batch", held_out_batch)
         if alignment is not None:
             check_instance(
                 "alignment", alignment, PrototypeAlignment, "@PrototypeAlignment() with ()"
             )
-        if precision is not None:
-            check_instance("precision", precision, Precision, "@Precision() with ()")
         if pacing is not None:
             check_instance("pacing", pacing, DifficultyPacing, "@DifficultyPacing() with ()")
-        self.real_batch = real_batch
-        self.real_micro_batch = real_micro_batch
-        self.held_out_batch = held_out_batch
         self.alignment = alignment
         self.precision = Precision() if precision is None else precision
+        check_instance("precision", self.precision, Precision, "@Precision() with ()")
         self.pacing = pacing
 
     @property
@@ -129,6 +125,9 @@ class _LossOnRealImages(PreparedObjective):
             aligned = aligned[: alignment.classes_per_step].to(labels.device)
             pieces.append((aligned,) * len(weights))
         return {}, bilevel.MicroBatches(list(zip(*pieces, strict=True)), weights)
+
+    def report(self, result: bilevel.HypergradientResult) -> dict[str, float]:
+        return {}
 
     def _batches(self, stage: Stage | None) -> RealBatches:
         """Made anew for every stage, as what is read ahead comes from the pool of the last one."""
@@ -198,6 +197,7 @@ class MetaLoss(bilevel.Problem):
         self.device = device
         self.alignment = alignment
         self.precision = Precision() if precision is None else precision
+        check_instance("precision", self.precision, Precision, "@Precision() with ()")
         self.extractor = extractor
 
     def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:

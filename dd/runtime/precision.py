@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from dd.runtime.checks import check_choice, check_flag
+from bilevel.checks import check_choice, check_flag
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,12 +37,9 @@ class Precision:
         outer: str = "float32",
         channels_last: bool = False,
     ) -> None:
-        check_choice("inner", inner, tuple(_DTYPES))
-        check_choice("outer", outer, tuple(_DTYPES))
-        check_flag("channels_last", channels_last)
-        self.inner = inner
-        self.outer = outer
-        self.channels_last = channels_last
+        self.inner = check_choice("inner", inner, tuple(_DTYPES))
+        self.outer = check_choice("outer", outer, tuple(_DTYPES))
+        self.channels_last = check_flag("channels_last", channels_last)
 
     def autocast(self, dtype: str, device: torch.device) -> AbstractContextManager[None]:
         """The context in which a network runs, `dtype` being `inner` or `outer`."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from bilevel import ConfigurationError
+from bilevel.checks import check_choice, check_flag, check_integer
 from dd.data.stored_images import Images
-from dd.runtime.checks import check_choice, check_flag, check_integer
 from dd.synthetic.patches import compose_patches, split_patches
 
 
@@ -48,27 +48,22 @@ class SyntheticDataset:
         batch_per_class: int | None = None,
         patches_per_side: int = 1,
     ) -> None:
-        check_integer("images_per_class", images_per_class, 1)
-        check_integer("patches_per_side", patches_per_side, 1)
-        check_choice("start", start, ("noise", "real"))
-        check_choice("projection", projection, ("none", "start", "every_step"))
-        check_flag("learn_labels", learn_labels)
+        self.images_per_class = check_integer("images_per_class", images_per_class)
+        self.start = check_choice("start", start, ("noise", "real"))
+        self.projection = check_choice("projection", projection, ("none", "start", "every_step"))
+        self.learn_labels = check_flag("learn_labels", learn_labels)
+        self.classes_per_step = classes_per_step
         if classes_per_step is not None:
-            check_integer("classes_per_step", classes_per_step, 1)
+            check_integer("classes_per_step", classes_per_step)
+        self.batch_per_class = batch_per_class
         if batch_per_class is not None:
-            check_integer("batch_per_class", batch_per_class, 1)
+            check_integer("batch_per_class", batch_per_class)
             if batch_per_class > images_per_class:
-                raise ValueError(
+                raise ConfigurationError(
                     f"batch_per_class={batch_per_class}: there are only "
                     f"images_per_class={images_per_class}"
                 )
-        self.images_per_class = images_per_class
-        self.start = start
-        self.projection = projection
-        self.learn_labels = learn_labels
-        self.classes_per_step = classes_per_step
-        self.batch_per_class = batch_per_class
-        self.patches_per_side = patches_per_side
+        self.patches_per_side = check_integer("patches_per_side", patches_per_side)
 
     def create(
         self, real_images: Images, real_labels: Tensor, num_classes: int, generator: torch.Generator

@@ -20,7 +20,9 @@ OPTIMIZERS = {
 
 
 def solve(case, optimizer, steps, estimator, truncation=None, seed=0):
-    hypergradient = bilevel.Hypergradient(case.problem, optimizer, steps, truncation, estimator)
+    hypergradient = bilevel.Hypergradient(
+        case.problem, optimizer, steps, truncation, estimator, graph_budget=0
+    )
     return hypergradient(case.outer, case.outer_batch, seeded(seed))
 
 

@@ -16,6 +16,7 @@ from torchopt.schedule import exponential_decay, linear_schedule, polynomial_sch
 import bilevel
 from bilevel import optim
 from bilevel.optim.foreign import check_differentiable
+from bilevel.optim.side_by_side import check_side_by_side
 
 LIKE = {"scale": torch.zeros(3), "shift": [torch.zeros(2, 2), torch.zeros(())]}
 
@@ -278,3 +279,43 @@ def test_the_check_draws_from_no_global_generator():
     before = torch.get_rng_state()
     check_differentiable(RIGHT["adam"], LIKE)
     assert torch.equal(before, torch.get_rng_state())
+
+
+STACKED = {"scale": torch.zeros(3, 4), "shift": [torch.zeros(3, 2, 2), torch.zeros(3)]}
+NORMS = {
+    "ours": optim.chain(optim.clip_by_norm(10.0), optim.adam(0.1)),
+    "torchopt": torchopt.clip.clip_grad_norm(1.0),
+    "lars": each(lars),
+    "by dimension": optim.groups({lambda name, leaf: leaf.dim() > 1: optim.adamw(0.1), "*": None}),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_over_replicas_and_choices_by_dimension_are_refused(name):
+    with pytest.raises(bilevel.ConfigurationError, match="Replicas, which are stacked"):
+        check_side_by_side(NORMS[name], STACKED)
+
+
+@pytest.mark.parametrize(
+    "name", [*RIGHT, *sorted(set(ONE_OF_EACH) - {"clip_by_norm", "chain", *RIGHT})]
+)
+def test_elementwise_rules_go_side_by_side(name):
+    check_side_by_side(RIGHT.get(name, ONE_OF_EACH.get(name)), STACKED)
+
+
+def test_rates_for_replicas():
+    """One for all, of a leaf, and one for each replica."""
+    for rates in (0.1, {"scale": torch.ones(4), "shift": 0.1}, torch.rand(3, 1, 1)):
+        like = {"a": torch.zeros(3, 2, 2)} if isinstance(rates, torch.Tensor) else STACKED
+        check_side_by_side(optim.sgd, like, hyperparameters={"lr": rates})
+
+
+@pytest.mark.parametrize("estimator", [None, bilevel.estimators.EvolutionStrategies(0.1)])
+def test_clipping_by_the_norm_in_replicas_is_refused_at_the_first_call(estimator):
+    case = problems.make("learned_start", 0)
+    problem = bilevel.Replicas(case.problem, 2)
+    optimizer = optim.chain(optim.clip_by_norm(1.0), optim.sgd(0.1))
+    with pytest.raises(bilevel.ConfigurationError, match="inner_replicas"):
+        bilevel.Hypergradient(problem, optimizer, 3, None, estimator)(
+            case.outer, case.outer_batch, seeded(0)
+        )

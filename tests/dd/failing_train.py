@@ -5,11 +5,10 @@ from typing import Any
 
 from bilevel.distributed import rank
 from dd import train
-from dd.cli import run
-from dd.distillation import loop
+from dd.distillation import recorder
 from dd.objectives.real_images import MetaLoss
 
-loop.CHECKPOINT_SECONDS = 0.0
+recorder.CHECKPOINT_SECONDS = 0.0
 judge = MetaLoss.outer_loss
 steps = 0
 
@@ -23,4 +22,4 @@ def outer_loss(self: MetaLoss, *arguments: Any) -> Any:
 
 
 MetaLoss.outer_loss = outer_loss  # type: ignore[assignment, method-assign]
-sys.exit(run(train.main))
+sys.exit(train.main())

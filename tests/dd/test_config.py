@@ -10,6 +10,7 @@ import bilevel
 from dd import config
 from dd.distillation.settings import Distiller
 from dd.experiment import Experiment
+from dd.objectives import RealImages
 
 GIN = Path(__file__).parents[2] / "gin"
 DIGITS = str(GIN / "digits.gin")
@@ -64,9 +65,11 @@ def test_shipped_files_with_patches_fit_images_of_64_by_64(name: str, tmp_path: 
     arrays = ["Experiment.dataset = @arrays()", f"arrays.path = {str(tmp_path / 'images.npz')!r}"]
     experiment = config.load([str(GIN / name)], arrays)
     assert experiment.synthetic.patches_per_side == 4
-    assert experiment.distiller.alignment is not None
+    objective = experiment.distiller.objective
+    assert isinstance(objective, RealImages)
+    assert objective.alignment is not None
     # Those for whole data sets align a few classes at a time: all would not fit on a GPU.
-    few = experiment.distiller.alignment.classes_per_step
+    few = objective.alignment.classes_per_step
     assert few == (None if name == "tiny_imagenet_psp_cpu.gin" else 50)
 
 
@@ -255,6 +258,13 @@ def test_a_misspelt_name_is_corrected(binding: str, wrong: str, right: str) -> N
     assert f"did you mean {right!r}" in message
 
 
+@pytest.mark.parametrize(("old", "new"), config.MOVED.items())
+def test_a_parameter_that_was_moved_says_where_to(old: str, new: str) -> None:
+    message = error("RealImages.precision = @Precision()", f"{old} = None")
+    assert message.startswith(f"{old} is now {new}")
+    assert ("@RealImages()" in message) == new.startswith("RealImages")
+
+
 def test_a_name_like_no_other_gets_the_list() -> None:
     message = error("Distiller.xyzzy = 1")
     assert "Distiller has no parameter 'xyzzy'" in message
@@ -286,8 +296,8 @@ WRONG_VALUES = [
     "Distiller.minutes = '5'",
     "Distiller.minutes = 0",
     "Distiller.keep_every = 0",
-    "Distiller.real_batch = True",
-    "Distiller.real_micro_batch = 0",
+    "RealImages.real_batch = True",
+    "RealImages.real_micro_batch = 0",
     "Distiller.image_lr = '1e-3'",
     "Distiller.label_lr = -1",
     "Distiller.validate_every = -1",
@@ -298,7 +308,7 @@ WRONG_VALUES = [
     "RandomWindow.refresh = 0",
     "MovingAverageClip.decay = 1.0",
     "MovingAverageClip.factor = 'two'",
-    "Distiller.alignment = 1.0",
+    "RealImages.alignment = 1.0",
     "adam.lr = 'fast'",
     "adam.lr = -1",
     "adam.betas = 0.9",
@@ -331,7 +341,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_parameter(binding: str) -
         "Distiller.truncation = @RandomWindow",
         "Distiller.optimizer = @adam",
         "Distiller.clip = @MovingAverageClip",
-        "Distiller.alignment = @PrototypeAlignment",
+        "RealImages.alignment = @PrototypeAlignment",
         "Distiller.estimator = @Adjoint",
         "Evaluator.augmentation = @NoAugmentation",
     ],
@@ -374,7 +384,7 @@ def test_patches_that_cannot_work_are_refused_before_anything_is_done(
     binding: str, name: str
 ) -> None:
     parts = [
-        "Distiller.alignment = @PrototypeAlignment()",
+        "RealImages.alignment = @PrototypeAlignment()",
         "Distiller.clip = @MovingAverageRowClip()",
     ]
     config.load([DIGITS], parts)
@@ -403,7 +413,7 @@ def test_eigenvectors_are_not_kept_from_network_to_network() -> None:
         "LowRank.basis = @Eigenvectors()",
         "Eigenvectors.refresh_every = 20",
     )
-    assert "Eigenvectors.refresh_every=20: it must be 1" in message
+    assert "estimator=LowRank: it takes over its eigenvectors (refresh_every=20)" in message
 
 
 @pytest.mark.parametrize(
@@ -416,7 +426,7 @@ def test_eigenvectors_are_not_kept_from_network_to_network() -> None:
 def test_estimators_that_go_on_from_the_step_before_are_refused(
     estimator: bilevel.estimators.Estimator,
 ) -> None:
-    with pytest.raises(ValueError, match=f"estimator={type(estimator).__name__}: it goes on"):
+    with pytest.raises(ValueError, match=f"estimator={type(estimator).__name__}: it takes over"):
         Distiller(10, 20, bilevel.truncation.Full(), bilevel.optim.sgd(0.1), estimator=estimator)
 
 

@@ -125,8 +125,8 @@ def test_the_score_is_the_norm_of_the_error():
     ("arguments", "message"),
     [
         ({"over_steps": 0}, "over_steps=0"),
-        ({"over_steps": 5, "start": 1.5}, "start=1.5: it must be at most 1"),
-        ({"over_steps": 5, "start": 0}, "start=0: it must be a number above 0"),
+        ({"over_steps": 5, "start": 1.5}, "start=1.5: it must be a finite number"),
+        ({"over_steps": 5, "start": 0}, "start=0: it must be a finite number in"),
         ({"over_steps": 5, "order": "easy"}, "order='easy': it must be one of 'easy_first'"),
         ({"over_steps": 5, "networks": 0}, "networks=0"),
     ],

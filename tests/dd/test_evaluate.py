@@ -1,7 +1,8 @@
-"""`dd.evaluate`: other architectures, scores, comparisons, and sets that others made."""
+"""`dd.evaluate`: a run again, other architectures, scores, comparisons, and sets of others."""
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import SNAPSHOT, arguments, command, contents, one_error, results_of
 
 from dd import evaluate, train
 from dd.data import Standardize
@@ -16,37 +18,25 @@ from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.runtime.files import DamagedFileError
 
-DIGITS = Path(__file__).parents[2] / "gin" / "digits.gin"
-TINY = {
-    "Distiller.outer_steps": 1,
-    "Distiller.inner_steps": 2,
-    "Distiller.real_batch": 20,
-    "RandomWindow.window": 2,
-    "SyntheticDataset.learn_labels": True,
-    "ConvNet.width": 4,
-    "ConvNet.depth": 1,
-    "Evaluator.networks": 2,
-    "Evaluator.steps": [2],
-    "Evaluator.full_data_networks": 1,
-    "Evaluator.full_data_steps": [2],
-}
+OLD_RUN = Path(__file__).with_name("run_of_0.1")
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("evaluate") / "run"
-    words = [f"--gin_param={name} = {value!r}" for name, value in TINY.items()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "keep_freed_memory", lambda: True)
-        assert train.main([f"--gin_file={DIGITS}", f"--run_dir={folder}", *words]) == 0
+    assert train.main(arguments(folder, SyntheticDataset__learn_labels=True)) == 0
     return folder
 
 
 @pytest.fixture
-def judged(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., dict[str, Any]]:
-    monkeypatch.setattr(evaluate, "keep_freed_memory", lambda: True)
+def copy(run_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_dir, tmp_path / "run"))
+
+
+@pytest.fixture
+def judged(run_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Evaluates the run, with further arguments; what was found."""
 
     def call(*words: str) -> dict[str, Any]:
         path = tmp_path / "found.json"
@@ -55,6 +45,100 @@ def judged(
         return found
 
     return call
+
+
+# A whole run.
+
+
+def test_evaluating_a_run_again_gives_the_same_results(copy: Path) -> None:
+    before = contents(copy)
+    done = command(copy.parent, "dd.evaluate", "run")
+    assert done.returncode == 0, done.stderr
+    found, expected = results_of(copy), json.loads(before["results.json"])
+    for results in (found, expected):
+        results["wall_clock_seconds"].pop("evaluating")
+    assert found.pop("command").endswith("-m dd.evaluate run")
+    expected.pop("command")
+    assert found == expected
+    for name in ("random real", "distilled", "full data"):
+        assert re.search(rf"^{name} .*±.*%", done.stdout, re.MULTILINE)
+    changed = {name for name, content in contents(copy).items() if content != before.get(name)}
+    assert changed == {"results.json"}
+
+
+def test_evaluating_a_snapshot_leaves_the_results_of_the_run(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(copy)
+    words = [str(copy), f"--set={copy / SNAPSHOT}", "--gin_param=Evaluator.networks = 3"]
+    assert evaluate.main(words) == 0
+    after = contents(copy)
+    assert after.keys() - before.keys() == {"results-0.0001_minutes.json"}
+    assert {name: after[name] for name in before} == before
+    results = json.loads(after["results-0.0001_minutes.json"])
+    networks = {name: found["networks"] for name, found in results["accuracy"].items()}
+    assert networks == {"random_real": 3, "distilled": 3, "full_data": 1}
+    assert results["outer_steps"] == 1
+    assert results["distilled_set"]["file"] == SNAPSHOT.name
+    assert "distilled" in capsys.readouterr().out
+
+
+def test_results_can_go_elsewhere(copy: Path) -> None:
+    before = contents(copy)
+    assert evaluate.main([str(copy), f"--json={copy.parent / 'mine.json'}"]) == 0
+    assert json.loads((copy.parent / "mine.json").read_text())["status"] == "complete"
+    assert contents(copy) == before
+
+
+def test_a_folder_that_is_no_run_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert evaluate.main([str(folder)]) == 2
+        assert f"{folder} is no run directory" in one_error(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "another kind"])
+def test_a_set_that_cannot_be_read_is_one_line(
+    damage: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "distilled.safetensors"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        shutil.copy(copy / "checkpoint.safetensors", path)
+    before = contents(copy)
+    assert evaluate.main([str(copy)]) == 2
+    assert "distilled.safetensors" in one_error(capsys)
+    assert contents(copy) == before
+
+
+def test_a_set_of_another_dataset_is_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "distilled.safetensors"
+    found = DistilledSet.load(path)
+    DistilledSet(
+        found.images, found.labels, found.transform, tuple("abcdefghij"), found.provenance
+    ).save(path)
+    assert evaluate.main([str(copy)]) == 2
+    assert "digits has others" in one_error(capsys)
+
+
+def test_evaluation_with_another_split_is_refused(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another seed of the split would put images that were trained on among the test images."""
+    before = (copy / "results.json").read_text()
+    assert evaluate.main([str(copy), "--gin_param=digits.seed = 1"]) == 2
+    assert "digits.seed was 0, now 1" in capsys.readouterr().err
+    assert (copy / "results.json").read_text() == before
+
+
+# Judged otherwise.
 
 
 def test_a_set_is_judged_by_other_architectures_as_they_are_configured(
@@ -78,7 +162,7 @@ def test_a_set_is_judged_by_a_wider_network_than_it_was_distilled_with(
     judged: Callable[..., dict[str, Any]],
 ) -> None:
     same, wider = (
-        judged("--only=distilled", f"--gin_param=ConvNet.width = {width}") for width in (4, 8)
+        judged("--only=distilled", f"--gin_param=ConvNet.width = {width}") for width in (8, 16)
     )
     values = [found["accuracy"]["distilled"]["values"] for found in (same, wider)]
     assert values[0] != values[1]
@@ -93,7 +177,7 @@ def test_progress_counts_the_steps_of_training_and_the_networks_that_are_tested(
 ) -> None:
     judged("--only=distilled")
     shown = capsys.readouterr().err
-    assert re.search(r"training on distilled: 100%.* 4/4 .*step", shown)
+    assert re.search(r"training on distilled: 100%.* 10/10 .*step", shown)
     assert re.search(r"testing distilled: 100%.* 2/2 .*network", shown)
 
 
@@ -101,7 +185,7 @@ def test_progress_counts_the_steps_of_training_and_the_networks_that_are_tested(
     ("words", "message"),
     [
         (["--architectures=ResNet"], "'ResNet'; did you mean 'ResNet18'?"),
-        (["--architectures=VGG11"], "image_size is 8; it must be at least 32"),
+        (["--architectures=VGG11"], "image_size=8: it must be an integer of at least 32"),
         (["--scores", "--gin_param=Evaluator.full_data_networks = 0"], "full_data_networks"),
     ],
 )
@@ -109,8 +193,7 @@ def test_what_cannot_be_measured_is_one_line(
     words: list[str], message: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main([str(run_dir), *words]) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert message in err[0]
+    assert message in one_error(capsys)
 
 
 def test_scores_and_hard_labels(judged: Callable[..., dict[str, Any]]) -> None:
@@ -212,3 +295,20 @@ def test_another_set_of_a_run_and_anothers_are_told_apart(
     theirs = judged(*words)
     assert theirs["accuracy"]["distilled"] == judged("--only=distilled")["accuracy"]["distilled"]
     assert theirs["distilled_set"]["foreign"] == "theirs.pt"
+
+
+def test_a_set_of_version_0_1_is_judged_as_another_set_of_a_run(
+    judged: Callable[..., dict[str, Any]],
+) -> None:
+    found = judged(f"--set={OLD_RUN / 'distilled.safetensors'}", "--only=distilled")
+    assert found["outer_steps"] == 3
+    assert found["accuracy"]["distilled"]["networks"] == 2
+
+
+def test_a_run_of_version_0_1_is_refused_in_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate.main([str(OLD_RUN)]) == 2
+    message = one_error(capsys)
+    assert f"{OLD_RUN} holds a run of version 0.1" in message
+    assert "--set" in message

@@ -14,8 +14,7 @@ from bilevel import ConfigurationError, Key
 from dd.augmentation import NoAugmentation
 from dd.data import Standardize
 from dd.data.prepared import PreparedData
-from dd.evaluation import evaluator as evaluator_module
-from dd.evaluation.evaluator import Accuracy, Evaluator
+from dd.evaluation.evaluator import Accuracy, Evaluator, accuracy
 
 CLASSES = 3
 KEY = Key(0)
@@ -60,24 +59,22 @@ def evaluator(**arguments: Any) -> Evaluator:
     return Evaluator(**{**defaults, **arguments})
 
 
-class Recorder:
-    """Stands in for the training of one network, and notes what it was trained on."""
+class Noted(nn.Module):
+    """A network that notes what it is trained on, and how many images it is judged on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sets: list[tuple[Tensor, Tensor]] = []
-        self.judged: list[str] = []
-        train, judge = Evaluator._train, evaluator_module.accuracy
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.trained_on: list[Tensor] = []
+        self.judged_on: list[int] = []
 
-        def noted_train(self_: Evaluator, images: Tensor, labels: Tensor, *rest: Any) -> Any:
-            self.sets.append((images, labels))
-            return train(self_, images, labels, *rest)
-
-        def noted_judge(network: Any, params: Any, images: Tensor, labels: Tensor) -> float:
-            self.judged.append({30: "validation", 27: "test"}[len(images)])
-            return judge(network, params, images, labels)
-
-        monkeypatch.setattr(Evaluator, "_train", noted_train)
-        monkeypatch.setattr(evaluator_module, "accuracy", noted_judge)
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.trained_on.append(images)
+        else:
+            self.judged_on.append(len(images))
+        logits: Tensor = self.network(images)
+        return logits
 
 
 # How good.
@@ -120,7 +117,7 @@ def test_accuracy_is_exact(network: nn.Module) -> None:
     images, labels = examples(1203, seed=5)
     params = {name: torch.zeros_like(value) for name, value in network.named_parameters()}
     params["3.bias"] = torch.tensor([0.0, 1.0, 0.0])
-    found = evaluator_module.accuracy(network, params, images, labels)
+    found = accuracy(network, params, images, labels)
     assert found == int((labels == 1).sum()) / 1203
 
 
@@ -151,39 +148,36 @@ def test_validation_can_choose_the_early_stage(network: nn.Module) -> None:
     assert result != evaluator(steps=[60]).distilled(images, labels, network, contrary, KEY)
 
 
-def test_the_test_set_is_seen_once_by_each_network_after_every_choice(
-    network: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = Recorder(monkeypatch)
+def test_the_test_set_is_seen_once_by_each_network_after_every_choice(network: nn.Module) -> None:
+    noted = Noted(network)
     test_images, test_labels = examples(27, seed=3)
     parts = data(test_images=test_images, test_labels=test_labels)
     images, labels = examples(6, seed=4)
-    evaluator(networks=3, steps=(1, 2, 3, 4)).distilled(images, labels, network, parts, KEY)
-    assert seen.judged == ["validation"] * 12 + ["test"] * 3
-    seen.judged.clear()
-    evaluator(validation_networks=3).validation(images, labels, network, parts, KEY)
-    assert seen.judged == ["validation"] * 3
+    evaluator(networks=3, steps=(1, 2, 3, 4)).distilled(images, labels, noted, parts, KEY)
+    validation, test = 30, 27
+    assert noted.judged_on == [validation] * 12 + [test] * 3
+    noted.judged_on.clear()
+    evaluator(validation_networks=3).validation(images, labels, noted, parts, KEY)
+    assert noted.judged_on == [validation] * 3
 
 
 # What is trained on.
 
 
 def test_random_real_draws_as_many_of_each_class_and_others_for_each_network(
-    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+    network: nn.Module,
 ) -> None:
-    seen, parts = Recorder(monkeypatch), data()
+    noted, parts = Noted(network), data()
     train_rows = {
         tuple(image.flatten().tolist()): int(label)
         for image, label in zip(parts.train_images, parts.train_labels, strict=True)
     }
-    monkeypatch.setattr(evaluator_module, "accuracy", lambda *arguments: 0.5)
-    evaluator(networks=4, steps=(1,)).random_real(3, network, parts, KEY)
-    assert len(seen.sets) == 4
+    evaluator(networks=4, steps=(1,)).random_real(3, noted, parts, KEY)
+    assert len(noted.trained_on) == 4
     drawn = []
-    for images, labels in seen.sets:
-        assert torch.bincount(labels).tolist() == [3, 3, 3]
+    for images in noted.trained_on:
         rows = [tuple(image.flatten().tolist()) for image in images]
-        assert [train_rows[row] for row in rows] == labels.tolist()
+        assert [train_rows[row] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         assert len(set(rows)) == 9
         drawn.append(frozenset(rows))
     assert len(set(drawn)) == 4
@@ -194,14 +188,11 @@ def test_more_random_images_than_there_are_is_refused(network: nn.Module) -> Non
         evaluator().random_real(21, network, data(), KEY)
 
 
-def test_full_data_is_all_of_the_training_part(
-    network: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen, parts = Recorder(monkeypatch), data()
-    monkeypatch.setattr(evaluator_module, "accuracy", lambda *arguments: 0.5)
-    evaluator(full_data_networks=2).full_data(network, parts, KEY)
-    assert len(seen.sets) == 2
-    assert all(torch.equal(images, parts.train_images) for images, _ in seen.sets)
+def test_full_data_is_all_of_the_training_part(network: nn.Module) -> None:
+    noted, parts = Noted(network), data()
+    evaluator(full_data_networks=2, full_data_steps=(1,)).full_data(noted, parts, KEY)
+    assert len(noted.trained_on) == 2
+    assert all(torch.equal(images, parts.train_images) for images in noted.trained_on)
 
 
 def test_full_data_can_be_left_out(network: nn.Module) -> None:
@@ -254,14 +245,14 @@ def test_networks_are_independent(network: nn.Module) -> None:
 
 @given(values=st.lists(st.floats(0, 1), min_size=2, max_size=8))
 def test_mean_and_sample_standard_deviation(values: list[float]) -> None:
-    accuracy = Accuracy(tuple(values), steps=300)
+    found = Accuracy(tuple(values), steps=300)
     tensor = torch.tensor(values, dtype=torch.float64)
-    assert accuracy.mean == pytest.approx(float(tensor.mean()))
-    assert accuracy.std == pytest.approx(float(tensor.std(correction=1)), abs=1e-12)
-    assert accuracy.std == statistics.stdev(values)
-    assert accuracy.as_dict() == {
-        "mean": accuracy.mean,
-        "std": accuracy.std,
+    assert found.mean == pytest.approx(float(tensor.mean()))
+    assert found.std == pytest.approx(float(tensor.std(correction=1)), abs=1e-12)
+    assert found.std == statistics.stdev(values)
+    assert found.as_dict() == {
+        "mean": found.mean,
+        "std": found.std,
         "networks": len(values),
         "values": values,
         "steps": 300,

@@ -2,71 +2,64 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import (
+    GIN,
+    INNER_STEPS,
+    OUTER_STEPS,
+    arguments,
+    curve,
+    experiment,
+    one_error,
+    shown_in,
+)
 
-import bilevel
-from dd import config, evaluate, experts, train
+from dd import config, experts, train
 from dd.data import Standardize
-from dd.distillation.state import TrainingState
+from dd.distillation.loop import Stepped, begin, outer_loop
 from dd.evaluation.distilled_set import DistilledSet
 from dd.experiment import Experiment
 from dd.networks import ConvNet
-from dd.objectives.expert_buffer import ExpertBuffer, describe
+from dd.objectives.expert_buffer import ExpertBuffer, ExpertWriter, describe
 from dd.runtime.files import DamagedFileError, read_tensors
+from dd.runtime.precision import allow_tf32
 from dd.runtime.stopping import StopRequest
 
-GIN = Path(__file__).parents[2] / "gin"
-COUNT, SNAPSHOTS, INNER_STEPS, OUTER_STEPS = 3, 4, 5, 3
-TINY = {
-    "Experts.count": COUNT,
-    "Experts.snapshots": SNAPSHOTS,
-    "Experts.steps_between_snapshots": 2,
-    "Experts.batch_size": 32,
-    "ConvNet.width": 4,
-    "ConvNet.depth": 1,
-    "MatchExperts.max_start": 3,
-    "MatchExperts.target_after": 2,
-    "Distiller.outer_steps": OUTER_STEPS,
-    "Distiller.inner_steps": INNER_STEPS,
-    "Distiller.validate_every": 2,
-    "Evaluator.networks": 2,
-    "Evaluator.steps": [3],
-    "Evaluator.validation_steps": 3,
+ATT, MTT = "cifar10_att_cpu.gin", "cifar10_mtt_cpu.gin"
+COUNT, SNAPSHOTS = 3, 4
+TINY_EXPERTS: dict[str, Any] = {
+    "Experiment__dataset": "@digits()",
+    "ConvNet__width": 4,
+    "Experts__count": COUNT,
+    "Experts__snapshots": SNAPSHOTS,
+    "Experts__steps_between_snapshots": 2,
+    "Experts__batch_size": 32,
+    "MatchExperts__max_start": 3,
+    "MatchExperts__target_after": 2,
+    "Distiller__validate_every": 2,
 }
-Run = Callable[..., int]
 
 
-def arguments(folder: Path, file: str = "cifar10_att_cpu.gin", **changes: Any) -> list[str]:
-    """The arguments of tiny experts of digits; in `changes`, `__` stands for a dot."""
-    bindings = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
-    words = [f"--gin_param={name} = {value!r}" for name, value in bindings.items()]
-    return [
-        f"--gin_file={GIN / file}",
-        "--gin_param=Experiment.dataset = @digits()",
-        f"--gin_param=Experts.folder = {str(folder)!r}",
-        *words,
-    ]
+def words(experts_in: Path, run_dir: Path | None = None, file: str = ATT, **changes: Any) -> Any:
+    """The arguments of a command with tiny experts of digits."""
+    tiny = {**TINY_EXPERTS, "Experts__folder": str(experts_in), **changes}
+    return arguments(run_dir, file=file, **tiny)
 
 
-@pytest.fixture(autouse=True)
-def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (train, evaluate, experts):
-        monkeypatch.setattr(module, "keep_freed_memory", lambda: True)
+def matching(experts_in: Path) -> Experiment:
+    """The experiment of the same."""
+    return experiment(file=ATT, **{**TINY_EXPERTS, "Experts__folder": str(experts_in)})
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished buffer; tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("experts") / "buffer"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "keep_freed_memory", lambda: True)
-        assert experts.main(arguments(folder)) == 0
+    assert experts.main(words(folder)) == 0
     return folder
 
 
@@ -82,12 +75,6 @@ def index_of(folder: Path) -> dict[str, Any]:
 
 def opened(folder: Path) -> ExpertBuffer:
     return ExpertBuffer(folder, index_of(folder)["description"])
-
-
-def one_error(capsys: pytest.CaptureFixture[str]) -> str:
-    err = capsys.readouterr().err
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 # Training.
@@ -131,38 +118,33 @@ def test_stopped_halfway_and_run_again_gives_the_bits_of_one_run(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, stop = tmp_path / "buffer", StopRequest()
-    write = experts.ExpertWriter.write
+    write = ExpertWriter.write
 
-    def stop_after_one(self: Any, *words: Any) -> None:
-        write(self, *words)
+    def stop_after_one(self: ExpertWriter, *arguments: Any) -> None:
+        write(self, *arguments)
         stop.signal_number = 2
 
-    monkeypatch.setattr(experts.ExpertWriter, "write", stop_after_one)
-    experiment = config.load(*split(arguments(folder)))
-    data = experiment.prepare()
-    job = data, experiment.network, experiment.key.fold("experts"), experiment.describe(data)
-    settings: Any = experiment.distiller.objective
-    writer = settings.experts.train(*job, stop)
-    assert writer.done == {0}
+    monkeypatch.setattr(ExpertWriter, "write", stop_after_one)
+    made = matching(folder)
+    data = made.prepare()
+    given = data, made.network, made.key.fold("experts"), made.describe(data)
+    settings = made.distiller.objective.experts
+    assert settings is not None
+    assert settings.train(*given, stop).done == {0}
     before = (folder / "expert_0000.safetensors").stat().st_mtime_ns
     monkeypatch.undo()
-    assert settings.experts.train(*job, StopRequest()).done == set(range(COUNT))
+    assert settings.train(*given, StopRequest()).done == set(range(COUNT))
     assert (folder / "expert_0000.safetensors").stat().st_mtime_ns == before
     for expert in range(COUNT):
         name = f"expert_{expert:04d}.safetensors"
         assert (folder / name).read_bytes() == (trained / name).read_bytes()
 
 
-def split(words: list[str]) -> tuple[list[str], list[str]]:
-    files = [word.split("=", 1)[1] for word in words if word.startswith("--gin_file")]
-    return files, [word.split("=", 1)[1] for word in words if word.startswith("--gin_param")]
-
-
 def test_bfloat16_halves_the_file_and_the_index_states_its_effect(
     trained: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "buffer"
-    assert experts.main(arguments(folder, Experts__storage="bfloat16", Experts__count=1)) == 0
+    assert experts.main(words(folder, Experts__storage="bfloat16", Experts__count=1)) == 0
     name = "expert_0000.safetensors"
     stored = read_tensors(folder / name)[0]["snapshots"]
     exact = read_tensors(trained / name)[0]["snapshots"]
@@ -188,7 +170,7 @@ def test_other_experts_are_not_mixed_in(
     changes: dict[str, Any], name: str, buffer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = index_of(buffer)
-    assert experts.main(arguments(buffer, **changes)) == 2
+    assert experts.main(words(buffer, **changes)) == 2
     message = one_error(capsys)
     assert f"have {name} " in message
     assert str(buffer) in message
@@ -265,17 +247,15 @@ def test_stretches_start_and_end_where_they_may(trained: Path) -> None:
 @pytest.fixture(scope="module")
 def distilled(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("att") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "keep_freed_memory", lambda: True)
-        assert train.main([*arguments(trained), f"--run_dir={folder}"]) == 0
+    assert train.main(words(trained, folder)) == 0
     return folder
 
 
 def test_a_run_shows_the_nearest_step_the_rate_and_the_mismatch(distilled: Path) -> None:
-    shown = EventAccumulator(str(distilled / "events"), size_guidance={"scalars": 0}).Reload()
+    shown = shown_in(distilled)
 
     def values(name: str) -> list[float]:
-        return [event.value for event in shown.Scalars(name)]
+        return curve(shown, name)
 
     nearest = values("matching/nearest_step")
     assert len(nearest) == OUTER_STEPS
@@ -296,68 +276,31 @@ def test_the_set_carries_its_learned_rate_and_the_average_is_kept(distilled: Pat
     assert average.images.shape == found.images.shape
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    trained: Path, distilled: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    for steps in (1, OUTER_STEPS):
-        words = arguments(trained, Distiller__outer_steps=steps)
-        assert train.main([*words, f"--run_dir={folder}"]) == 0
-    whole, resumed = (
-        read_tensors(run / "checkpoint.safetensors")[0] for run in (distilled, folder)
-    )
-    assert {"outer.images", "outer.rate", "average", "optimizer.0.momentum_buffer"} <= set(whole)
-    assert set(whole) == set(resumed)
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]), name
-
-
 def test_mtt_differentiates_every_step(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = arguments(trained, "cifar10_mtt_cpu.gin", Distiller__outer_steps=2)
-    assert train.main([*words, f"--run_dir={folder}"]) == 0
-    shown = EventAccumulator(str(folder / "events"), size_guidance={"scalars": 0}).Reload()
-    assert [event.value for event in shown.Scalars("window/stop")] == [INNER_STEPS] * 2
+    assert train.main(words(trained, folder, MTT, Distiller__outer_steps=2)) == 0
+    assert curve(shown_in(folder), "window/stop") == [INNER_STEPS] * 2
 
 
 def test_without_experts_training_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*arguments(tmp_path / "none"), f"--run_dir={tmp_path / 'run'}"]
-    assert train.main(words) == 2
+    assert train.main(words(tmp_path / "none", tmp_path / "run")) == 2
     assert "python -m dd.experts" in one_error(capsys)
 
 
-def test_the_average_follows_the_images(tmp_path: Path, trained: Path) -> None:
+def test_the_average_follows_the_images(trained: Path) -> None:
     """a ← d·a + (1 − d)·x, from the first images on."""
-    images: list[torch.Tensor] = []
-    save = TrainingState.save
-
-    def noted(self: TrainingState, path: Path) -> None:
-        images.append(self.outer["images"].detach().clone())
-        save(self, path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingState, "save", noted)
-        for steps in (1, 2):
-            words = arguments(trained, Distiller__outer_steps=steps, Distiller__average_decay=0.7)
-            assert train.main([*words, f"--run_dir={tmp_path / 'run'}"]) == 0
-    experiment = config.load(*split(arguments(trained)))
-    start = first_images(experiment)
-    # The first is saved before the first step.
-    torch.testing.assert_close(images[0], start)
-    average = 0.7 * (0.7 * start + 0.3 * images[1]) + 0.3 * images[2]
-    found = read_tensors(tmp_path / "run" / "checkpoint.safetensors")[0]["average"]
-    torch.testing.assert_close(found, average)
-
-
-def first_images(experiment: Experiment) -> torch.Tensor:
-    data = experiment.prepare()
-    generator = bilevel.Key(experiment.seed).generator("synthetic")
-    outer = experiment.synthetic.create(
-        data.train_images, data.train_labels, data.num_classes, generator
-    )
-    return outer["images"].detach()
+    made = matching(trained)
+    made.distiller.average_decay = 0.7
+    run = begin(made.distiller, made.task(made.prepare(), None))
+    assert run.state.average is not None
+    expected = run.state.outer["images"].detach().clone()
+    for event in outer_loop(run):
+        if isinstance(event, Stepped):
+            expected = 0.7 * expected + 0.3 * run.state.outer["images"].detach()
+            torch.testing.assert_close(run.state.average, expected)
+    assert not torch.equal(run.state.average, run.state.outer["images"])
 
 
 @pytest.mark.parametrize(
@@ -369,20 +312,21 @@ def first_images(experiment: Experiment) -> torch.Tensor:
         ("Distiller.average_decay = 1.0", "average_decay=1.0"),
         ("Experts.storage = 'float16'", "storage='float16'"),
         ("MatchExperts.experts = @Experts", "experts"),
-        ("Distiller.alignment = @PrototypeAlignment()", "alignment: MatchExperts makes no use"),
     ],
 )
 def test_wrong_settings_are_named(binding: str, message: str) -> None:
     with pytest.raises(config.ConfigError, match=message):
         config.load(
-            [str(GIN / "cifar10_att_cpu.gin")],
+            [str(GIN / ATT)],
             ["Experiment.dataset = @digits()", "sgd.lr = 0.1", binding],
         )
 
 
-def test_of_a_precision_matching_takes_tf32_alone() -> None:
-    base = ["Experiment.dataset = @digits()", "Distiller.precision = @Precision()"]
-    files = [str(GIN / "cifar10_att_cpu.gin")]
-    assert config.load(files, [*base, "Precision.tf32 = True"]).distiller.precision.tf32
-    with pytest.raises(config.ConfigError, match="precision: MatchExperts makes no use of it"):
-        config.load(files, [*base, "Precision.inner = 'bfloat16'"])
+def test_tensorfloat_is_for_matching_too(trained: Path) -> None:
+    made = matching(trained)
+    made.distiller.tf32 = True
+    try:
+        begin(made.distiller, made.task(made.prepare(), None))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        allow_tf32(False)

@@ -14,7 +14,7 @@ from dd.distillation.settings import Distiller
 from dd.evaluation.evaluator import Evaluator
 from dd.networks import ConvNet
 from dd.objectives.real_images import MetaLoss
-from dd.runtime.precision import Precision
+from dd.runtime.precision import Precision, allow_tf32
 from dd.synthetic.dataset import SyntheticDataset
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_the_default_and_the_memory_format_change_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("inner", "float64"), ("outer", 16), ("tf32", "yes"), ("channels_last", 1)],
+    [("inner", "float64"), ("outer", 16), ("channels_last", 1)],
 )
 def test_a_value_that_cannot_work(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{argument}="):
@@ -80,7 +80,7 @@ def test_evaluation_is_in_full_float32_and_leaves_the_flags_as_they_were() -> No
         validation_images=images, validation_labels=labels, test_images=images, test_labels=labels
     )
     try:
-        Precision(tf32=True).set_global_flags()
+        allow_tf32(True)
         evaluator = Evaluator(networks=1, steps=[1], validation_steps=1)
         network, key = Network(2, 2), bilevel.Key(0)
         evaluator.distilled(images, labels, network, data, key)  # type: ignore[arg-type]
@@ -118,6 +118,7 @@ def test_auto_needs_something_to_compile_for(monkeypatch: pytest.MonkeyPatch) ->
     assert distiller().compiles == torch.cuda.is_available()
 
 
-def test_compile_takes_no_other_value() -> None:
-    with pytest.raises(ValueError, match="compile='yes'"):
-        distiller(compile="yes")
+@pytest.mark.parametrize("name", ["compile", "tf32"])
+def test_switches_take_no_other_value(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}='yes'"):
+        distiller(**{name: "yes"})

@@ -1,7 +1,6 @@
 """The commands in several processes: one run, as if one process had done all of it."""
 
 import copy
-import json
 import os
 import re
 import shutil
@@ -15,49 +14,30 @@ from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import OUTER_STEPS, arguments, curve, experiment, results_of, shown_in, steps_of
 
 import bilevel
-from dd import config, train
+from dd import train
 from dd.data.prepared import RealBatches
 from dd.evaluation.distilled_set import DistilledSet
 from dd.objectives.real_images import MetaLoss
 from dd.runtime import devices
 from dd.runtime.files import read_tensors
 
-DIGITS = Path(__file__).parents[2] / "gin" / "digits.gin"
 FAILING = Path(__file__).with_name("failing_train.py")
-OUTER_STEPS = 6
-TINY = {
-    "Distiller.outer_steps": OUTER_STEPS,
-    "Distiller.minutes": None,
-    "Distiller.inner_steps": 6,
-    "Distiller.real_batch": 50,
-    "Distiller.validate_every": 3,
-    "Distiller.snapshot_minutes": [1e-4],
-    "RandomWindow.window": 3,
+CHANGES: dict[str, Any] = {
+    "Distiller__validate_every": 3,
     # So that the schedule has a state, and the failure comes between two draws.
-    "RandomWindow.refresh": 2,
-    "ConvNet.width": 8,
-    "ConvNet.depth": 1,
-    "Evaluator.networks": 3,
-    "Evaluator.steps": [5, 10],
-    "Evaluator.full_data_networks": 1,
-    "Evaluator.full_data_steps": [5],
-    "Evaluator.validation_networks": 3,
-    "Evaluator.validation_steps": 5,
+    "RandomWindow__refresh": 2,
+    "Evaluator__networks": 3,
+    "Evaluator__steps": [5, 10],
+    "Evaluator__validation_networks": 3,
 }
 
 
-def parameters(**changes: Any) -> list[str]:
-    """The bindings of a tiny run; in `changes`, `__` stands for a dot."""
-    bindings = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
-    return [f"{name} = {value!r}" for name, value in bindings.items()]
-
-
-def arguments(run_dir: Path | str, **changes: Any) -> list[str]:
-    bindings = [f"--gin_param={binding}" for binding in parameters(**changes)]
-    return [f"--gin_file={DIGITS}", f"--run_dir={run_dir}", *bindings]
+def words(*lines: str, **changes: Any) -> list[str]:
+    """The arguments of a tiny run in the folder `run`."""
+    return arguments("run", *lines, **CHANGES, **changes)
 
 
 def two_processes(cwd: Path, *words: str) -> subprocess.Popen[str]:
@@ -73,15 +53,10 @@ def two_processes(cwd: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def results_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
-
-
 def scalars(folder: Path, name: str) -> dict[int, float]:
     """The values of a scalar by step; a step that was shown twice is an error."""
-    accumulator = EventAccumulator(str(folder / "events"), size_guidance={"scalars": 0})
-    found = [(event.step, event.value) for event in accumulator.Reload().Scalars(name)]
+    shown = shown_in(folder)
+    found = list(zip(steps_of(shown, name), curve(shown, name), strict=True))
     assert len(dict(found)) == len(found)
     return dict(found)
 
@@ -90,7 +65,7 @@ def scalars(folder: Path, name: str) -> dict[int, float]:
 def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, bytes]:
     """The folder of a run whose process 1 failed, its status and stderr, and its checkpoint."""
     cwd = tmp_path_factory.mktemp("two")
-    running = two_processes(cwd, str(FAILING), *arguments("run"))
+    running = two_processes(cwd, str(FAILING), *words())
     _, err = running.communicate(timeout=400)
     checkpoint = (cwd / "run" / "checkpoint.safetensors").read_bytes()
     return cwd / "run", running.returncode, err, checkpoint
@@ -100,7 +75,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, by
 def finished(failed: tuple[Path, int, str, bytes]) -> tuple[Path, str]:
     """The same run after it was resumed and finished in two processes, and what it printed."""
     folder = failed[0]
-    running = two_processes(folder.parent, "-m", "dd.train", *arguments("run"))
+    running = two_processes(folder.parent, "-m", "dd.train", *words())
     out, err = running.communicate(timeout=400)
     assert running.returncode == 0, err
     assert "Traceback" not in err
@@ -125,7 +100,7 @@ class Reference:
 @pytest.fixture(scope="module")
 def in_one_process() -> Reference:
     """The run as one process does it that averages over the draws of both."""
-    whole = config.load([str(DIGITS)], parameters())
+    whole = experiment(**CHANGES)
     settings, data, found = whole.distiller, whole.prepare(), Reference()
     outer = whole.synthetic.create(
         data.train_images, data.train_labels, data.num_classes, whole.key.generator("synthetic")
@@ -199,11 +174,11 @@ def test_two_processes_learn_what_one_learns_from_both_their_draws(
 
 
 def test_networks_are_judged_as_by_one_process(finished: tuple[Path, str], tmp_path: Path) -> None:
-    whole = config.load([str(DIGITS)], parameters())
+    whole = experiment(**CHANGES)
     alone = whole.evaluate(finished[0] / "distilled.safetensors", tmp_path / "alone.json")
     results = results_of(finished[0])
     assert results["status"] == "complete"
-    assert results["accuracy"] == alone["accuracy"]
+    assert results["accuracy"] == alone.as_dict()["accuracy"]
     assert [results["accuracy"][name]["networks"] for name in results["accuracy"]] == [3, 3, 1]
 
 
@@ -239,10 +214,10 @@ def test_what_is_shown_is_the_average(
 
 
 def test_one_process_can_go_on_where_two_stopped(
-    run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "keep_freed_memory", lambda: True)
-    assert train.main(arguments(run_copy, Distiller__outer_steps=OUTER_STEPS + 1)) == 0
+    more = arguments(run_copy, **CHANGES, Distiller__outer_steps=OUTER_STEPS + 1)
+    assert train.main(more) == 0
     assert "this run had 2 processes and goes on with 1" in capsys.readouterr().err
     _, metadata = read_tensors(run_copy / "checkpoint.safetensors")
     assert metadata["processes"] == 1
@@ -261,8 +236,7 @@ def test_stages_are_those_of_the_first_process(tmp_path: Path) -> None:
         "ByMetric.patience = (1, 1)",
         "ByMetric.block = 1",
     ]
-    words = [*arguments("run"), *(f"--gin_param={binding}" for binding in stages)]
-    running = two_processes(tmp_path, "-m", "dd.train", *words)
+    running = two_processes(tmp_path, "-m", "dd.train", *words(*stages))
     _, err = running.communicate(timeout=400)
     assert running.returncode == 0, err
     assert err.count("the early stage ends") == err.count("the middle stage ends") == 1
@@ -273,9 +247,7 @@ def test_stages_are_those_of_the_first_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_signal_stops_both_after_the_same_step(tmp_path: Path) -> None:
-    running = two_processes(
-        tmp_path, "-m", "dd.train", *arguments("run", Distiller__outer_steps=10**6)
-    )
+    running = two_processes(tmp_path, "-m", "dd.train", *words(Distiller__outer_steps=10**6))
     folder = tmp_path / "run"
     try:
         deadline = time.monotonic() + 100
@@ -308,7 +280,7 @@ def test_evaluate_shares_the_networks_out(run_copy: Path) -> None:
 
 @pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
-    running = two_processes(tmp_path, "-m", "dd.train", *arguments("run", RandomWindow__windw=3))
+    running = two_processes(tmp_path, "-m", "dd.train", *words(RandomWindow__windw=3))
     _, err = running.communicate(timeout=400)
     assert running.returncode != 0
     assert err.count("RandomWindow has no parameter 'windw'") == 1

@@ -7,36 +7,32 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import GIN, curve, shown_in
+from tiny_runs import distil as distil_in
+from tiny_runs import experiment as tiny_experiment
 from torch.func import functional_call
 
 import bilevel
 from bilevel.truncation import Stage
 from dd import config
 from dd.data.prepared import PreparedData
-from dd.distillation.loop import CHECKPOINT, Distillation
+from dd.distillation.loop import CHECKPOINT, Distillation, begin, progress
 from dd.distillation.state import TrainingState
 from dd.experiment import Experiment
-from dd.objectives.difficulty import DifficultyPacing
-from dd.objectives.real_images import SCORES
+from dd.objectives.difficulty import SCORES, DifficultyPacing
 from dd.runtime.files import DamagedFileError, read_tensors
-from dd.runtime.stopping import StopRequest
 
-GIN = Path(__file__).parents[2] / "gin"
 INNER_STEPS, OUTER_STEPS = 10, 9
-TINY = [
-    "ConvNet.width = 4",
-    "ConvNet.depth = 1",
-    f"Distiller.outer_steps = {OUTER_STEPS}",
-    f"Distiller.inner_steps = {INNER_STEPS}",
-    "Distiller.minutes = None",
-    "Distiller.real_batch = 40",
-    "Distiller.held_out_batch = 50",
-    "Distiller.image_every = 3",
-    "RandomWindow.window = 4",
-]
+TINY: dict[str, Any] = {
+    "ConvNet__width": 4,
+    "Distiller__outer_steps": OUTER_STEPS,
+    "Distiller__inner_steps": INNER_STEPS,
+    "Distiller__image_every": 3,
+    "Distiller__snapshot_minutes": [],
+    "RealImages__real_batch": 40,
+    "RealImages__held_out_batch": 50,
+    "RandomWindow__window": 4,
+}
 STAGE_AWARE = [
     "Distiller.truncation = @StageAware()",
     "StageAware.window = 4",
@@ -52,43 +48,18 @@ BY_METRIC = [
     "ByMetric.block = 2",
 ]
 BY_FRACTION = [*STAGE_AWARE, "StageAware.transition = @ByFraction()"]
-POLICY = [
-    "Distiller.truncation = @WithinTrajectoryPolicy()",
-    "WithinTrajectoryPolicy.window = 4",
-    "WithinTrajectoryPolicy.width_range = 2",
-]
 #: Real images whose share grows with the stages, read ahead of the steps.
 PACED = [
     *BY_METRIC,
-    "Distiller.objective = @RealImages()",
     "RealImages.pacing = @DifficultyPacing()",
     "DifficultyPacing.networks = 1",
     "DifficultyPacing.epochs = 1",
     "Experiment.images_on = 'host'",
 ]
-SCHEDULES = {
-    "by metric": BY_METRIC,
-    "by fraction": BY_FRACTION,
-    "policy": POLICY,
-    "paced by stage": PACED,
-}
-
-
-class StopAfter(StopRequest):
-    """As if Ctrl-C came after some outer steps."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left = steps
-
-    @property
-    def requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 def experiment(*bindings: str) -> Experiment:
-    return config.load([str(GIN / "digits.gin")], [*TINY, *bindings])
+    return tiny_experiment(*bindings, **TINY)
 
 
 @cache
@@ -96,67 +67,16 @@ def prepared(images_on: str = "device") -> PreparedData:
     return experiment(f"Experiment.images_on = {images_on!r}").prepare()
 
 
-def distil(folder: Path, bindings: list[str], stop_after: int = 10**6) -> TrainingState:
+def distil(folder: Path, bindings: list[str], until: int | None = None) -> TrainingState:
+    """The state at the end of a run, or after so many outer steps."""
     made = experiment(*bindings)
-    return made.distiller.distil(
-        made.task(prepared(made.images_on), folder), StopAfter(stop_after), "", lambda: None
-    )
+    return distil_in(made, prepared(made.images_on), folder, until).state
 
 
-def events(folder: Path) -> EventAccumulator:
-    guidance = {"scalars": 0, "histograms": 0, "images": 1, "tensors": 0}
-    return EventAccumulator(str(folder / "events"), size_guidance=guidance).Reload()
-
-
-def curve(shown: EventAccumulator, name: str) -> list[float]:
-    return [event.value for event in shown.Scalars(name)]
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name]))
-        for name in one
-        if one[name] is not None or other[name] is not None
-    )
-
-
-# Resuming.
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainingState]:
-    return {
-        name: distil(tmp_path_factory.mktemp("run"), bindings)
-        for name, bindings in SCHEDULES.items()
-    }
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@settings(max_examples=2)
-@given(first=st.integers(1, OUTER_STEPS - 1), second=st.integers(0, OUTER_STEPS))
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    name: str,
-    first: int,
-    second: int,
-    uninterrupted: dict[str, TrainingState],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    folder = tmp_path_factory.mktemp("resumed")
-    for stop_after in (first, second):
-        assert distil(folder, SCHEDULES[name], stop_after).step <= OUTER_STEPS
-    found, expected = distil(folder, SCHEDULES[name]), uninterrupted[name]
-    assert found.step == OUTER_STEPS
-    assert torch.equal(found.outer["images"], expected.outer["images"])
-    assert same(found.truncation.state_dict(), expected.truncation.state_dict())
-
-
-def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path) -> None:
-    distil(tmp_path, BY_METRIC, 3)
-    before = (tmp_path / CHECKPOINT).read_bytes()
-    for other in (BY_FRACTION, POLICY):
-        with pytest.raises(ValueError, match="checkpoint"):
-            distil(tmp_path, other)
-    assert (tmp_path / CHECKPOINT).read_bytes() == before
+def begun(folder: Path, bindings: list[str]) -> Distillation:
+    """A run before its first outer step."""
+    made = experiment(*bindings)
+    return begin(made.distiller, made.task(prepared(made.images_on), folder))
 
 
 # Metrics.
@@ -166,7 +86,7 @@ def test_by_metric_goes_through_the_stages_and_says_so(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     distil(tmp_path, BY_METRIC)
-    shown = events(tmp_path)
+    shown = shown_in(tmp_path)
     assert curve(shown, "schedule/stage") == [0, 0, 0, 1, 1, 1, 1, 2, 2]
     said = [line for line in capfd.readouterr().err.splitlines() if "stage begins" in line]
     assert len(said) == 2
@@ -179,41 +99,38 @@ def test_by_metric_goes_through_the_stages_and_says_so(
 
 def test_by_fraction_goes_through_the_stages(tmp_path: Path) -> None:
     distil(tmp_path, BY_FRACTION)
-    assert curve(events(tmp_path), "schedule/stage") == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert curve(shown_in(tmp_path), "schedule/stage") == [0, 0, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_progress_is_by_steps_or_by_time() -> None:
     distiller = experiment("Distiller.minutes = 2").distiller
     state = TrainingState({}, None, None, distiller.truncation, step=3, seconds=30.0)  # type: ignore[arg-type]
-    assert distiller.progress(state) == pytest.approx(3 / OUTER_STEPS)
-    assert not distiller.finished(state)
+    assert progress(distiller, state) == pytest.approx(3 / OUTER_STEPS)
     state.seconds = 60.0
-    assert distiller.progress(state) == pytest.approx(0.5)
+    assert progress(distiller, state) == pytest.approx(0.5)
     state.seconds = 120.0
-    assert distiller.finished(state)
+    assert progress(distiller, state) == pytest.approx(1)
 
 
 def test_the_held_out_accuracy_is_that_of_the_network_at_the_window_s_end(tmp_path: Path) -> None:
     """On a fixed batch of the validation split: nothing of the test set, nothing trained on."""
-    made = experiment(*BY_METRIC)
-    work = made.task(prepared(), tmp_path)
-    run = Distillation(made.distiller, work, made.distiller._initial_state(work))
-    held_out = run.goal.held_out
+    run: Any = begun(tmp_path, BY_METRIC)
+    held_out = run.objective.held_out
     assert len(set(held_out.tolist())) == len(held_out) == 50
-    again = Distillation(made.distiller, work, made.distiller._initial_state(work))
-    assert torch.equal(held_out, again.goal.held_out)
-    batch = run.goal.real.at(0)
-    result = run.hypergradient(run.state.outer, batch, work.key.generator("outer", 0))
+    assert torch.equal(held_out, begun(tmp_path, BY_METRIC).objective.held_out)  # type: ignore[attr-defined]
+    batch = run.objective.inputs(0, Stage.EARLY)[1]
+    result = run.hypergradient(run.state.outer, batch, run.key.generator("outer", 0))
     distil(tmp_path, BY_METRIC, 1)
-    logits = functional_call(made.network, result.params, (prepared().validation_images[held_out],))
+    validation = prepared().validation_images[held_out]
+    logits = functional_call(run.task.network, result.params, (validation,))
     right = logits.argmax(1) == prepared().validation_labels[held_out]
-    found = curve(events(tmp_path), "outer/held_out_accuracy")
+    found = curve(shown_in(tmp_path), "outer/held_out_accuracy")
     assert found == pytest.approx([float(right.float().mean())])
 
 
 def test_a_schedule_that_does_not_ask_pays_for_no_held_out_accuracy(tmp_path: Path) -> None:
     distil(tmp_path, [], 2)
-    assert "outer/held_out_accuracy" not in events(tmp_path).Tags()["scalars"]
+    assert "outer/held_out_accuracy" not in shown_in(tmp_path).Tags()["scalars"]
 
 
 def test_a_metric_that_is_not_supplied_is_refused_by_name() -> None:
@@ -225,17 +142,14 @@ def test_a_metric_that_is_not_supplied_is_refused_by_name() -> None:
 
 
 def test_every_stage_draws_from_its_own_share_of_the_real_images(tmp_path: Path) -> None:
-    made = experiment(*PACED)
-    work = made.task(prepared("host"), tmp_path)
-    goal = Distillation(made.distiller, work, made.distiller._initial_state(work)).goal
-    pool = DifficultyPacing().pool(
-        read_tensors(tmp_path / SCORES)[0]["scores"], work.data.train_labels
-    )
-    real = work.data.train_images[torch.arange(len(work.data.train_labels))].flatten(1)
+    run = begun(tmp_path, PACED)
+    data = run.task.data
+    pool = DifficultyPacing().pool(read_tensors(tmp_path / SCORES)[0]["scores"], data.train_labels)
+    real = data.train_images[torch.arange(len(data.train_labels))].flatten(1)
     outside = []
     for step in range(3 * len(Stage)):
         stage = Stage(step // 3)
-        images = torch.cat([piece[0] for piece in goal.inputs(step, stage)[1].batches])
+        images = torch.cat([piece[0] for piece in run.objective.inputs(step, stage)[1].batches])
         allowed = set(pool(step, stage).tolist())
         same_image = (images.flatten(1)[:, None] == real).all(2)
         assert same_image.any(1).all()
@@ -264,7 +178,7 @@ def test_a_share_by_stage_needs_a_schedule_with_stages(tmp_path: Path) -> None:
 
 def test_tensorboard_shows_the_windows_and_where_they_come_from(tmp_path: Path) -> None:
     state = distil(tmp_path, BY_FRACTION)
-    shown = events(tmp_path)
+    shown = shown_in(tmp_path)
     starts, stops, widths = (curve(shown, f"window/{n}") for n in ("start", "stop", "width"))
     assert widths == [stop - start for start, stop in zip(starts, stops, strict=True)]
     assert set(widths) <= set(range(2, 7))
@@ -290,7 +204,7 @@ def test_tensorboard_shows_the_windows_and_where_they_come_from(tmp_path: Path) 
 
 def test_profiles_are_of_whole_runs_whatever_the_refresh(tmp_path: Path) -> None:
     distil(tmp_path, [*BY_FRACTION, "StageAware.refresh = 3"])
-    found = events(tmp_path).Histograms("schedule/gradient_norm")
+    found = shown_in(tmp_path).Histograms("schedule/gradient_norm")
     # The recordings that the schedule reads: the first outer step, and the first of the late stage.
     assert [event.step for event in found] == [1, 7]
     assert {len(event.histogram_value.bucket) for event in found} == {INNER_STEPS}
@@ -301,15 +215,13 @@ def test_the_loss_at_stop_is_that_of_the_last_differentiated_step(
     bindings: list[str], tmp_path: Path
 ) -> None:
     bindings = [*bindings, "Experiment.seed = 1"]  # whose first window ends before the run does
-    made = experiment(*bindings)
-    work = made.task(prepared(), tmp_path)
-    run = Distillation(made.distiller, work, made.distiller._initial_state(work))
-    batch = run.goal.real.at(0)
-    result = run.hypergradient(run.state.outer, batch, work.key.generator("outer", 0))
+    run = begun(tmp_path, bindings)
+    batch = run.objective.inputs(0, run.state.truncation.stage)[1]
+    result = run.hypergradient(run.state.outer, batch, run.key.generator("outer", 0))
     assert result.window.stop < INNER_STEPS
     distil(tmp_path, bindings, 1)
     expected = float(result.trace["inner_loss"][result.window.stop - 1])
-    assert curve(events(tmp_path), "inner/loss_at_stop") == [pytest.approx(expected)]
+    assert curve(shown_in(tmp_path), "inner/loss_at_stop") == [pytest.approx(expected)]
 
 
 # Configuration.
@@ -366,7 +278,7 @@ def test_one_line_switches_the_schedule(name: str, binding: str) -> None:
 @pytest.mark.parametrize("name", META_LOSS_FILES)
 def test_one_line_switches_any_file_s_schedule(name: str, binding: str) -> None:
     small = ["Experiment.dataset = @digits()", "ConvNet.depth = 2", "ConvNet.width = 8"]
-    whole = ["Distiller.alignment = None", "SyntheticDataset.patches_per_side = 1"]
+    whole = ["RealImages.alignment = None", "SyntheticDataset.patches_per_side = 1"]
     made = config.load([str(GIN / name)], [*small, *whole, binding])
     assert isinstance(made.distiller.truncation, SWITCHES[binding])
 
@@ -396,6 +308,6 @@ def test_runs_of_any_length_distil(name: str, tmp_path: Path) -> None:
     bindings = [f"Distiller.truncation = @{name}()", f"{name}.minimum = 3"]
     state = distil(tmp_path, [*bindings, "LogUniform.window = None"], 2)
     assert state.step == 2
-    shown = events(tmp_path)
+    shown = shown_in(tmp_path)
     assert curve(shown, "window/start") == [0, 0]
     assert all(3 <= stop <= INNER_STEPS for stop in curve(shown, "window/stop"))

@@ -105,9 +105,16 @@ def brute_force(
 
 
 def solve(
-    problem: TrajectoryMatching, outer: Outer, steps: int, seed: int, schedule: Truncation
+    problem: TrajectoryMatching,
+    outer: Outer,
+    steps: int,
+    seed: int,
+    schedule: Truncation,
+    graph_budget: int | None = None,
 ) -> bilevel.HypergradientResult:
-    hypergradient = bilevel.Hypergradient(problem, bilevel.optim.sgd, steps, schedule)
+    hypergradient = bilevel.Hypergradient(
+        problem, bilevel.optim.sgd, steps, schedule, graph_budget=graph_budget
+    )
     return hypergradient(outer, None, seeded(seed))
 
 
@@ -195,7 +202,7 @@ def peak(steps: int, *, unrolled: bool) -> int:
         if unrolled:
             brute_force(problem, outer, steps, 0, MinimumDistance())
         else:
-            solve(problem, outer, steps, 0, MinimumDistance(minimum=steps))
+            solve(problem, outer, steps, 0, MinimumDistance(minimum=steps), graph_budget=0)
     return memory.peak - steps * outer["start"].numel() * 8
 
 

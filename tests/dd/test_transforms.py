@@ -225,11 +225,11 @@ def test_too_large_images_are_refused_before_any_work(
 @pytest.mark.parametrize(
     ("fit", "message"),
     [
-        (lambda: ZCAWhitening.fit(some_images(), epsilon=0.0), "epsilon is 0.0"),
+        (lambda: ZCAWhitening.fit(some_images(), epsilon=0.0), "epsilon=0.0"),
         (lambda: ZCAWhitening.fit(some_images(1)), "at least 2"),
-        (lambda: KIPWhitening.fit(some_images(), regularization=-1.0), "regularization is -1.0"),
+        (lambda: KIPWhitening.fit(some_images(), regularization=-1.0), "regularization=-1.0"),
         (lambda: KIPWhitening.fit(torch.full((3, 1, 2, 2), 0.3)), "all constant"),
-        (lambda: KIPWhitening.fit(some_images(), chunk=0), "chunk is 0"),
+        (lambda: KIPWhitening.fit(some_images(), chunk=0), "chunk=0"),
         (lambda: Standardize.fit(some_images() * 255), r"must lie in \[0, 1\]"),
         (lambda: Standardize.fit(some_images().long()), "dtype torch.int64"),
         (lambda: Standardize.fit(some_images()[0]), r"must be \[N, C, H, W\]"),
@@ -252,7 +252,7 @@ def test_a_batch_that_does_not_fit_is_refused(kind: str) -> None:
             function(torch.zeros(2, 3, 4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"transformed has dtype torch\.uint8"):
         transform.inverse(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="chunk is 0"):
+    with pytest.raises(ValueError, match="chunk=0"):
         apply_in_chunks(transform, some_images(), chunk=0)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bilevel.checks import check_integer
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
 from dd.data.sources.image_files import check_same_classes, decode_image, list_class_folders
 from dd.runtime.changes import Judging
-from dd.runtime.checks import check_integer
 
 __all__ = ["image_folder"]
 
@@ -38,7 +38,7 @@ def image_folder(
         ValueError: if ``image_size`` is not positive, the classes of ``train/`` and ``test/``
             differ, a split is impossible, or an image cannot be decoded (the message names it).
     """
-    check_integer("image_size", image_size, 1)
+    check_integer("image_size", image_size)
     root = Path(root)
     subsets = [part for part in ("train", "test") if (root / part).is_dir()]
     if len(subsets) == 1:

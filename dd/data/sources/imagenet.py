@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bilevel.checks import check_integer
 from dd.data.image_dataset import ImageDataset
 from dd.data.sources.decoded_images import decoded_images
 from dd.data.sources.image_files import check_same_classes, list_class_folders
 from dd.runtime.changes import Anytime, Judging
-from dd.runtime.checks import check_integer
 
 __all__ = ["imagenet"]
 
@@ -42,7 +42,7 @@ def imagenet(
             differ, or an image cannot be decoded (the message names it).
         OSError: if the cache cannot be written.
     """
-    check_integer("image_size", image_size, 1)
+    check_integer("image_size", image_size)
     root = Path(root)
     train_paths, train_labels, class_names = list_class_folders(root / "train", root, _LAYOUT)
     test_paths, test_labels, test_names = list_class_folders(root / "val", root, _LAYOUT)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from bilevel.checks import check_integer
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.sources.decoded_images import decoded_images
 from dd.runtime.changes import Anytime, Judging
-from dd.runtime.checks import check_integer
 
 __all__ = ["tiny_imagenet"]
 
@@ -45,7 +45,7 @@ def tiny_imagenet(
             sense, or an image cannot be decoded (the message names it).
         OSError: if the cache cannot be written.
     """
-    check_integer("image_size", image_size, 1)
+    check_integer("image_size", image_size)
     root = Path(root)
     wnids = _lines(root, "wnids.txt")
     repeated = sorted({wnid for wnid in wnids if wnids.count(wnid) > 1})

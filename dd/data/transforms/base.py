@@ -9,6 +9,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_integer
+
 __all__ = ["PixelTransform", "apply_in_chunks", "as_float32", "as_pixels", "check_state"]
 
 
@@ -93,8 +95,7 @@ def apply_in_chunks(transform: PixelTransform, images: Tensor, chunk: int = 1000
     Raises:
         ValueError: if ``chunk`` is not positive, or the transform refuses the images.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    check_integer("chunk", chunk)
     output = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     for start in range(0, len(images), chunk):
         part = images[start : start + chunk].to(transform.device)

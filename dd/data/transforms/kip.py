@@ -8,6 +8,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_number
 from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
 from dd.data.transforms.moments import (
     MAX_DIMENSION,
@@ -94,8 +95,7 @@ class KIPWhitening(PixelTransform):
             ValueError: if an argument is not allowed, the images are larger than
                 ``max_dimension``, or every image is constant.
         """
-        if regularization <= 0:
-            raise ValueError(f"regularization is {regularization}; it must be positive")
+        check_number("regularization", regularization, above=0)
         check_dimension(images, max_dimension)
         # Filled in place: small tensors kept from every chunk would sit between the freed large
         # ones and double the process's memory.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_integer
 from dd.data.image_dataset import to_unit_range
 
 __all__ = [
@@ -34,8 +35,7 @@ def pixel_chunks(images: Tensor, chunk: int) -> Iterator[Tensor]:
     Raises:
         ValueError: if ``chunk`` is not positive, or the shape, dtype or range is not allowed.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    check_integer("chunk", chunk)
     if images.dim() != 4 or images.numel() == 0:
         raise ValueError(
             f"images has shape {tuple(images.shape)}; it must be [N, C, H, W] and not empty"

@@ -8,6 +8,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_number
 from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
 from dd.data.transforms.moments import (
     MAX_DIMENSION,
@@ -72,8 +73,7 @@ class ZCAWhitening(PixelTransform):
             ValueError: if an argument is not allowed, or the images are larger than
                 ``max_dimension``.
         """
-        if epsilon <= 0:
-            raise ValueError(f"epsilon is {epsilon}; it must be positive")
+        check_number("epsilon", epsilon, above=0)
         if len(images) < 2:
             raise ValueError(f"images has {len(images)} images; a covariance needs at least 2")
         check_dimension(images, max_dimension)
