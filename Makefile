@@ -35,6 +35,7 @@ bench: .venv/installed
 	$(BIN)/pip install --quiet -e '.[benchmark]'
 	$(BIN)/python benchmarks/hypergradient.py --windows 10 40 --repeats 2 --methods compiled --json runs/bench/hypergradient.json
 	$(BIN)/python benchmarks/memory.py --threads 1 --json runs/bench/memory.json
+	$(BIN)/python benchmarks/inner_loops.py --short --json runs/bench/inner_loops.json
 
 examples: .venv/installed
 	@for example in examples/*.py; do \
@@ -68,7 +69,7 @@ help:
 	@echo "make test-oldest  test bilevel and the commands with the oldest dependencies allowed"
 	@echo "make lint      check format, style, types and imports"
 	@echo "make format    format and fix what can be fixed"
-	@echo "make bench     measure hypergradients against higher, and memory against its model, in runs/bench"
+	@echo "make bench     measure hypergradients against higher, memory against its model and small inner loops"
 	@echo "make examples  run the six worked examples and print their tables"
 	@echo "make docs      build the documentation in site/, warnings as errors"
 	@echo "make clean     remove both environments and caches"

@@ -15,16 +15,13 @@ import torch
 from inner_problem import InnerProblem, Params
 from torch import Tensor
 from torch.autograd import grad
+from turns import NotOffered
 
 import bilevel
 
 Call = Callable[[], list[Tensor]]
 
 BETAS, EPS, EPS_ROOT = (0.9, 0.999), 1e-8, 1e-12
-
-
-class NotOffered(Exception):
-    """The library cannot say this problem."""
 
 
 def plain(problem: InnerProblem) -> Call:
@@ -243,20 +240,16 @@ class AsProblem(bilevel.Problem):
         return self.problem.init(outer)
 
     def inner_batch(self, outer: Params, step: int, *, generator: torch.Generator) -> Params:
-        batch = self.problem.batch(outer, step)
-        if self.problem.scheduled:
-            batch["rate"] = rate_of(self.problem, outer, step)
-        return batch
+        return self.problem.batch(outer, step)
 
     def inner_loss(self, params: Params, batch: Params) -> Tensor:
-        loss = self.problem.inner_loss(params, batch)
-        return batch["rate"] * loss if self.problem.scheduled else loss
+        return self.problem.inner_loss(params, batch)
 
     def outer_loss(self, params: Params, outer: Params, batch: None) -> Tensor:
         return self.problem.outer_loss(params, outer)
 
-    def hyperparameters(self, outer: Params, step: int = 0) -> Params:
-        rate = None if self.problem.scheduled else self.problem.learned_rate(outer, step)
+    def hyperparameters(self, outer: Params, step: int) -> Params:
+        rate = self.problem.learned_rate(outer, step)
         return {} if rate is None else {"lr": rate}
 
 
@@ -267,7 +260,7 @@ def ours(problem: InnerProblem, **settings: Any) -> Call:
         optimizer: Any = bilevel.optim.adam
     else:
         optimizer = bilevel.optim.sgd
-    if problem.learned_rate(outer, 0) is None or problem.scheduled:
+    if problem.learned_rate(outer, 0) is None:
         extra = {} if problem.optimizer == "adam" else {"momentum": problem.momentum}
         optimizer = optimizer(problem.rate, **extra)
     made = bilevel.Hypergradient(

@@ -9,7 +9,9 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -39,8 +41,10 @@ def serve(make: Callable[[], Callable[[], Sequence[Any]]], gradient: Path) -> No
 
     before = time.perf_counter(), _processor_time()
     try:
-        call = make()
-        found = call()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call = make()
+            found = call()
     except NotOffered as reason:
         answer(absent=str(reason))
         return
@@ -49,7 +53,8 @@ def serve(make: Callable[[], Callable[[], Sequence[Any]]], gradient: Path) -> No
         return
     first = time.perf_counter() - before[0], _processor_time() - before[1]
     np.save(gradient, np.concatenate([np.asarray(each).ravel() for each in found]))
-    answer(first_seconds=first[0], first_cpu_seconds=first[1])
+    remarks = [str(each.message) for each in caught if "Compile" in each.category.__name__]
+    answer(first_seconds=first[0], first_cpu_seconds=first[1], remark="; ".join(remarks))
     for line in sys.stdin:
         times = [_timed(call) for _ in range(int(line))]
         wall, processor = (min(each) for each in zip(*times, strict=True))
@@ -77,12 +82,14 @@ class Worker:
     """
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        # Not a pipe, which nobody would empty.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             words,
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
         )
         line = self._process.stdout.readline()  # type: ignore[union-attr]
@@ -99,7 +106,10 @@ class Worker:
 
     def close(self) -> None:
         self._process.communicate()
+        self._errors.close()
 
     def _last_words(self) -> str:
-        errors = self._process.communicate()[1].strip().splitlines()
+        self._process.communicate()
+        self._errors.seek(0)
+        errors = self._errors.read().strip().splitlines()
         return errors[-1][:200] if errors else "the process ended"

@@ -168,3 +168,35 @@ def test_gpu_report_in_small_on_a_cpu(tmp_path):
     parts = json.loads(report.with_suffix(".json").read_text())["parts"]
     assert len(parts["A hypergradient by method"]) == 7
     assert all(float(row["spread"]) > 0 for row in parts["Inner replicas"])
+
+
+@pytest.mark.slow
+def test_inner_loops_benchmark_writes_sound_tables(tmp_path):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from Linux's /proc")
+    out, picture = tmp_path / "result.json", tmp_path / "plot.png"
+    options = "--problems maml schedule --methods ours torchopt boat --rounds 1 --length 0.1"
+    script = ROOT / "benchmarks" / "inner_loops.py"
+    words = [*options.split(), "--json", str(out), "--plot", str(picture)]
+    process = benchmark([sys.executable, str(script), *words], timeout=600)
+    assert "| problem | batches | plain | ours | torchopt | boat |" in process.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["batches"], row["problem"], row["method"]) for row in rows] == [
+        (batches, problem, method)
+        for batches in ("shared", "fresh")
+        for problem in ("maml", "schedule")
+        for method in ("plain", "ours", "torchopt", "boat")
+    ]
+    for row in rows:
+        if row["method"] == "boat":  # It cannot say a learned start or schedule.
+            assert row["time/plain"] is None
+            assert row["remark"]
+            continue
+        assert row["error"] < 1e-5
+        assert 0 < row["least"] <= row["time/plain"] <= row["most"]
+        assert row["first s"] > 0
+        assert row["MB"] is not None
+        if row["method"] == "plain":
+            assert row["time/plain"] == row["wall/plain"] == 1
