@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.bridge import Bridge
-from bilevel.checks import check_integer
+from bilevel.checks import check_instance, check_integer
 from bilevel.compiler import constants_of
 from bilevel.derivatives import missing_derivatives_named
 from bilevel.errors import ConfigurationError, ProblemError
@@ -120,12 +120,9 @@ class Hypergradient:
         self.inner_replicas = check_integer("inner_replicas", inner_replicas)
         self.truncation = Full() if truncation is None else truncation
         self.estimator = Adjoint() if estimator is None else estimator
-        if not isinstance(problem, Problem):
-            raise ConfigurationError(f"problem is a {type(problem).__name__}, not a Problem")
-        if not isinstance(self.truncation, Truncation):
-            raise ConfigurationError(f"truncation={truncation!r} is not a Truncation")
-        if not isinstance(self.estimator, Estimator):
-            raise ConfigurationError(f"estimator={estimator!r} is not an Estimator")
+        check_instance("problem", problem, Problem, "a subclass, or Problem.from_functions(…)")
+        check_instance("truncation", self.truncation, Truncation, "bilevel.truncation.Full()")
+        check_instance("estimator", self.estimator, Estimator, "bilevel.estimators.Adjoint()")
         if steps < self.truncation.minimum_steps:
             raise ConfigurationError(
                 f"steps={steps}: {type(self.truncation).__name__} needs at least "

@@ -166,7 +166,7 @@ class OuterGradient:
         used, inner, run = set(self._used_by_losses), self._inner, self._trajectory
         leaves, tree = self.variables.leaves, self.variables.tree
 
-        def look(outputs: Any) -> None:
+        def add_used(outputs: Any) -> None:
             found = [leaf.sum().double() for leaf in partition(outputs, needs_gradient)[0]]
             if found:
                 grads = torch.autograd.grad(torch.stack(found).sum(), leaves, allow_unused=True)
@@ -175,18 +175,18 @@ class OuterGradient:
         with torch.enable_grad():
             inputs = run.made_again(tree, 0)
             start = inner.start(tree, run.key, inputs.hyperparameters)
-            look([inputs.hyperparameters, start.params, start.state])
+            add_used([inputs.hyperparameters, start.params, start.state])
             params = start.params.detach().requires_grad_()
             for step in range(run.steps):
                 if len(used) == len(leaves):
                     break
                 inputs = run.made_again(tree, step) if step else inputs
                 if self._twice:
-                    look([inner.gradient_with_graph(params, inputs.batch)[0]])
+                    add_used([inner.gradient_with_graph(params, inputs.batch)[0]])
                 else:
-                    look([inner.loss(params.detach(), inputs.batch)])
+                    add_used([inner.loss(params.detach(), inputs.batch)])
                 if step:
-                    look([inputs.hyperparameters])
+                    add_used([inputs.hyperparameters])
         return used
 
 

@@ -57,7 +57,7 @@ class EvolutionStrategies(Estimator):
         centre = [leaf.detach() for leaf in variables.leaves]
         start = None if window.start == 0 else trajectory.iterate_at(window.start)
 
-        def judge(leaves: list[Tensor]) -> Tensor:
+        def objective(leaves: list[Tensor]) -> Tensor:
             segment = advance(trajectory, start, variables.like(leaves), window)
             return (
                 segment.loss
@@ -70,7 +70,7 @@ class EvolutionStrategies(Estimator):
         for pair in range(self.pairs):
             noise = draw_like(centre, trajectory.key.fold("evolution_strategies", pair))
             above, below = (
-                judge([leaf + sign * e for leaf, e in zip(centre, noise, strict=True)])
+                objective([leaf + sign * e for leaf, e in zip(centre, noise, strict=True)])
                 for sign in (self.sigma, -self.sigma)
             )
             samples.append([e * ((above - below) / (2 * self.sigma)) for e in noise])

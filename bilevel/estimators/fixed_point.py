@@ -63,8 +63,8 @@ class FixedPoint(Estimator):
 
         def step(point: Tensor, leaves: list[Tensor]) -> Tensor:
             here = unflatten(point)
-            every = [inner.step(here, inputs) for inputs in rebuild(leaves)]
-            return torch.stack([flatten(after) for after in every]).mean(0)
+            ends = [inner.step(here, inputs) for inputs in rebuild(leaves)]
+            return torch.stack([flatten(after) for after in ends]).mean(0)
 
         point = flatten(end.iterate)
         after, pull, *_ = torch.func.vjp(step, point, [leaf.detach() for leaf in leaves])

@@ -41,15 +41,15 @@ class Forward(Estimator):
         iterate: Iterate,
         inputs: StepInputs,
     ) -> None:
-        point, rebuild = _flat(iterate), partition(iterate.state)[1]
+        point, rebuild = _tensors_of(iterate), partition(iterate.state)[1]
 
         def step(at: Sequence[Tensor], *, by_reverse: bool) -> tuple[Tensor, ...]:
             here = Iterate(at[0], rebuild(at[1 : len(point)]))
             inputs = inner.inputs(variables.like(at[len(point) :]), 0, key)
             if not by_reverse:
-                return _flat(inner.step(here, inputs))
+                return _tensors_of(inner.step(here, inputs))
             gradient, _ = inner.gradient_with_graph(here.params, inputs.batch)
-            return _flat(inner.update(here, gradient, inputs.hyperparameters))
+            return _tensors_of(inner.update(here, gradient, inputs.hyperparameters))
 
         check_forward_mode(
             lambda *at: step(at, by_reverse=False),
@@ -62,18 +62,18 @@ class Forward(Estimator):
         window, key, inner = trajectory.window, trajectory.key, trajectory.inner
         variables = trajectory.variables
         primals = tuple(leaf.detach() for leaf in variables.leaves)
-        directions = _basis(primals)
+        directions = _unit_tangents(primals)
 
         def start(*leaves: Tensor) -> tuple[Tensor, ...]:
             tree = variables.like(leaves)
-            return _flat(inner.start(tree, key, inner.hyperparameters(tree, 0)))
+            return _tensors_of(inner.start(tree, key, inner.hyperparameters(tree, 0)))
 
         end = WindowEnd.of(trajectory, outer_batch)
         iterate = trajectory.iterate_at(window.start)
         if window.start == 0:
             columns = [torch.func.jvp(start, primals, direction)[1] for direction in directions]
         else:
-            columns = [tuple(map(torch.zeros_like, _flat(iterate))) for _ in directions]
+            columns = [tuple(map(torch.zeros_like, _tensors_of(iterate))) for _ in directions]
 
         def gather(slope: Tensor) -> None:
             products = torch.stack([column[0] @ slope for column in columns])
@@ -97,14 +97,14 @@ class Forward(Estimator):
 
             columns = [
                 torch.func.jvp(
-                    lambda point, leaves: _flat(one_step(point, leaves)),
-                    (_flat(iterate), primals),
+                    lambda point, leaves: _tensors_of(one_step(point, leaves)),
+                    (_tensors_of(iterate), primals),
                     (column, direction),
                 )[1]
                 for column, direction in zip(columns, directions, strict=True)
             ]
             with torch.no_grad():
-                iterate = one_step(_flat(iterate), primals)
+                iterate = one_step(_tensors_of(iterate), primals)
             if inner.has_step_loss:
                 loss, slope = end.gradient.step_loss_at(iterate.params, step)
                 losses.append(loss.to(end.loss))
@@ -131,19 +131,19 @@ def _check_same_end(again: Tensor, recorded: Tensor) -> None:
         )
 
 
-def _flat(iterate: Iterate) -> tuple[Tensor, ...]:
+def _tensors_of(iterate: Iterate) -> tuple[Tensor, ...]:
     """(θ, every differentiable leaf of s)."""
     return iterate.params, *partition(iterate.state)[0]
 
 
-def _basis(leaves: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+def _unit_tangents(leaves: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """The unit tangents of a list of tensors, one for each scalar in it."""
-    basis = []
+    tangents_of_all = []
     for index, leaf in enumerate(leaves):
         for position in range(leaf.numel()):
             tangents = [torch.zeros_like(other) for other in leaves]
             flat = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
             flat[position] = 1
             tangents[index] = flat.view(leaf.shape)
-            basis.append(tuple(tangents))
-    return basis
+            tangents_of_all.append(tuple(tangents))
+    return tangents_of_all

@@ -102,8 +102,8 @@ class Implicit(Estimator):
         constants = [leaf.detach() for leaf in leaves]
 
         def gradient(params: Tensor, leaves: list[Tensor]) -> Tensor:
-            every = [inner.gradient(params, batch) for batch in rebuild(leaves)]
-            return torch.stack(every).mean(0)
+            gradients = [inner.gradient(params, batch) for batch in rebuild(leaves)]
+            return torch.stack(gradients).mean(0)
 
         params = end.iterate.params
         hessian = HessianOperator(lambda params: gradient(params, constants), params)

@@ -76,7 +76,7 @@ class PersistentEvolutionStrategies(Estimator):
         centre = [leaf.detach() for leaf in variables.leaves]
         state = self._runs.get(trajectory.replica, {})
         if state.get("step", self.run_length) < self.run_length:
-            start, key, losses, particles, totals = self._continued(state, trajectory, centre)
+            start, key, losses, particles, totals = self._resume(state, trajectory, centre)
         else:
             start, key = 0, trajectory.key
             losses = trajectory.trace["inner_loss"][:0]
@@ -121,7 +121,7 @@ class PersistentEvolutionStrategies(Estimator):
         )
         finite = bool(torch.isfinite(result.stats.hypergradient_norm + result.loss))
         if finite:
-            self._runs[trajectory.replica] = _packed(stop, key, losses, ends, totals)
+            self._runs[trajectory.replica] = _state_of(stop, key, losses, ends, totals)
         else:
             self._runs = {}
         return result
@@ -147,13 +147,13 @@ class PersistentEvolutionStrategies(Estimator):
                 )
         self._runs = runs
 
-    def _continued(
+    def _resume(
         self, state: Mapping[str, Any], trajectory: Trajectory, centre: list[Tensor]
     ) -> tuple[int, Key, Tensor, list[Iterate | None], list[Tensor]]:
         """(t, the key, the inner losses, the particles, ξ) of the run under way."""
         key = Key(state["seed"], torch.device(state["device"]))
         like = trajectory.first.detached()
-        leaves, rebuild = _tensors(like)
+        leaves, rebuild = _leaves_of(like)
         found = [
             {name: tuple(state[name].shape) for name in state if name.startswith(kind)}
             for kind in ("particle.", "total.")
@@ -189,11 +189,11 @@ def _split_name(name: str) -> tuple[int, str]:
     return (int(found[1]), found[2]) if found else (0, name)
 
 
-def _packed(
+def _state_of(
     step: int, key: Key, losses: Tensor, particles: list[Iterate], totals: list[Tensor]
 ) -> dict[str, Any]:
     """A run as flat numbers, strings and tensors."""
-    stacks = zip(*(_tensors(particle)[0] for particle in particles), strict=True)
+    stacks = zip(*(_leaves_of(particle)[0] for particle in particles), strict=True)
     return {
         "step": step,
         "seed": key.seed,
@@ -204,6 +204,6 @@ def _packed(
     }
 
 
-def _tensors(iterate: Iterate) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+def _leaves_of(iterate: Iterate) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     """Every tensor of (θ, s), step counts too."""
     return partition((iterate.params, iterate.state), lambda leaf: isinstance(leaf, Tensor))
