@@ -100,7 +100,8 @@ class _Libraries:
     def __init__(self, objects: Sequence[object]) -> None:
         self._own = {_package(x) for x in objects} | {_package(type(x)) for x in objects}
         self._own.add("abc")  # where a Problem says it is from that was made by `type(…)`
-        self._known: dict[str, bool] = {}
+        # This package keeps what it has looked at already, which changes nothing.
+        self._known: dict[str, bool] = {__name__.split(".")[0]: True}
 
     def __call__(self, value: Any) -> bool:
         package = _package(value)
