@@ -117,14 +117,14 @@ class Compiler:
         try:
             known = key in self._graphs
         except TypeError as error:
-            return self._refuse(
+            return self._refused(
                 kind,
                 f"it is given a constant that cannot be told from others ({error}); make it a "
                 "tensor, or an attribute of the problem",
             )
         if not known:
             if sum(other[0] == kind for other in self._graphs) >= GRAPHS_PER_FUNCTION:
-                return self._refuse(
+                return self._refused(
                     kind,
                     f"it was called with more than {GRAPHS_PER_FUNCTION} combinations of shapes "
                     "and constants; compile=False avoids compiling at all",
@@ -133,16 +133,17 @@ class Compiler:
             try:
                 self._graphs[key] = make()
             except _RefusalError as refusal:
-                return self._refuse(kind, str(refusal))
+                return self._refused(kind, str(refusal))
             finally:
                 self.seconds += time.perf_counter() - started
         return self._graphs[key]
 
-    def _refuse(self, kind: tuple[Callable[..., Any], str], reason: str) -> None:
+    def _refused(self, kind: tuple[Callable[..., Any], str], reason: str) -> Any:
         function, what_is_done = kind
         name = getattr(function, "__qualname__", str(function))
         warnings.warn(f"{name} {what_is_done}: {reason}", CompileWarning, stacklevel=5)
         self._eager.add(kind)
+        return None
 
     @torch.no_grad()
     def _compile(

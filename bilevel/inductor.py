@@ -108,7 +108,7 @@ def _compile(
 
     def any_length(x: Tensor) -> Tensor:
         sizes = [DimDynamic.DUCK] + [DimDynamic.STATIC] * (x.dim() - 1)
-        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         fake: Tensor = mode.from_tensor(x.detach(), symbolic_context=context)
         return fake
 

@@ -271,6 +271,11 @@ class InnerLoop:
         """
         return function(*args) if self.compiler is None else self.compiler(function, *args)
 
+    def scan(self, step: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+        """A loop of this loop's steps as one compiled graph: `Compiler.scan`."""
+        assert self.compiler is not None
+        return self.compiler.scan(step, *args)
+
     def unravel(self, params: Tensor) -> Any:
         """Flat parameters as the pytree that `Problem.init` returned."""
         return self.layout.unravel(params)

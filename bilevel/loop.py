@@ -38,7 +38,8 @@ class Loop:
     ) -> None:
         self.length = length
         self._function, self._given = function, (fixed, carry, xs)
-        self._fixed, self._fixed_spec = optree.tree_flatten(fixed)  # type: ignore[arg-type]
+        shared: Any = fixed
+        self._fixed, self._fixed_spec = optree.tree_flatten(shared)
         start, self._carry_spec = optree.tree_flatten(carry)
         along, self._xs_spec = optree.tree_flatten(xs)
         self.carry = _of_their_own(start)

@@ -16,17 +16,14 @@ from bilevel.errors import ConfigurationError
 from bilevel.first_call import FirstCall
 from bilevel.graph_budget import GraphBudget, KeptGraphs
 from bilevel.inner import SIGNALS, InnerLoop
-from bilevel.iterate import Iterate, StepInputs
+from bilevel.iterate import Iterate
 from bilevel.outer import OuterVariables
-from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
+from bilevel.rollout import OUTER_LOSS, Rollout
 from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import detach, tensors_in
 from bilevel.unrolled import Unrolled
 from bilevel.window import Window
-
-#: The per-step signal that takes the outer batch: F at θ_{t+1}.
-OUTER_LOSS = "outer_loss"
 
 
 @torch.no_grad()
@@ -99,61 +96,37 @@ def record(
         whole.refuse("the steps are compiled")
     if signals or keep_gradients:
         whole.refuse("signals or gradients of every step are recorded")
-    parts = KeptGraphs(budget, "inputs", horizon - keep_from)
+    rollout = Rollout(
+        inner=inner,
+        variables=variables,
+        constants=constants,
+        key=key,
+        horizon=horizon,
+        signals=signals,
+        outer_batch=outer_batch,
+        keep_from=keep_from,
+        keep_every=keep_every,
+        keep_on=keep_on,
+        keep_gradients=keep_gradients,
+        parts=KeptGraphs(budget, "inputs", horizon - keep_from),
+        first_call=first_call,
+    )
     unrolled: Unrolled | None = None
-    kept: dict[int, Iterate] = {}
-    inputs_kept: dict[int, StepInputs] = {}
-    recorded: dict[str, list[Tensor]] = {"inner_loss": [], **{name: [] for name in signals}}
-    known = 0  # the step whose iterate is `iterate`
-    for step in range(horizon):
-        in_graph = window is not None and window.start <= step < window.stop and whole.wanted
-        with_graph = first_call is not None or (step >= keep_from and (in_graph or parts.wanted))
-        inputs = inner.inputs(variables.tree if with_graph else constants, step, key)
-        if first_call is not None:
-            first_call.step(iterate, inputs, step, briefly=step not in (0, keep_from, horizon - 1))
-        if step >= keep_from and parts.wanted:
-            inputs_kept[step] = inputs
-            parts.see(iterate, inputs, inputs)
-            if not parts.wanted:
-                inputs_kept.clear()
-        if in_graph and unrolled is None:
-            whole.probe(inner, iterate, inputs)
-            if whole.wanted:
-                unrolled = Unrolled(inner, first if step == 0 else iterate, step)
-        if in_graph and unrolled is not None:
-            scalars = {"inner_loss": unrolled.step(inputs)}
-            # Nobody asks for iterates inside a window that is kept as a whole, but a first call.
-            inside = first_call is None and step + 1 < unrolled.start + whole.count
-            after, after_step = (iterate, known) if inside else (unrolled.iterate(), step + 1)
-        else:
-            params, state, gradient, scalars = inner.run(
-                inner.advance,
-                iterate.params,
-                iterate.state,
-                detach(inputs),
-                step_signals,
-                constants if of_problem else None,
-            )
-            after, after_step = Iterate(params, state), step + 1
-        if OUTER_LOSS in signals:
-            scalars[OUTER_LOSS] = outer_loss_value(inner, after.params, constants, outer_batch)[0]
-        if step >= keep_from and (step - keep_from) % keep_every == 0 and known == step:
-            iterate = replace(iterate, gradient=gradient) if keep_gradients else iterate
-            kept[step] = iterate if keep_on is None else iterate.to(keep_on)
-        iterate, known = after, after_step
-        for name, value in scalars.items():
-            recorded[name].append(value)
-    kept[horizon] = iterate
+    if inner.compiler is not None:
+        rollout.run_compiled(iterate)
+    else:
+        unrolled = rollout.run(iterate, first, whole, window)
     trajectory = Trajectory(
         inner=inner,
         variables=variables,
         key=key,
         steps=steps,
         first=first,
-        kept=kept,
-        inputs=inputs_kept,
+        kept=rollout.kept,
+        inputs=rollout.inputs,
+        blocks=tuple(rollout.blocks),
         unrolled=unrolled,
-        trace=Trace({name: torch.stack(values) for name, values in recorded.items()}),
+        trace=Trace({name: torch.cat(values) for name, values in rollout.scalars.items()}),
         window=Window(min(keep_from, horizon - 1), horizon),
         no_graph=whole.refusal if window is not None else "",
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.block import Block, run_forward
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.inner import InnerLoop
 from bilevel.iterate import Iterate, StepInputs
@@ -62,6 +63,7 @@ class Trajectory:
         first: (θ_0, s_0), on the graph of φ.
         kept: Iterates by step, those from which every other one is recomputed exactly.
         inputs: By step, what steps took of φ, on its graph, where that was kept.
+        blocks: Steps that were made as loops, where the steps are compiled.
         unrolled: The window with its whole graph, where that was kept.
         no_graph: Why it was not, a sentence; empty where nobody asked.
         trace: Per-step signals.
@@ -80,6 +82,7 @@ class Trajectory:
     trace: Trace
     window: Window
     no_graph: str = ""
+    blocks: tuple[Block, ...] = ()
     replica: int = 0
 
     @property
@@ -106,6 +109,30 @@ class Trajectory:
                 f"iterates go from {first} to {self.horizon}"
             )
         return replace(self, window=window)
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether all steps of the window were made as loops."""
+        window = self.window
+        made = sum(
+            max(0, min(b.stop, window.stop) - max(b.start, window.start)) for b in self.blocks
+        )
+        return made == window.width
+
+    def blocks_backward(self) -> Iterator[Block]:
+        """The window's part of every block, the last one first, with iterates and inputs.
+
+        Iterates that were not kept are recomputed, inputs whose graph was not kept are made again.
+        """
+        for block in reversed(self.blocks):
+            start, stop = max(block.start, self.window.start), min(block.stop, self.window.stop)
+            if start >= stop:
+                continue
+            part = block.part(block.start, stop)
+            if part.iterates is None:
+                _, part, _ = run_forward(self.inner, part, self._kept_at(part.start), keep=True)
+            inputs = tuple(map(self.inputs_at, range(start, stop)))
+            yield replace(part.part(start, stop), inputs=inputs)
 
     def inputs_at(self, step: int) -> StepInputs:
         """(b_t, h_t) on the graph of φ: as recorded, or made again.
@@ -158,7 +185,10 @@ class Trajectory:
     @torch.no_grad()
     def _segment(self, first: int, last: int) -> list[Iterate]:
         """The iterates first … last, from the kept one at `first`."""
-        segment = [self.kept[first].to(self.first.params.device)]
+        for block in self.blocks:
+            if block.start <= first and last < block.stop and block.iterates is not None:
+                return [block.iterate(step).to(self._device) for step in range(first, last + 1)]
+        segment = [self._kept_at(first)]
         keeps_gradients = segment[0].gradient is not None
         for step in range(first, last):
             if step in self.inputs:
@@ -173,6 +203,13 @@ class Trajectory:
                 segment[-1] = replace(segment[-1], gradient=gradient)
             segment.append(Iterate(params, state))
         return segment
+
+    def _kept_at(self, step: int) -> Iterate:
+        return self.kept[step].to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.first.params.device
 
     def check_repeated(self, losses: Mapping[int, Tensor]) -> None:
         """Compare inner losses that an estimator has evaluated again with the recorded ones.

@@ -1,6 +1,6 @@
 """The exact hypergradient: the recorded graph, or the adjoint recursion one step at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -105,7 +105,13 @@ class Adjoint(Estimator):
         inner = trajectory.inner
         recursion = BackwardRecursion(trajectory, end)
         step_back = _step_back if self.hvp == "reverse" else _step_back_forward
-        for step, iterate, inputs in recursion.steps():
+        if trajectory.in_blocks and not inner.has_step_loss:
+            for block in trajectory.blocks_backward():
+                recursion.step_through(block, step_back)
+            steps: Iterable[tuple[int, Iterate, StepInputs]] = ()
+        else:
+            steps = recursion.steps()
+        for step, iterate, inputs in steps:
             loss, cotangent, state_cotangents, input_cotangents = inner.run(
                 step_back,
                 inner,

@@ -1,12 +1,13 @@
 """What every backward recursion through a window shares: its ends, its sums, and the optimizer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import optree
 import torch
 from torch import Tensor
 
+from bilevel.block import Block, run_backward
 from bilevel.estimators.base import WindowEnd, make_result
 from bilevel.inner import InnerLoop
 from bilevel.iterate import Iterate, StepInputs
@@ -64,6 +65,17 @@ class BackwardRecursion:
         self.cotangent, self.state_cotangents = cotangent, state_cotangents
         if loss is not None:
             self._repeated[step] = loss
+
+    def step_through(self, block: Block, step_back: Callable[..., Any]) -> None:
+        """Take λ and μ back through the steps of a block at once, as `run_backward` does."""
+        cotangent, state_cotangents, losses, norms, of_shared, of_each = run_backward(
+            self._trajectory.inner, block, step_back, self.cotangent, self.state_cotangents
+        )
+        shared, each = block.learned()
+        self._end.gradient.pull([*shared, *each], [*of_shared, *of_each])
+        self.cotangent, self.state_cotangents = cotangent, state_cotangents
+        self._norms.extend(norms.flip(0).unbind())
+        self._repeated.update(zip(range(block.start, block.stop), losses.unbind(), strict=True))
 
     def result(
         self, *, hessian_vector_products: int, remarks: Sequence[str] = (), **stats: Any
