@@ -59,6 +59,10 @@ class FirstCall:
         self._variables, self._key = variables, key
         self._first, self._hyperparameters = first, hyperparameters
 
+    def drawn(self, inputs: StepInputs, step: int) -> None:
+        """Take note of what a step takes of φ, as soon as it is made."""
+        self._kept[step] = Kept(self._variables, inputs)
+
     def step(self, iterate: Iterate, inputs: StepInputs, step: int, *, briefly: bool) -> None:
         """Look at one inner step, before it is made: is it the same when it is run again?
 
@@ -80,7 +84,6 @@ class FirstCall:
             with self._inner.watched(self._watch, "inner_loss"):
                 self._inner.loss(iterate.params.detach().requires_grad_(), detach(inputs.batch))
             return
-        self._kept[step] = Kept(self._variables, inputs)
         self._check_inner_loss(iterate, inputs)
         if step == 0:
             self._check_others(iterate, inputs)
@@ -97,7 +100,7 @@ class FirstCall:
                 loss differs when it is evaluated again at the end of the run.
         """
         for step, kept in self._kept.items():
-            if step in trajectory.inputs:
+            if trajectory.keeps_inputs(step) or trajectory.in_blocks:
                 kept.check(step)
         if not trajectory.has_graph:
             return  # Going backward, every inner loss is evaluated again.

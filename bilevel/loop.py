@@ -39,13 +39,14 @@ class Loop:
         self.length = length
         self._function, self._given = function, (fixed, carry, xs)
         shared: Any = fixed
-        self._fixed, self._fixed_spec = optree.tree_flatten(shared)
+        leaves, self._fixed_spec = optree.tree_flatten(shared)
+        self._fixed = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         start, self._carry_spec = optree.tree_flatten(carry)
         along, self._xs_spec = optree.tree_flatten(xs)
         self.carry = _of_their_own(start)
         self.xs = [x.detach() for x in along] or [torch.zeros(length)]
         self._has_xs = bool(along)
-        self.more = [leaf.detach() for leaf in self._fixed if isinstance(leaf, Tensor)]
+        self.more = [leaf for leaf in self._fixed if isinstance(leaf, Tensor)]
         self._output_spec: Any = None
 
     @property

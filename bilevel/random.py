@@ -27,14 +27,16 @@ class Key:
 
     def fold(self, *path: int | str) -> "Key":
         """The key at `path` below this one."""
-        text = repr((self.seed, *path)).encode()
-        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-        return Key(seed, self.device)
+        return Key(self._seed(path), self.device)
 
     def generator(self, *path: int | str, device: torch.device | None = None) -> torch.Generator:
         """A fresh generator for `path`, on `device` (default: the key's own)."""
         generator = torch.Generator(device=device or self.device)
-        return generator.manual_seed(self.fold(*path).seed)
+        return generator.manual_seed(self._seed(path))
+
+    def _seed(self, path: tuple[int | str, ...]) -> int:
+        text = repr((self.seed, *path)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
     @classmethod
     def draw(cls, generator: torch.Generator | None = None) -> "Key":

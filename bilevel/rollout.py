@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.block import BLOCK_BYTES, Block, InputLayout, NotAlikeError, run_forward, varying_bytes
+from bilevel.block import Block, run_forward
 from bilevel.errors import CompileWarning
 from bilevel.first_call import FirstCall
 from bilevel.graph_budget import KeptGraphs
@@ -20,6 +20,7 @@ from bilevel.micro_batches import MicroBatches
 from bilevel.outer import OuterVariables
 from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
+from bilevel.stacking import BLOCK_BYTES, InputLayout, NotAlikeError, varying_bytes
 from bilevel.tree import detach, to_device
 from bilevel.unrolled import Unrolled
 from bilevel.window import Window
@@ -91,19 +92,13 @@ class Rollout:
         in_loops = not (OUTER_LOSS in self.signals and isinstance(self.outer_batch, MicroBatches))
         step = 0
         while step < self.horizon:
-            drawn = self._draw_block(step)
-            after = iterate
-            for offset, inputs in enumerate(drawn):
-                self._check(after, inputs, step + offset)
-                self._keep_inputs(after, inputs, step + offset)
-                if self.first_call is not None:
-                    params, state, *_ = self.inner.advance(
-                        after.params, after.state, detach(inputs)
-                    )
-                    after = Iterate(params, state)
+            drawn = self._draw_block(iterate, step)
+            if self.first_call is not None:
+                self._check_block(iterate, drawn, step)
             if in_loops:
                 try:
-                    block = Block.of(step, drawn, layout)
+                    on_graph = step >= self.keep_from and self.parts.wanted
+                    block = Block.of(step, drawn, on_graph=on_graph, like=layout)
                     iterate = self._loop(iterate, block)
                     layout, step = block.layout, block.stop
                     continue
@@ -115,6 +110,7 @@ class Rollout:
                         stacklevel=4,
                     )
             for inputs in drawn:
+                self._keep_inputs(iterate, inputs, step)
                 iterate, step = self._step(iterate, inputs, step), step + 1
         self.kept[self.horizon] = iterate
 
@@ -122,24 +118,38 @@ class Rollout:
         wanted = step >= self.keep_from and (in_graph or self.parts.wanted)
         with_graph = wanted or self.first_call is not None
         tree = self.variables.tree if with_graph else self.constants
-        return self.inner.inputs(tree, step, self.key)
+        inputs = self.inner.inputs(tree, step, self.key)
+        if self.first_call is not None and self._looked_at_closely(step):
+            self.first_call.drawn(inputs, step)
+        return inputs
 
-    def _draw_block(self, step: int) -> list[StepInputs]:
+    def _draw_block(self, iterate: Iterate, step: int) -> list[StepInputs]:
         """Inputs from `step` on for as many steps as may be made at once."""
         stop = self.horizon if step >= self.keep_from else self.keep_from
         if step >= self.keep_from and self.keep_every > 1:
             done = (step - self.keep_from) % self.keep_every
             stop = min(stop, step - done + self.keep_every)
-        drawn, size = [self._draw(step, in_graph=False)], 0
-        while step + len(drawn) < stop and size < BLOCK_BYTES:
-            drawn.append(self._draw(step + len(drawn), in_graph=False))
-            size += varying_bytes(drawn[-1], drawn[0])
-        return drawn
+        drawn = [self._draw(t, in_graph=False) for t in range(step, min(step + 2, stop))]
+        if step >= self.keep_from and self.parts.wanted:
+            for inputs in drawn:
+                self.parts.see(iterate, inputs, inputs)
+        size = varying_bytes(drawn[-1], drawn[0])
+        stop = min(stop, step + max(2, BLOCK_BYTES // max(1, size)))
+        return drawn + [self._draw(t, in_graph=False) for t in range(step + len(drawn), stop)]
+
+    def _looked_at_closely(self, step: int) -> bool:
+        return step in (0, self.keep_from, self.horizon - 1)
+
+    def _check_block(self, iterate: Iterate, drawn: list[StepInputs], step: int) -> None:
+        """Look at steps before they are made, in eager mode."""
+        for offset, inputs in enumerate(drawn):
+            self._check(iterate, inputs, step + offset)
+            params, state, *_ = self.inner.advance(iterate.params, iterate.state, detach(inputs))
+            iterate = Iterate(params, state)
 
     def _check(self, iterate: Iterate, inputs: StepInputs, step: int) -> None:
         if self.first_call is not None:
-            closely = step in (0, self.keep_from, self.horizon - 1)
-            self.first_call.step(iterate, inputs, step, briefly=not closely)
+            self.first_call.step(iterate, inputs, step, briefly=not self._looked_at_closely(step))
 
     def _keep_inputs(self, iterate: Iterate, inputs: StepInputs, step: int) -> None:
         if step >= self.keep_from and self.parts.wanted:

@@ -129,10 +129,19 @@ class Trajectory:
             if start >= stop:
                 continue
             part = block.part(block.start, stop)
+            if not part.on_graph:
+                inputs = list(map(self.inputs_at, range(part.start, stop)))
+                made = Block.of(part.start, inputs, on_graph=True, like=part.layout)
+                part = replace(made, iterates=part.iterates)
             if part.iterates is None:
                 _, part, _ = run_forward(self.inner, part, self._kept_at(part.start), keep=True)
-            inputs = tuple(map(self.inputs_at, range(start, stop)))
-            yield replace(part.part(start, stop), inputs=inputs)
+            yield part.part(start, stop)
+
+    def keeps_inputs(self, step: int) -> bool:
+        """Whether what a step took of φ was kept, with its graph."""
+        return step in self.inputs or any(
+            block.start <= step < block.stop and block.on_graph for block in self.blocks
+        )
 
     def inputs_at(self, step: int) -> StepInputs:
         """(b_t, h_t) on the graph of φ: as recorded, or made again.
@@ -142,6 +151,9 @@ class Trajectory:
         """
         if step in self.inputs:
             return self.inputs[step]
+        for block in self.blocks:
+            if block.start <= step < block.stop and block.on_graph:
+                return block.inputs(step)
         with torch.enable_grad():
             return self.made_again(self.variables.tree, step)
 
@@ -191,8 +203,8 @@ class Trajectory:
         segment = [self._kept_at(first)]
         keeps_gradients = segment[0].gradient is not None
         for step in range(first, last):
-            if step in self.inputs:
-                inputs = detach(self.inputs[step])
+            if self.keeps_inputs(step):
+                inputs = detach(self.inputs_at(step))
             else:
                 inputs = detach(self.made_again(detach(self.variables.tree), step))
             before = segment[-1]
@@ -236,7 +248,7 @@ class Trajectory:
         index = int(off.nonzero()[-1])
         step = steps[index]
         method = "inner_batch or inner_loss"
-        if step in self.inputs:
+        if self.keeps_inputs(step):
             method = "inner_loss (or the batch it is given, if that was written to after its step)"
         raise ProblemError(
             f"{method} is not the same when it is run again: the inner loss of step {step} was "

@@ -68,11 +68,10 @@ class BackwardRecursion:
 
     def step_through(self, block: Block, step_back: Callable[..., Any]) -> None:
         """Take λ and μ back through the steps of a block at once, as `run_backward` does."""
-        cotangent, state_cotangents, losses, norms, of_shared, of_each = run_backward(
+        cotangent, state_cotangents, losses, norms, of_learned = run_backward(
             self._trajectory.inner, block, step_back, self.cotangent, self.state_cotangents
         )
-        shared, each = block.learned()
-        self._end.gradient.pull([*shared, *each], [*of_shared, *of_each])
+        self._end.gradient.pull([leaf for group in block.learned for leaf in group], of_learned)
         self.cotangent, self.state_cotangents = cotangent, state_cotangents
         self._norms.extend(norms.flip(0).unbind())
         self._repeated.update(zip(range(block.start, block.stop), losses.unbind(), strict=True))
