@@ -17,9 +17,11 @@ from bilevel.first_call import FirstCall
 from bilevel.graph_budget import GraphBudget, KeptGraphs
 from bilevel.inner import SIGNALS, InnerLoop
 from bilevel.iterate import Iterate
+from bilevel.micro_batches import MicroBatches
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
 from bilevel.rollout import OUTER_LOSS, Rollout
+from bilevel.short_run import MOST_STEPS, ShortRun
 from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import detach, tensors_in
 from bilevel.unrolled import Unrolled
@@ -92,7 +94,10 @@ def record(
         one = replace(iterate, gradient=iterate.params) if keep_gradients else iterate
         keep_every = affordable_spacing(one, horizon - keep_from, keep_on)
     whole = KeptGraphs(budget, "step", 0 if window is None else window.width)
-    if inner.compiler is not None:
+    is_short = window == Window(0, horizon) and horizon <= MOST_STEPS and horizon == steps
+    if inner.compiler is not None and (
+        not is_short or inner.has_step_loss or isinstance(outer_batch, MicroBatches)
+    ):
         whole.refuse("the steps are compiled")
     if signals or keep_gradients:
         whole.refuse("signals or gradients of every step are recorded")
@@ -112,8 +117,9 @@ def record(
         first_call=first_call,
     )
     unrolled: Unrolled | None = None
+    short: ShortRun | None = None
     if inner.compiler is not None:
-        rollout.run_compiled(iterate)
+        short = rollout.run_compiled(iterate, whole)
     else:
         unrolled = rollout.run(iterate, first, whole, window)
     trajectory = Trajectory(
@@ -126,6 +132,7 @@ def record(
         inputs=rollout.inputs,
         blocks=tuple(rollout.blocks),
         unrolled=unrolled,
+        short_run=short,
         trace=Trace({name: torch.cat(values) for name, values in rollout.scalars.items()}),
         window=Window(min(keep_from, horizon - 1), horizon),
         no_graph=whole.refusal if window is not None else "",

@@ -20,6 +20,7 @@ from bilevel.micro_batches import MicroBatches
 from bilevel.outer import OuterVariables
 from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
+from bilevel.short_run import ShortRun
 from bilevel.stacking import BLOCK_BYTES, InputLayout, NotAlikeError, varying_bytes
 from bilevel.tree import detach, to_device
 from bilevel.unrolled import Unrolled
@@ -86,8 +87,8 @@ class Rollout:
         self.kept[self.horizon] = iterate
         return unrolled
 
-    def run_compiled(self, iterate: Iterate) -> None:
-        """Many steps at once, as one loop."""
+    def run_compiled(self, iterate: Iterate, whole: KeptGraphs) -> ShortRun | None:
+        """Many steps at once, as one loop; a short run with its derivative, if `whole` has room."""
         layout: InputLayout | None = None
         in_loops = not (OUTER_LOSS in self.signals and isinstance(self.outer_batch, MicroBatches))
         step = 0
@@ -95,6 +96,10 @@ class Rollout:
             drawn = self._draw_block(iterate, step)
             if self.first_call is not None:
                 self._check_block(iterate, drawn, step)
+            if whole.wanted and len(drawn) == self.horizon and self.parts.wanted:
+                whole.probe(self.inner, iterate, drawn[0])
+                if whole.wanted:
+                    return self._short_run(iterate, drawn)
             if in_loops:
                 try:
                     on_graph = step >= self.keep_from and self.parts.wanted
@@ -113,6 +118,14 @@ class Rollout:
                 self._keep_inputs(iterate, inputs, step)
                 iterate, step = self._step(iterate, inputs, step), step + 1
         self.kept[self.horizon] = iterate
+        return None
+
+    def _short_run(self, iterate: Iterate, drawn: list[StepInputs]) -> ShortRun:
+        run = ShortRun.of(self.inner, iterate, drawn, self.variables.own_tree, self.outer_batch)
+        self.inputs.update(enumerate(drawn))
+        self.kept.update({0: iterate, self.horizon: run.end})
+        self.scalars["inner_loss"] = [run.inner_losses]
+        return run
 
     def _draw(self, step: int, in_graph: bool) -> StepInputs:
         wanted = step >= self.keep_from and (in_graph or self.parts.wanted)

@@ -13,8 +13,8 @@ from torch import Tensor
 from bilevel.iterate import StepInputs
 from bilevel.tree import needs_gradient, tensors_in
 
-#: So many bytes are stacked at once: little enough for the allocator to use the same memory again.
-BLOCK_BYTES = 16 * 2**20
+#: So many bytes are stacked at once: few enough to be in the cache still when they are read.
+BLOCK_BYTES = 4 * 2**20
 
 
 class NotAlikeError(Exception):

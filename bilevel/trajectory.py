@@ -15,6 +15,7 @@ from bilevel.inner import InnerLoop
 from bilevel.iterate import Iterate, StepInputs
 from bilevel.outer import OuterVariables
 from bilevel.random import Key
+from bilevel.short_run import ShortRun
 from bilevel.tree import detach
 from bilevel.unrolled import Unrolled
 from bilevel.window import Window
@@ -64,6 +65,7 @@ class Trajectory:
         kept: Iterates by step, those from which every other one is recomputed exactly.
         inputs: By step, what steps took of φ, on its graph, where that was kept.
         blocks: Steps that were made as loops, where the steps are compiled.
+        short_run: The whole run with its derivative, where it was made as one graph.
         unrolled: The window with its whole graph, where that was kept.
         no_graph: Why it was not, a sentence; empty where nobody asked.
         trace: Per-step signals.
@@ -83,6 +85,7 @@ class Trajectory:
     window: Window
     no_graph: str = ""
     blocks: tuple[Block, ...] = ()
+    short_run: ShortRun | None = None
     replica: int = 0
 
     @property

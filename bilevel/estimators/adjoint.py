@@ -8,14 +8,17 @@ from torch import Tensor
 
 from bilevel.checks import check_choice
 from bilevel.derivatives import check_forward_mode
-from bilevel.estimators.base import Estimator, WindowEnd
+from bilevel.errors import ProblemError
+from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.estimators.recursion import BackwardRecursion, pull, pull_update
 from bilevel.estimators.reverse import through_graph
 from bilevel.inner import InnerLoop
 from bilevel.iterate import Iterate, StepInputs
 from bilevel.outer import OuterVariables
+from bilevel.outer_gradient import OuterGradient
 from bilevel.random import Key
 from bilevel.result import HypergradientResult
+from bilevel.short_run import ShortRun
 from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
 
@@ -59,6 +62,8 @@ class Adjoint(Estimator):
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
         if trajectory.unrolled is not None and trajectory.has_graph:
             return through_graph(trajectory, trajectory.unrolled, outer_batch)
+        if trajectory.short_run is not None:
+            return _of_short_run(trajectory, trajectory.short_run)
         return self.through_window(trajectory, WindowEnd.of(trajectory, outer_batch))
 
     def check_step(
@@ -128,6 +133,27 @@ class Adjoint(Estimator):
             remarks=remarks,
             **stats,
         )
+
+
+def _of_short_run(trajectory: Trajectory, run: ShortRun) -> HypergradientResult:
+    """dF/dφ from a run that was differentiated as it was made."""
+    gradient, first = OuterGradient(trajectory), trajectory.first
+    if run.cotangent is None:
+        raise ProblemError("outer_loss does not depend on the params it is given")
+    gradient.add_of_loss(run.of_outer)
+    steps = range(trajectory.window.stop)
+    inputs = partition([trajectory.inputs[step] for step in steps], needs_gradient)[0]
+    leaves = [first.params, *partition(first.state)[0], *inputs]
+    pairs = [
+        (leaf, slope)
+        for leaf, slope in zip(leaves, [*run.of_start, *run.of_inputs], strict=True)
+        if slope is not None
+    ]
+    gradient.pull([leaf for leaf, _ in pairs], [slope for _, slope in pairs])
+    end = WindowEnd(gradient, run.end, run.loss, run.metrics, run.cotangent)
+    return make_result(
+        trajectory, end, hessian_vector_products=len(steps), method="one compiled graph"
+    )
 
 
 def _step_back(
