@@ -99,21 +99,16 @@ class Implicit(Estimator):
         inner, end = trajectory.inner, WindowEnd.of(trajectory, outer_batch)
         batches = [inputs.batch for inputs in last_inputs(trajectory, self.batches)]
         leaves, rebuild = partition(batches, needs_gradient)
-        constants = [leaf.detach() for leaf in leaves]
+        at = [leaf.detach().requires_grad_() for leaf in leaves]
 
-        def gradient(params: Tensor, leaves: list[Tensor]) -> Tensor:
-            gradients = [inner.gradient(params, batch) for batch in rebuild(leaves)]
-            return torch.stack(gradients).mean(0)
+        def gradient(params: Tensor) -> Tensor:
+            gradients = [inner.gradient_with_graph(params, batch)[0] for batch in rebuild(at)]
+            return gradients[0] if len(gradients) == 1 else torch.stack(gradients).mean(0)
 
-        params = end.iterate.params
-        hessian = HessianOperator(lambda params: gradient(params, constants), params)
+        hessian = HessianOperator(gradient, end.iterate.params)
         solution, x = self._solve(hessian, end.cotangent, trajectory)
-        if leaves:
-            _, pull, *_ = torch.func.vjp(lambda leaves: gradient(params, leaves), constants)
-            with torch.no_grad():
-                (cotangents,) = pull(-x)
-            end.gradient.pull(leaves, cotangents)
-        gap = -(x @ hessian.gradient.detach())
+        end.gradient.pull(leaves, hessian.pull(-x, at))
+        gap = -(x @ hessian.gradient)
         return make_result(
             trajectory,
             end,
@@ -168,7 +163,7 @@ class _TaskBlocks(LinearOperator):
 
     def __init__(self, hessian: HessianOperator, inner: InnerLoop, tasks: int) -> None:
         self._hessian, self._inner, self._tasks = hessian, inner, tasks
-        leaves = optree.tree_leaves(inner.unravel(hessian.gradient.detach()))
+        leaves = optree.tree_leaves(inner.unravel(hessian.gradient))
         for leaf in leaves:
             if leaf.dim() == 0 or len(leaf) != tasks:
                 raise ConfigurationError(
@@ -176,7 +171,7 @@ class _TaskBlocks(LinearOperator):
                     "first dimension of each must be the number of tasks"
                 )
         self._widths = [leaf.numel() // tasks for leaf in leaves]
-        super().__init__(self.split(hessian.gradient.detach()), symmetric=True)
+        super().__init__(self.split(hessian.gradient), symmetric=True)
 
     def product(self, vector: Tensor) -> Tensor:
         return self.split(self._hessian.product(self.join(vector)))

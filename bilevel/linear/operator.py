@@ -1,7 +1,7 @@
 """Matrices that are known only through their products with vectors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -74,7 +74,7 @@ class HessianOperator(LinearOperator):
     `torch.func.vmap(torch.func.grad(loss))` does.
 
     Args:
-        gradient: θ ↦ ∇_θ ℓ(θ), differentiable by `torch.func`.
+        gradient: θ ↦ ∇_θ ℓ(θ), differentiable by autograd.
         params: θ, of shape [..., p].
 
     Attributes:
@@ -83,8 +83,20 @@ class HessianOperator(LinearOperator):
 
     def __init__(self, gradient: Callable[[Tensor], Tensor], params: Tensor) -> None:
         super().__init__(params, symmetric=True)
-        params = params.detach()
-        self.gradient, self._pull, *_ = torch.func.vjp(gradient, params)
+        self._params = params.detach().requires_grad_()
+        with torch.enable_grad():
+            self._gradient = gradient(self._params)
+        self.gradient = self._gradient.detach()
 
     def product(self, vector: Tensor) -> Tensor:
-        return self._pull(vector)[0]
+        return self.pull(vector, [self._params])[0]
+
+    def pull(self, vector: Tensor, at: Sequence[Tensor]) -> list[Tensor]:
+        """(∂g/∂x)ᵀ v for every x of `at`, on which g depends: leaves that require a gradient."""
+        if not self._gradient.requires_grad:
+            return [torch.zeros_like(x) for x in at]
+        return list(
+            torch.autograd.grad(
+                self._gradient, at, vector, retain_graph=True, materialize_grads=True
+            )
+        )
