@@ -13,7 +13,7 @@ from problems import Fixed, relative_error, seeded
 import bilevel
 from bilevel import stacking
 from bilevel.compiler import Compiler
-from bilevel.estimators import Adjoint, FiniteDifference, Forward, LowRank, Reverse
+from bilevel.estimators import Adjoint, FiniteDifference, Forward, Implicit, LowRank, Reverse
 
 EXACT = 1e-8
 STEPS = 12
@@ -252,3 +252,21 @@ def test_the_real_compiler_makes_the_same_loops(name, keep_every):
             found = made(case.outer, case.outer_batch, seeded(seed))
             expected = eager(case.outer, case.outer_batch, seeded(seed))
             assert relative_error(found.grads, expected.grads) < EXACT
+
+
+@pytest.mark.parametrize("solver", [None, bilevel.linear.Dense(), bilevel.linear.GMRES()])
+def test_implicit_products_are_compiled(solver):
+    case = problems.make("ridge", 0)
+    results = [
+        hypergradient(
+            case,
+            bilevel.optim.sgd(0.1),
+            bilevel.truncation.Last(1),
+            backend=backend,
+            steps=200,
+            estimator=Implicit(solver, batches=2),
+        )(case.outer, case.outer_batch, seeded(0))
+        for backend in ("eager", None)
+    ]
+    assert relative_error(results[0].grads, results[1].grads) < 1e-6
+    assert results[0].stats.solver.status == results[1].stats.solver.status == "converged"
