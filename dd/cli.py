@@ -68,8 +68,9 @@ def print_results(results: Mapping[str, Any]) -> None:
     per_class = results["images_per_class"]
     plural = "image" if per_class == 1 else "images"
     print(
-        f"\ntest accuracy on {results['dataset']}, {per_class} {plural} per class, protocol "
-        f"{results['protocol']} (steps chosen on the validation split)\n"
+        f"\ntest accuracy on {results['dataset']}, {per_class} {plural} per class, "
+        f"{results['stored_floats']:,} stored floats, protocol {results['protocol']} (steps chosen "
+        "on the validation split)\n"
     )
     print(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
     for name, accuracy in results["accuracy"].items():

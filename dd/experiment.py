@@ -174,6 +174,7 @@ class Experiment:
 
         try:
             run = begin(self.distiller, task)
+            report = report.of_size(run.candidate("images"))
             task.folder.write(CONFIG, partial(write_text, content=config_text))
             write(report)
             record(run, folder, stop, config_text)

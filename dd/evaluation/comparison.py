@@ -43,7 +43,7 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def comparison_table(runs: Runs) -> str:
     """A row for each run; mean ± standard deviation over networks, in %, with the protocol."""
     columns = list(dict.fromkeys(name for run in runs.values() for name in accuracies(run)))
-    rows = [["run", "images per class", "protocol", *columns]]
+    rows = [["run", "images per class", "stored floats", "protocol", *columns]]
     for name, run in runs.items():
         found = accuracies(run)
         cells = [
@@ -52,7 +52,9 @@ def comparison_table(runs: Runs) -> str:
             else "–"
             for column in columns
         ]
-        rows.append([name, str(run["images_per_class"]), run["protocol"], *cells])
+        floats = run.get("stored_floats")
+        size = [str(run["images_per_class"]), "–" if floats is None else f"{floats:,}"]
+        rows.append([name, *size, run["protocol"], *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -69,6 +69,14 @@ STATES: dict[str, dict[str, Any]] = {
         "Distiller__average_decay": 0.7,
         "Distiller__validate_every": 2,
     },
+    "bases, coefficients, their average and best set": {
+        "SyntheticDataset__parameterisation": "@Bases()",
+        "SyntheticDataset__batch_per_class": 2,
+        "Bases__number": 8,
+        "Distiller__clip": "@MovingAverageRowClip()",
+        "Distiller__average_decay": 0.7,
+        "Distiller__validate_every": 2,
+    },
     "momentum, learned rate, stretches of experts": {
         "file": "cifar10_att_cpu.gin",
         "Experiment__dataset": "@digits()",
