@@ -37,6 +37,8 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     found = dict(results["accuracy"])
     for architecture, across in results.get("architectures", {}).items():
         found |= {f"{name}, {architecture}": value for name, value in across.items()}
+    for name, columns in results.get("baselines", {}).items():
+        found |= {f"{name}, {labels}": value for labels, value in columns.items()}
     return {name.replace("_", " "): value for name, value in found.items() if value is not None}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bilevel import Key
 from dd.data.prepared import PreparedData
+from dd.evaluation.baselines import Baselines
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Accuracy, Evaluator
 from dd.evaluation.names import TRAINING_SETS
@@ -41,6 +42,8 @@ class Report:
         status: "running", "evaluating", "complete" or "interrupted".
         accuracy: On each of `TRAINING_SETS`; None where it was not measured.
         architectures: The same of other networks, by the class's name.
+        baselines: On real images that were chosen without distilling, and on the set: by hard
+            labels and by soft ones.
         scores: DD-Ranking's.
         outer_steps: Outer steps that led to the set.
         seconds_distilling: Wall clock spent in them.
@@ -63,6 +66,7 @@ class Report:
         default_factory=lambda: dict.fromkeys(TRAINING_SETS)
     )
     architectures: Mapping[str, Mapping[str, Accuracy | None]] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, Accuracy | None]] = field(default_factory=dict)
     scores: Mapping[str, float] | None = None
     outer_steps: int | None = None
     seconds_distilling: float | None = 0.0
@@ -95,6 +99,7 @@ class Report:
             "network": self.network,
             "network_parameters": self.network_parameters,
             "architectures": {name: _as_dicts(of) for name, of in self.architectures.items()},
+            "baselines": {name: _as_dicts(of) for name, of in self.baselines.items()},
             "scores": None if self.scores is None else dict(self.scores),
             "protocol": self.protocol,
             "selection": "validation split of the training data; test set used once",
@@ -174,6 +179,7 @@ class Assessment:
         training_sets: Sequence[str] = TRAINING_SETS,
         architectures: Mapping[str, nn.Module] | None = None,
         scores: bool = False,
+        baselines: Sequence[str] = (),
     ) -> Iterator[Report]:
         """The report after every measurement; the last one is complete.
 
@@ -182,6 +188,7 @@ class Assessment:
             training_sets: Of `TRAINING_SETS` only these are measured.
             architectures: Further networks to judge the same set by.
             scores: Also measure what DD-Ranking's scores need, and give them.
+            baselines: Of `BASELINES`: also choose real images like this, and judge them.
         """
         began, report = time.perf_counter(), replace(report, status="evaluating")
 
@@ -202,6 +209,10 @@ class Assessment:
                 found_so_far = {**report.architectures, architecture: dict(across)}
                 report = now(replace(report, architectures=found_so_far))
                 yield report
+        for name, labels, found in self._baselines().measured(baselines) if baselines else ():
+            of_name = {**report.baselines.get(name, {}), labels: found}
+            report = now(replace(report, baselines={**report.baselines, name: of_name}))
+            yield report
         if scores:
             report = replace(report, scores=self._scores())
         yield now(replace(report, status="complete"))
@@ -217,6 +228,12 @@ class Assessment:
                 self._images, labels, network, self._data, self._key, self._rate
             )
         return evaluator.full_data(network, self._data, self._key)
+
+    def _baselines(self) -> Baselines:
+        network, evaluator, data = self._network, self._evaluator, self._data
+        return Baselines(
+            self._images, self._labels, data, network, evaluator, self._key, self._rate
+        )
 
     def _scores(self) -> dict[str, float]:
         """DD-Ranking's scores of the set, from accuracies measured here, with the same networks."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bilevel import ConfigurationError
 from bilevel.checks import check_integer, check_number
-from dd.synthetic.parameterisation import Parameterisation
+from dd.synthetic.parameterisation import Parameterisation, norms_of
 from dd.synthetic.scaling import check_divides, downscaled, upscaled
 
 
@@ -25,7 +25,9 @@ class Bases(Parameterisation):
     has, and so what it costs.
 
     The start is the best such combination of given images: the singular value decomposition of
-    all of them at 1/f of their size. Bases start with a root mean square of 1.
+    all of them at 1/f of their size. Bases start with the root mean square of these, so that
+    `Distiller.image_lr` means for them what it means for images, and the squares of the R
+    coefficients of an image add up to about 1.
 
     Args:
         number: R.
@@ -73,7 +75,7 @@ class Bases(Parameterisation):
     def encode(self, images: Tensor, num_classes: int) -> dict[str, Tensor]:
         small = downscaled(images, self.factor)
         left, scale, right = torch.linalg.svd(small.flatten(1), full_matrices=False)
-        size = right.shape[1] ** 0.5
+        size = float(torch.linalg.vector_norm(small)) / len(small) ** 0.5
         bases = size * right[: self.number]
         coefficients = left[:, : self.number] * scale[: self.number] / size
         return {
@@ -85,6 +87,14 @@ class Bases(Parameterisation):
         bases, coefficients = stored["bases"], stored["coefficients"].flatten(0, 1)
         chosen = coefficients if index is None else coefficients[index]
         return upscaled((chosen @ bases.flatten(1)).unflatten(1, bases.shape[1:]), self.factor)
+
+    def project_(self, stored: Mapping[str, Tensor]) -> None:
+        norms = norms_of(self.decode(stored))
+        # Shared by both, so that neither's rate loses its meaning.
+        scale = norms.mean()
+        stored["bases"].div_(scale)
+        coefficients = stored["coefficients"]
+        coefficients.mul_((scale / norms).view(*coefficients.shape[:2], 1))
 
     def rates(self, image_lr: float) -> dict[str, float]:
         return {"bases": image_lr, "coefficients": self.coefficient_lr}

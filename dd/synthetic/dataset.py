@@ -64,11 +64,6 @@ class SyntheticDataset:
         self.parameterisation = _checked_parameterisation(parameterisation, patches_per_side)
         if self.parameterisation.multiple is not None:
             self._check_batch(images_per_class * self.parameterisation.multiple)
-        if projection != "none" and not self.parameterisation.lossless:
-            raise ConfigurationError(
-                f"projection={projection!r}: images of {type(self.parameterisation).__name__} have "
-                "no norms of their own; allowed is 'none'"
-            )
 
     def create(
         self, real_images: Images, real_labels: Tensor, num_classes: int, generator: torch.Generator
@@ -105,7 +100,7 @@ class SyntheticDataset:
                 images.dtype
             )
         if self.projection != "none":
-            self._project_(outer["images"])
+            self.parameterisation.project_(outer)
         return {name: value.requires_grad_() for name, value in outer.items()}
 
     @property
@@ -162,7 +157,7 @@ class SyntheticDataset:
         if "labels" in outer:
             outer["labels"].clamp_(min=0)
         if self.projection == "every_step":
-            self._project_(outer["images"])
+            self.parameterisation.project_(outer)
 
     def _layout(self, outer: dict[str, Tensor]) -> tuple[int, int]:
         """The number of classes, and of images of each."""
@@ -174,10 +169,6 @@ class SyntheticDataset:
                 f"batch_per_class={self.batch_per_class}: images_per_class={self.images_per_class} "
                 f"gives only {available} images of a class"
             )
-
-    def _project_(self, patches: Tensor) -> None:
-        norms = torch.linalg.vector_norm(patches.flatten(1), dim=1).clamp_min(1e-12)
-        patches.div_(norms.mul_(self.patches_per_side).view(-1, 1, 1, 1))
 
 
 def _checked_parameterisation(

@@ -6,7 +6,7 @@ from typing import final
 from torch import Tensor
 
 from bilevel.checks import check_integer
-from dd.synthetic.parameterisation import Parameterisation
+from dd.synthetic.parameterisation import Parameterisation, norms_of
 from dd.synthetic.patches import compose_patches, split_patches
 from dd.synthetic.scaling import check_divides, downscaled, upscaled
 
@@ -46,3 +46,8 @@ class MultiFormation(Parameterisation):
     def decode(self, stored: Mapping[str, Tensor], index: Tensor | None = None) -> Tensor:
         cells = split_patches(stored["images"], self.factor)
         return upscaled(cells if index is None else cells[index], self.factor)
+
+    def project_(self, stored: Mapping[str, Tensor]) -> None:
+        cells = split_patches(stored["images"], self.factor)
+        cells = cells / norms_of(self.decode(stored)).view(-1, 1, 1, 1)
+        stored["images"].copy_(compose_patches(cells, self.factor))

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -60,6 +61,15 @@ class Parameterisation(ABC):
     def decode(self, stored: Mapping[str, Tensor], index: Tensor | None = None) -> Tensor:
         """The images [K·J, C, H, W], or those at `index`, int64 [B]; differentiable."""
 
+    @abstractmethod
+    def project_(self, stored: Mapping[str, Tensor]) -> None:
+        """Scale what is stored so that every decoded image has L2 norm 1."""
+
     def rates(self, image_lr: float) -> dict[str, float]:
         """The outer optimizer's rate for each stored tensor, where that for images is given."""
         return dict.fromkeys(self.names, image_lr)
+
+
+def norms_of(images: Tensor) -> Tensor:
+    """The L2 norm of each of [N, …], as [N]; of nothing but zeros, 1e-12."""
+    return torch.linalg.vector_norm(images.flatten(1), dim=1).clamp_min(1e-12)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bilevel import ConfigurationError
 from bilevel.checks import check_integer
-from dd.synthetic.parameterisation import Parameterisation
+from dd.synthetic.parameterisation import Parameterisation, norms_of
 
 
 def split_patches(images: Tensor, patches_per_side: int) -> Tensor:
@@ -81,3 +81,8 @@ class Patches(Parameterisation):
         if index is not None:
             patches = patches.unflatten(0, (-1, self.patches_per_side**2))[index].flatten(0, 1)
         return compose_patches(patches, self.patches_per_side)
+
+    def project_(self, stored: Mapping[str, Tensor]) -> None:
+        """Scale every patch to L2 norm 1/n."""
+        patches = stored["images"]
+        patches.div_(norms_of(patches).mul_(self.patches_per_side).view(-1, 1, 1, 1))

@@ -5,7 +5,7 @@ from typing import final
 
 from torch import Tensor
 
-from dd.synthetic.parameterisation import Parameterisation
+from dd.synthetic.parameterisation import Parameterisation, norms_of
 
 
 @final
@@ -22,3 +22,7 @@ class Pixels(Parameterisation):
         # Decoded, as by every other parameterisation: a batch that is the outer variable itself has
         # its derivatives added up in another order, which changes their last bits.
         return images.view_as(images) if index is None else images[index]
+
+    def project_(self, stored: Mapping[str, Tensor]) -> None:
+        images = stored["images"]
+        images.div_(norms_of(images).view(-1, 1, 1, 1))
