@@ -30,6 +30,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "DCProtocol": protocols.DCProtocol,
     "Experts": objectives.Experts,
     "MatchExperts": objectives.MatchExperts,
+    "MatchFeatures": objectives.MatchFeatures,
     "RealImages": objectives.RealImages,
     "DifficultyPacing": objectives.DifficultyPacing,
     "PrototypeAlignment": objectives.PrototypeAlignment,

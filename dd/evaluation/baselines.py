@@ -5,12 +5,12 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bilevel import ConfigurationError, Key
 from dd.data.prepared import PreparedData
 from dd.evaluation.evaluator import Accuracy, Evaluator, TrainingSet
 from dd.evaluation.names import LABELS_ALONE
+from dd.networks import embedded
 from dd.runtime.precision import full_float32
 from dd.synthetic.dataset import random_subset
 
@@ -78,19 +78,13 @@ class Teacher:
 
     def __init__(self, network: nn.Module, params: dict[str, Tensor]) -> None:
         self._network, self._params = network, params
-        self._last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
 
     @full_float32()
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What its last linear layer is given, [N, d], and its predictions, [N, K]."""
-        seen: list[Tensor] = []
-        hook = self._last.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-        try:
-            logits = functional_call(self._network, self._params, (images,))
-        finally:
-            hook.remove()
-        return seen[-1].flatten(1), logits.softmax(dim=1)
+        """The features that its last linear layer is given, [N, d], and its predictions, [N, K]."""
+        features, logits = embedded(self._network, self._params, images)
+        return features, logits.softmax(dim=1)
 
 
 @final
