@@ -26,7 +26,8 @@ class Block:
         layout: How what a step takes of φ is put together from the next two.
         shared: Leaves that are one tensor for all steps.
         stacked: The others, each of shape [steps, …].
-        on_graph: Whether these are on the graph of φ.
+        own_learned: Of the others, what is learned, step by step, on the graph of φ.
+        on_graph: Whether that graph is kept.
         iterates: (θ, s, g) before every step, stacked, where they are kept; g may be None.
     """
 
@@ -35,6 +36,7 @@ class Block:
     layout: InputLayout
     shared: list[Tensor]
     stacked: list[Tensor]
+    own_learned: list[tuple[Tensor, ...]]
     on_graph: bool
     iterates: Any = None
 
@@ -58,11 +60,8 @@ class Block:
         Raises:
             NotAlikeError: They differ in more than the values of tensors.
         """
-        with torch.set_grad_enabled(on_graph):
-            layout, shared, stacked = stack(inputs, like)
-        return cls(start, start + len(inputs), layout, shared, stacked, on_graph)
+        return cls(start, start + len(inputs), *stack(inputs, like), on_graph)
 
-    @torch.enable_grad()
     def part(self, start: int, stop: int) -> Block:
         """Some of the steps."""
         if (start, stop) == (self.start, self.stop):
@@ -73,13 +72,19 @@ class Block:
             start=start,
             stop=stop,
             stacked=[stack[here] for stack in self.stacked],
+            own_learned=[column[here] for column in self.own_learned],
             iterates=optree.tree_map(lambda stack: stack[here], self.iterates),
         )
 
-    @torch.enable_grad()
     def inputs(self, step: int) -> StepInputs:
-        """What one of the steps takes of φ."""
-        own = [stack[step - self.start] for stack in self.stacked]
+        """What one of the steps takes of φ, on its graph."""
+        index = step - self.start
+        learned = iter(self.own_learned)
+        kinds = [kind for kind in self.layout.kinds if kind.is_stacked]
+        own = [
+            next(learned)[index] if kind.is_learned else stack[index]
+            for kind, stack in zip(kinds, self.stacked, strict=True)
+        ]
         inputs: StepInputs = self.layout.arrange(self.shared, own)
         return inputs
 
@@ -89,12 +94,15 @@ class Block:
         return Iterate(*at)
 
     @property
-    def learned(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of `shared` and of `stacked`, what is learned."""
-        tensors = [kind for kind in self.layout.kinds if kind.is_tensor]
-        of_shared = [kind.is_learned for kind in tensors if not kind.is_stacked]
-        of_stacked = [kind.is_learned for kind in tensors if kind.is_stacked]
-        return list(compress(self.shared, of_shared)), list(compress(self.stacked, of_stacked))
+    def shared_learned(self) -> list[Tensor]:
+        """What is learned of what all steps share, on the graph of φ."""
+        kinds = [kind for kind in self.layout.kinds if kind.is_tensor and not kind.is_stacked]
+        return list(compress(self.shared, [kind.is_learned for kind in kinds]))
+
+    @torch.enable_grad()
+    def learned(self) -> list[Tensor]:
+        """All that is learned, on the graph of φ: `shared_learned`, and the others, stacked."""
+        return [*self.shared_learned, *map(torch.stack, self.own_learned)]
 
 
 def run_forward(
@@ -175,13 +183,13 @@ def run_backward(
 
     Returns:
         λ and μ before it; ℓ and ‖λ_{t+1}‖ of every step t, each of shape [steps]; and the
-        cotangents of `block.learned`, one list.
+        cotangents of `block.learned()`.
     """
     params, state, _ = block.iterates
-    sums = [torch.zeros_like(leaf) for leaf in block.learned[0]]
+    sums = [torch.zeros_like(leaf) for leaf in block.shared_learned]
     device = cotangent.device
     along: Any = (params, state, block.stacked)
-    xs = optree.tree_map(lambda stack: stack.detach().to(device).flip(0), along)
+    xs = optree.tree_map(lambda stack: stack.to(device).flip(0), along)
     (cotangent, state_cotangents, sums), (losses, norms, own) = inner.scan(
         _step_back,
         (inner, block.layout, step_back, block.shared),

@@ -91,6 +91,9 @@ class KeptGraphs:
 
     def see(self, iterate: Iterate, inputs: StepInputs, made: Any) -> None:
         """Decide, by what one step after another makes with its graph, if it is not decided."""
+        if self._decided is not None:
+            self._before = None
+            return
         signature = self._look_up(iterate, inputs)
         if self._decided is None and self._before is not None:
             self._measure(signature, self._before, tensors_in(made), iterate)

@@ -51,9 +51,15 @@ class Snapshot:
 
     def unchanged(self) -> bool:
         """Whether all of it is as it was."""
+        for (get, container, key), value in self._places:
+            try:
+                now = get(container, key)
+            except IndexError:
+                return False
+            if now is not value and not _is_same(now, value):
+                return False
         return (
-            all(_is_same(_at(place), value) for place, value in self._places)
-            and all(tensor._version == version for tensor, version in self._versions)
+            all(tensor._version == version for tensor, version in self._versions)
             and all(len(value) == size for value, size in self._sizes)
             and all(list(value) == copy for value, copy in self._copies)
             and all(_checksum(array) == checksum for array, checksum in self._checksums)
@@ -262,17 +268,7 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _at(place: Place) -> Any:
-    get, container, key = place
-    try:
-        return get(container, key)
-    except IndexError:
-        return _ABSENT
-
-
 def _is_same(now: Any, before: Any) -> bool:
-    if now is before:
-        return True
     return (
         isinstance(before, str | int | float | bool) and type(now) is type(before) and now == before
     )

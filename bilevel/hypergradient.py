@@ -57,11 +57,12 @@ class Hypergradient:
             its own initialisation and inner batches. They run one after the other, so memory stays
             that of one run; `Replicas` runs them side by side instead. The first one's trace
             selects the window for all.
-        compile: Run every inner step, every adjoint step and the outer loss with its gradient as
-            one `torch.compile` graph each, compiled at their first call (about a minute in all)
-            and reused from then on. What cannot be compiled, or differs from eager mode by more
-            than rounding explains, is run in eager mode with a `CompileWarning`. `Reverse` and
-            `Forward` compile the recorded steps and the outer loss only.
+        compile: Run the inner steps, the adjoint steps and the outer loss with its gradient as
+            one graph each, a loop over any number of steps; a run of at most eight steps with its
+            derivative as one graph. They are compiled at their first call (a quarter of a minute
+            to a minute in all) and reused from then on. What cannot be compiled, or differs from
+            eager mode by more than rounding explains, is run step by step, or in eager mode, with
+            a `CompileWarning`. Only `Adjoint` compiles its way back.
 
     Raises:
         ConfigurationError: An argument that cannot work, such as a window longer than the run.

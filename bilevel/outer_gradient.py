@@ -63,7 +63,9 @@ class OuterGradient:
                 self._cotangents.append(cotangent)
         self._waiting += 1
         size = sum(cotangent.nbytes for cotangent in self._cotangents)
-        block = BLOCK_STEPS if self._trajectory.inputs else 1
+        run = self._trajectory
+        kept = run.inputs or any(block.on_graph for block in run.blocks)
+        block = BLOCK_STEPS if kept else 1
         if size > BLOCK_BYTES or self._waiting >= block:
             self._pull_now()
 

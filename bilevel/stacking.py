@@ -80,8 +80,9 @@ class InputLayout:
 
 def stack(
     inputs: Sequence[StepInputs], like: InputLayout | None = None
-) -> tuple[InputLayout, list[Tensor], list[Tensor]]:
-    """(how to put them together again, what all steps share, what they do not, stacked).
+) -> tuple[InputLayout, list[Tensor], list[Tensor], list[tuple[Tensor, ...]]]:
+    """(how to put them together again, what all steps share, what they do not, stacked, and of
+    that what is learned, step by step as it was given).
 
     Args:
         inputs: Of several steps.
@@ -99,17 +100,19 @@ def stack(
         raise NotAlikeError("the inputs of two steps have another structure")
     columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
     before = like.kinds if like is not None and like.spec == spec else (None,) * len(columns)
-    kinds, shared, stacked = [], [], []
+    kinds, shared, stacked, learned = [], [], [], []
     for column, known in zip(columns, before, strict=True):
         kind = _kind(column)
         if known is not None and known.is_stacked and isinstance(column[0], Tensor | float):
             kind = Kind(None, True, True, kind.is_learned)
         kinds.append(kind)
         if kind.is_stacked:
-            stacked.append(torch.stack(list(map(_as_tensor, column))))
+            stacked.append(torch.stack([_as_tensor(leaf).detach() for leaf in column]))
+            if kind.is_learned:
+                learned.append(column)
         elif kind.is_tensor:
             shared.append(column[0])
-    return InputLayout(spec, tuple(kinds)), shared, stacked
+    return InputLayout(spec, tuple(kinds)), shared, stacked, learned
 
 
 def varying_bytes(inputs: StepInputs, first: StepInputs) -> int:

@@ -10,9 +10,10 @@ from torch import Tensor
 from bilevel.checks import check_flag, check_instance, check_integer, check_number
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
+from bilevel.estimators.mean_hessian import MeanHessian
 from bilevel.inner import InnerLoop
 from bilevel.iterate import StepInputs
-from bilevel.linear import ConjugateGradient, HessianOperator, LinearOperator, Solution, Solver
+from bilevel.linear import ConjugateGradient, LinearOperator, Solution, Solver
 from bilevel.result import HypergradientResult, SolverStats
 from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
@@ -98,22 +99,12 @@ class Implicit(Estimator):
     def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
         inner, end = trajectory.inner, WindowEnd.of(trajectory, outer_batch)
         batches = [inputs.batch for inputs in last_inputs(trajectory, self.batches)]
-        leaves, rebuild = partition(batches, needs_gradient)
-        constants = [leaf.detach() for leaf in leaves]
-
-        def gradient(params: Tensor, leaves: list[Tensor]) -> Tensor:
-            gradients = [inner.gradient(params, batch) for batch in rebuild(leaves)]
-            return torch.stack(gradients).mean(0)
-
-        params = end.iterate.params
-        hessian = HessianOperator(lambda params: gradient(params, constants), params)
+        leaves = partition(batches, needs_gradient)[0]
+        hessian = MeanHessian(inner, end.iterate.params, batches)
         solution, x = self._solve(hessian, end.cotangent, trajectory)
-        if leaves:
-            _, pull, *_ = torch.func.vjp(lambda leaves: gradient(params, leaves), constants)
-            with torch.no_grad():
-                (cotangents,) = pull(-x)
-            end.gradient.pull(leaves, cotangents)
-        gap = -(x @ hessian.gradient.detach())
+        gradient, mixed = hessian.mixed(-x)
+        end.gradient.pull(leaves, mixed)
+        gap = -(x @ gradient)
         return make_result(
             trajectory,
             end,
@@ -124,7 +115,7 @@ class Implicit(Estimator):
         )
 
     def _solve(
-        self, hessian: HessianOperator, slope: Tensor, trajectory: Trajectory
+        self, hessian: MeanHessian, slope: Tensor, trajectory: Trajectory
     ) -> tuple[Solution, Tensor]:
         """(the solution, x as one flat vector)."""
         start = self._solution if self.warm_start else None
@@ -136,7 +127,7 @@ class Implicit(Estimator):
         operator: LinearOperator = hessian
         blocks = None
         if self.tasks is not None:
-            operator = blocks = _TaskBlocks(hessian, trajectory.inner, self.tasks)
+            operator = blocks = _TaskBlocks(hessian, slope, trajectory.inner, self.tasks)
         solution = self.solver.solve(
             operator,
             slope if blocks is None else blocks.split(slope),
@@ -166,9 +157,9 @@ class Implicit(Estimator):
 class _TaskBlocks(LinearOperator):
     """A Hessian that is block-diagonal over tasks, as a batch of one matrix a task."""
 
-    def __init__(self, hessian: HessianOperator, inner: InnerLoop, tasks: int) -> None:
+    def __init__(self, hessian: MeanHessian, params: Tensor, inner: InnerLoop, tasks: int) -> None:
         self._hessian, self._inner, self._tasks = hessian, inner, tasks
-        leaves = optree.tree_leaves(inner.unravel(hessian.gradient.detach()))
+        leaves = optree.tree_leaves(inner.unravel(params))
         for leaf in leaves:
             if leaf.dim() == 0 or len(leaf) != tasks:
                 raise ConfigurationError(
@@ -176,7 +167,7 @@ class _TaskBlocks(LinearOperator):
                     "first dimension of each must be the number of tasks"
                 )
         self._widths = [leaf.numel() // tasks for leaf in leaves]
-        super().__init__(self.split(hessian.gradient.detach()), symmetric=True)
+        super().__init__(self.split(params), symmetric=True)
 
     def product(self, vector: Tensor) -> Tensor:
         return self.split(self._hessian.product(self.join(vector)))

@@ -71,7 +71,7 @@ class BackwardRecursion:
         cotangent, state_cotangents, losses, norms, of_learned = run_backward(
             self._trajectory.inner, block, step_back, self.cotangent, self.state_cotangents
         )
-        self._end.gradient.pull([leaf for group in block.learned for leaf in group], of_learned)
+        self._end.gradient.pull(block.learned(), of_learned)
         self.cotangent, self.state_cotangents = cotangent, state_cotangents
         self._norms.extend(norms.flip(0).unbind())
         self._repeated.update(zip(range(block.start, block.stop), losses.unbind(), strict=True))

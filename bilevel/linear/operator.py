@@ -1,7 +1,7 @@
 """Matrices that are known only through their products with vectors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -23,7 +23,10 @@ class LinearOperator(ABC):
 
     Attributes:
         products: How many products have been asked for; one with a whole batch counts as one.
+        takes_vmap: Whether `torch.func.vmap` can follow a product.
     """
+
+    takes_vmap: bool = True
 
     def __init__(self, like: Tensor, *, symmetric: bool) -> None:
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
@@ -32,7 +35,7 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def product(self, vector: Tensor) -> Tensor:
-        """Av, in operations that `torch.func.vmap` can follow. Not counted: call the object."""
+        """Av; by default, in operations that `vmap` can follow. Not counted: call the object."""
 
     @final
     @torch.no_grad()
@@ -51,7 +54,7 @@ class LinearOperator(ABC):
         """
         self.products += vectors.shape[-1]
         vectors_at_once = min(NUMBERS_PER_VMAP // self.shape.numel(), vectors.shape[-1])
-        if vectors_at_once <= 1:
+        if vectors_at_once <= 1 or not self.takes_vmap:
             return torch.stack([self.product(vector) for vector in vectors.unbind(-1)], dim=-1)
         return torch.func.vmap(self.product, in_dims=-1, out_dims=-1, chunk_size=vectors_at_once)(
             vectors
@@ -74,7 +77,7 @@ class HessianOperator(LinearOperator):
     `torch.func.vmap(torch.func.grad(loss))` does.
 
     Args:
-        gradient: θ ↦ ∇_θ ℓ(θ), differentiable by `torch.func`.
+        gradient: θ ↦ ∇_θ ℓ(θ), differentiable by autograd.
         params: θ, of shape [..., p].
 
     Attributes:
@@ -83,8 +86,20 @@ class HessianOperator(LinearOperator):
 
     def __init__(self, gradient: Callable[[Tensor], Tensor], params: Tensor) -> None:
         super().__init__(params, symmetric=True)
-        params = params.detach()
-        self.gradient, self._pull, *_ = torch.func.vjp(gradient, params)
+        self._params = params.detach().requires_grad_()
+        with torch.enable_grad():
+            self._gradient = gradient(self._params)
+        self.gradient = self._gradient.detach()
 
     def product(self, vector: Tensor) -> Tensor:
-        return self._pull(vector)[0]
+        return self.pull(vector, [self._params])[0]
+
+    def pull(self, vector: Tensor, at: Sequence[Tensor]) -> list[Tensor]:
+        """(∂g/∂x)ᵀ v for every x of `at`, on which g depends: leaves that require a gradient."""
+        if not (at and self._gradient.requires_grad):
+            return [torch.zeros_like(x) for x in at]
+        return list(
+            torch.autograd.grad(
+                self._gradient, at, vector, retain_graph=True, materialize_grads=True
+            )
+        )
