@@ -82,7 +82,9 @@ def picture(study: optuna.Study, space: Sequence[Parameter]) -> bytes:
             error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
             axes.errorbar(at, statistics.fmean(found), yerr=error, fmt="s", color="C0", capsize=4)
         if names:
-            axes.set_xticks(range(len(names)), [str(name) for name in names])
+            ticks = [str(name) for name in names]
+            axes.set_xticks(range(len(names)), ticks, rotation=20, ha="right")
+            axes.margins(x=0.2)
         elif each.kind == "log":
             axes.set_xscale("log")
         axes.set_xlabel(each.name)
