@@ -250,8 +250,8 @@ SWITCHES = {
     "Distiller.truncation = @StageAware()": bilevel.truncation.StageAware,
     "Distiller.truncation = @WithinTrajectoryPolicy()": bilevel.truncation.WithinTrajectoryPolicy,
 }
-#: All but those of trajectory matching, which goes from the first step to the nearest or last, and of
-#: feature matching, which has no steps.
+#: All but those of trajectory matching, which goes from the first step to the nearest or last, and
+#: of feature matching, which has no steps.
 META_LOSS_FILES = sorted(
     path.name
     for path in GIN.glob("*.gin")
