@@ -299,7 +299,8 @@ def differences(old: str, new: str, allowed: set[str]) -> list[str]:
     return [
         f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
         for name in sorted(first.keys() | second.keys())
-        if first.get(name) != second.get(name) and name not in allowed
+        # A run of before a parameter was there has what is None by default now.
+        if first.get(name, "None") != second.get(name, "None") and name not in allowed
     ]
 
 

@@ -150,6 +150,10 @@ class Distillation:
         parameterisation = task.synthetic.parameterisation
         stored = state.average if name == "average" else task.synthetic.stored(state.outer)
         assert stored is not None, "there is an average where one is asked for"
+        kept, coded = {}, {}
+        if not parameterisation.lossless:
+            kept = {name: value.detach() for name, value in stored.items()}
+            coded = {"parameterisation": str(parameterisation)}
         return DistilledSet(
             images=parameterisation.decode(stored).detach(),
             labels=task.synthetic.labels(state.outer).detach(),
@@ -158,12 +162,11 @@ class Distillation:
             provenance={
                 **task.provenance,
                 **self.settings.objective.provenance(state.outer),
+                **coded,
                 "outer_step": state.step,
                 "seconds": state.seconds,
             },
-            stored={}
-            if parameterisation.lossless
-            else {name: value.detach() for name, value in stored.items()},
+            stored=kept,
         )
 
 

@@ -52,6 +52,9 @@ class Bases(Parameterisation):
         self.factor = check_integer("factor", factor)
         self.coefficient_lr = check_number("coefficient_lr", coefficient_lr, above=0)
 
+    def __str__(self) -> str:
+        return f"Bases(number={self.number}, factor={self.factor})"
+
     def per_class(
         self, images_per_class: int, num_classes: int, image_shape: tuple[int, ...], extra: int
     ) -> int:

@@ -34,6 +34,9 @@ class MultiFormation(Parameterisation):
         self.multiple = self.factor**2
         self.lossless = self.factor == 1
 
+    def __str__(self) -> str:
+        return f"MultiFormation(factor={self.factor})"
+
     def per_class(
         self, images_per_class: int, num_classes: int, image_shape: tuple[int, ...], extra: int
     ) -> int:

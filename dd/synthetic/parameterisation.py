@@ -22,6 +22,10 @@ class Parameterisation(ABC):
     lossless: bool = False
     patches_per_side: int = 1
 
+    def __str__(self) -> str:
+        """What somebody needs to know who decodes a saved set."""
+        return type(self).__name__
+
     def per_class(
         self, images_per_class: int, num_classes: int, image_shape: tuple[int, ...], extra: int
     ) -> int:

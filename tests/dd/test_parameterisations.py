@@ -242,6 +242,7 @@ def test_a_coded_set_is_distilled_and_judged_by_the_commands(
         "coefficients": (10, 2, 8),
     }
     assert torch.equal(Bases(8).decode(found.stored), found.images)
+    assert found.provenance["parameterisation"] == "Bases(number=8, factor=2)"
     before = results_of(tmp_path / "run")
     assert (before["images_per_class"], before["stored_floats"]) == (2, 488)
     path = tmp_path / "again.json"

@@ -163,6 +163,13 @@ def test_the_command_goes_on_and_judges_what_a_whole_run_judges(
         assert steps_of(shown_in(folder), name) == list(range(1, OUTER_STEPS + 1))
 
 
+def test_a_run_of_before_a_parameter_was_there_goes_on(copy: Path) -> None:
+    path = copy / "config.gin"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if "parameterisation" not in line))
+    assert train.main(arguments(copy)) == 0
+
+
 def test_a_run_that_dies_in_its_first_steps_can_be_resumed(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
