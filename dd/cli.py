@@ -68,8 +68,9 @@ def print_results(results: Mapping[str, Any]) -> None:
     per_class = results["images_per_class"]
     plural = "image" if per_class == 1 else "images"
     print(
-        f"\ntest accuracy on {results['dataset']}, {per_class} {plural} per class, protocol "
-        f"{results['protocol']} (steps chosen on the validation split)\n"
+        f"\ntest accuracy on {results['dataset']}, {per_class} {plural} per class, "
+        f"{results['stored_floats']:,} stored floats, protocol {results['protocol']} (steps chosen "
+        "on the validation split)\n"
     )
     print(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
     for name, accuracy in results["accuracy"].items():
@@ -78,6 +79,11 @@ def print_results(results: Mapping[str, Any]) -> None:
         print(f"\non {architecture}")
         for name, accuracy in across.items():
             _print_row(name.replace("_", " "), accuracy)
+    if results["baselines"]:
+        print(f"\n{'as many images':<34}{'hard labels':>16}{'soft labels':>16}")
+        for name, columns in results["baselines"].items():
+            cells = (_cell(columns.get(labels)) for labels in ("hard_labels", "soft_labels"))
+            print(f"{name.replace('_', ' '):<34}" + "".join(f"{cell:>16}" for cell in cells))
     if results["scores"]:
         print("\nDD-Ranking, in [0, 1]")
         for name, score in results["scores"].items():
@@ -88,8 +94,13 @@ def _print_row(label: str, accuracy: Mapping[str, Any] | None) -> None:
     if accuracy is None:
         print(f"{label:<20}{'not measured':>18}")
         return
-    value = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
-    print(f"{label:<20}{value:>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")
+    print(f"{label:<20}{_cell(accuracy):>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")
+
+
+def _cell(accuracy: Mapping[str, Any] | None) -> str:
+    if accuracy is None:
+        return "–"
+    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
 
 
 def keep_freed_memory() -> bool:

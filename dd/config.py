@@ -13,14 +13,13 @@ from torch import nn
 
 import bilevel
 import gin
-from dd import augmentation, data, networks, objectives
+from dd import augmentation, data, networks, objectives, synthetic
 from dd.distillation.settings import Distiller
 from dd.evaluation import protocols
 from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
 from dd.runtime.changes import WHEN_JUDGED
 from dd.runtime.precision import Precision
-from dd.synthetic.dataset import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
@@ -31,10 +30,15 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "DCProtocol": protocols.DCProtocol,
     "Experts": objectives.Experts,
     "MatchExperts": objectives.MatchExperts,
+    "MatchFeatures": objectives.MatchFeatures,
     "RealImages": objectives.RealImages,
     "DifficultyPacing": objectives.DifficultyPacing,
     "PrototypeAlignment": objectives.PrototypeAlignment,
-    "SyntheticDataset": SyntheticDataset,
+    "SyntheticDataset": synthetic.SyntheticDataset,
+    "Pixels": synthetic.Pixels,
+    "Patches": synthetic.Patches,
+    "MultiFormation": synthetic.MultiFormation,
+    "Bases": synthetic.Bases,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,
     "digits": data.digits,
@@ -295,7 +299,8 @@ def differences(old: str, new: str, allowed: set[str]) -> list[str]:
     return [
         f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
         for name in sorted(first.keys() | second.keys())
-        if first.get(name) != second.get(name) and name not in allowed
+        # A run of before a parameter was there has what is None by default now.
+        if first.get(name, "None") != second.get(name, "None") and name not in allowed
     ]
 
 

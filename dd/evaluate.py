@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from dd.cli import add_gin_arguments, fail, print_results, run
-from dd.evaluation.names import PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
+from dd.evaluation.names import BASELINES, PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
 
 EPILOG = """\
 examples:
@@ -14,6 +14,7 @@ examples:
   python -m dd.evaluate runs/cpu --gin_param='Evaluator.networks = 20'
   python -m dd.evaluate runs/cpu --gin_param='Evaluator.protocol = @DCProtocol()'
   python -m dd.evaluate runs/cpu --architectures=ResNet18,VGG11,AlexNet,ViT
+  python -m dd.evaluate runs/cpu --baselines=random,herding,k_center,el2n
   python -m dd.evaluate runs/cpu --set=theirs.pt --values=transformed
   python -m dd.evaluate runs/mtt --compare=runs/att --plot=mtt_att.png
 
@@ -52,6 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--hard_labels", action="store_true", help="replace soft labels by their largest entry"
+    )
+    parser.add_argument(
+        "--baselines",
+        metavar="NAME,…",
+        default="",
+        help=f"also judge real images that are chosen without distilling ({', '.join(BASELINES)}), "
+        "with hard labels and with soft ones, and what the set's labels are worth alone",
     )
     parser.add_argument("--scores", action="store_true", help="also give DD-Ranking's two scores")
     parser.add_argument(
@@ -100,6 +108,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
     chosen = Path(options.set) if options.set else folder / DISTILLED
     whole = chosen == folder / DISTILLED and not options.only
+    baselines = [name for name in options.baselines.split(",") if name]
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown:
+        return fail(f"--baselines={unknown[0]}: there are {', '.join(BASELINES)}")
     name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
         saved = config.saved_text(configuration)
@@ -124,6 +136,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             architectures={name: config.network(name, experiment) for name in names},
             hard_labels=options.hard_labels,
             scores=options.scores,
+            baselines=baselines,
         )
     except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
         return fail(str(error))

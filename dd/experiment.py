@@ -174,6 +174,7 @@ class Experiment:
 
         try:
             run = begin(self.distiller, task)
+            report = report.of_size(run.candidate("images"))
             task.folder.write(CONFIG, partial(write_text, content=config_text))
             write(report)
             record(run, folder, stop, config_text)
@@ -204,6 +205,7 @@ class Experiment:
         architectures: Mapping[str, nn.Module] | None = None,
         hard_labels: bool = False,
         scores: bool = False,
+        baselines: Sequence[str] = (),
     ) -> Report:
         """Evaluate a distilled set with its own transform; the results are also written.
 
@@ -216,6 +218,7 @@ class Experiment:
             architectures: Further networks to judge the same set by.
             hard_labels: Replace soft labels by their largest entry.
             scores: Also measure what DD-Ranking's scores need, and give them.
+            baselines: Of `BASELINES`: also choose real images like this, and judge them.
 
         Raises:
             ValueError: The set is not for this dataset, or the scores lack the full data.
@@ -243,7 +246,8 @@ class Experiment:
         data = self.prepare(distilled.transform) if data is None else data
         folder = RunFolder(results_path.parent)
         assessment = self._assessment(distilled, data)
-        for measured in assessment.measured(report, training_sets, architectures, scores):
+        wanted = training_sets, architectures, scores, baselines
+        for measured in assessment.measured(report, *wanted):
             report = measured
             folder.write(results_path.name, partial(write_json, content=report.as_dict()))
         return report

@@ -147,19 +147,26 @@ class Distillation:
     def candidate(self, name: str) -> DistilledSet:
         """The set as it is now, with the "images" as they are or their "average"."""
         state, task = self.state, self.task
-        images = state.average if name == "average" else state.outer["images"]
-        assert images is not None, "there is an average where one is asked for"
+        parameterisation = task.synthetic.parameterisation
+        stored = state.average if name == "average" else task.synthetic.stored(state.outer)
+        assert stored is not None, "there is an average where one is asked for"
+        kept, coded = {}, {}
+        if not parameterisation.lossless:
+            kept = {name: value.detach() for name, value in stored.items()}
+            coded = {"parameterisation": str(parameterisation)}
         return DistilledSet(
-            images=task.synthetic.images({**state.outer, "images": images}).detach(),
+            images=parameterisation.decode(stored).detach(),
             labels=task.synthetic.labels(state.outer).detach(),
             transform=task.data.transform,
             class_names=task.data.class_names,
             provenance={
                 **task.provenance,
                 **self.settings.objective.provenance(state.outer),
+                **coded,
                 "outer_step": state.step,
                 "seconds": state.seconds,
             },
+            stored=kept,
         )
 
 
@@ -238,11 +245,13 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
     constants, outer_batch = run.objective.inputs(state.step, state.truncation.stage)
     generator = run.key.generator("outer", state.step)
     result = run.averaged.backward({**state.outer, **constants}, outer_batch, generator)
-    clip_bound = None if state.clip is None else state.clip([state.outer["images"]])[1]
+    stored = task.synthetic.stored(state.outer)
+    clip_bound = None if state.clip is None else state.clip(stored.values())[1]
     state.optimizer.step()
     task.synthetic.constrain_(state.outer)
     if state.average is not None and settings.average_decay is not None:
-        state.average.lerp_(state.outer["images"].detach(), 1 - settings.average_decay)
+        for name, average in state.average.items():
+            average.lerp_(stored[name].detach(), 1 - settings.average_decay)
 
     metrics = {name: float(value) for name, value in result.metrics.items()}
     if HELD_OUT in state.truncation.metrics:

@@ -159,9 +159,8 @@ class FolderRecorder(Recorder):
             self.run.candidate("average").save(self.folder / AVERAGE)
 
     def show(self) -> None:
-        pixels = self.run.candidate("images").pixels()
-        images_per_class = self.run.task.synthetic.images_per_class
-        self.monitor.images(self.run.state.step, pixels, images_per_class)
+        shown = self.run.candidate("images")
+        self.monitor.images(self.run.state.step, shown.pixels(), shown.images_per_class)
 
     def close(self) -> None:
         self.progress.close()
@@ -231,5 +230,5 @@ class FolderRecorder(Recorder):
         """Make a candidate the run's distilled set."""
         kept = self.run.candidate(candidate)
         kept.save(self.folder / DISTILLED)
-        picture = png(kept.pixels(), self.run.task.synthetic.images_per_class)
+        picture = png(kept.pixels(), kept.images_per_class)
         write_bytes(self.folder / PICTURE, picture)

@@ -43,7 +43,8 @@ class Distiller:
             whatever the objective. Never in an evaluation.
         image_lr: The outer optimizer's rate for the images.
         label_lr: The outer optimizer's rate for learned labels.
-        average_decay: Also keep an exponential moving average of the images, a ← d·a + (1 − d)·x.
+        average_decay: Also keep an exponential moving average of the images, a ← d·a + (1 − d)·x,
+            or of what is stored of them.
             It is validated beside them, on networks of its own, and kept where it is better; the
             latest one is `snapshots/average.safetensors`. Default: none.
         clip: Clipping of the images' hypergradient; default: none.
@@ -139,8 +140,11 @@ class Distiller:
             task.key.generator("synthetic"),
         )
         outer |= self.objective.variables(task.device)
-        rates = {"images": self.image_lr, "labels": self.label_lr}
-        average = None if self.average_decay is None else outer["images"].detach().clone()
+        rates = task.synthetic.parameterisation.rates(self.image_lr) | {"labels": self.label_lr}
+        average = None
+        if self.average_decay is not None:
+            stored = task.synthetic.stored(outer)
+            average = {name: value.detach().clone() for name, value in stored.items()}
         return TrainingState(
             outer,
             self.objective.optimizer(outer, rates),

@@ -33,7 +33,7 @@ class TrainingState:
         optimizer: Their optimizer.
         clip: The hypergradient's clipping, None without.
         truncation: The schedule.
-        average: The moving average of the images, None without.
+        average: The moving average of what is stored of the images, None without.
         step: Outer steps done.
         seconds: Wall clock spent in outer steps, over all processes that worked on this run.
         best_accuracy: Best validation accuracy so far, a fraction; None before the first.
@@ -45,7 +45,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     clip: bilevel.clip.Clip | None
     truncation: bilevel.truncation.Truncation
-    average: Tensor | None = None
+    average: dict[str, Tensor] | None = None
     step: int = 0
     seconds: float = 0.0
     best_accuracy: float | None = None
@@ -55,8 +55,8 @@ class TrainingState:
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
         tensors = {f"outer.{name}": value for name, value in self.outer.items()}
-        if self.average is not None:
-            tensors["average"] = self.average
+        for name, value in (self.average or {}).items():
+            tensors[f"average.{name}"] = value
         for index, slots in self.optimizer.state_dict()["state"].items():
             for name, value in slots.items():
                 tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
@@ -117,7 +117,8 @@ class TrainingState:
                 for index, state in slots.items()
                 if set(state) != _SLOTS[type(self.optimizer)] or index >= len(outer)
             ]
-            if (self.average is None) != ("average" not in tensors):
+            average, kept = group("average."), self.average or {}
+            if average.keys() != kept.keys():
                 raise ValueError("the average of the images is missing, or not wanted")
             if incomplete or len(slots) not in (0, len(outer)):
                 raise ValueError("the optimizer's state is incomplete")
@@ -132,7 +133,7 @@ class TrainingState:
         with torch.no_grad():
             for name, value in outer.items():
                 self.outer[name].copy_(value)
-            if self.average is not None:
-                self.average.copy_(tensors["average"])
+            for name, value in average.items():
+                kept[name].copy_(value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})

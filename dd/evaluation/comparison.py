@@ -37,13 +37,15 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     found = dict(results["accuracy"])
     for architecture, across in results.get("architectures", {}).items():
         found |= {f"{name}, {architecture}": value for name, value in across.items()}
+    for name, columns in results.get("baselines", {}).items():
+        found |= {f"{name}, {labels}": value for labels, value in columns.items()}
     return {name.replace("_", " "): value for name, value in found.items() if value is not None}
 
 
 def comparison_table(runs: Runs) -> str:
     """A row for each run; mean ± standard deviation over networks, in %, with the protocol."""
     columns = list(dict.fromkeys(name for run in runs.values() for name in accuracies(run)))
-    rows = [["run", "images per class", "protocol", *columns]]
+    rows = [["run", "images per class", "stored floats", "protocol", *columns]]
     for name, run in runs.items():
         found = accuracies(run)
         cells = [
@@ -52,7 +54,9 @@ def comparison_table(runs: Runs) -> str:
             else "–"
             for column in columns
         ]
-        rows.append([name, str(run["images_per_class"]), run["protocol"], *cells])
+        floats = run.get("stored_floats")
+        size = [str(run["images_per_class"]), "–" if floats is None else f"{floats:,}"]
+        rows.append([name, *size, run["protocol"], *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -69,6 +69,14 @@ STATES: dict[str, dict[str, Any]] = {
         "Distiller__average_decay": 0.7,
         "Distiller__validate_every": 2,
     },
+    "bases, coefficients, their average and best set": {
+        "SyntheticDataset__parameterisation": "@Bases()",
+        "SyntheticDataset__batch_per_class": 2,
+        "Bases__number": 8,
+        "Distiller__clip": "@MovingAverageRowClip()",
+        "Distiller__average_decay": 0.7,
+        "Distiller__validate_every": 2,
+    },
     "momentum, learned rate, stretches of experts": {
         "file": "cifar10_att_cpu.gin",
         "Experiment__dataset": "@digits()",
@@ -153,6 +161,13 @@ def test_the_command_goes_on_and_judges_what_a_whole_run_judges(
     assert found["accuracy"] == expected["accuracy"]
     for name in ("window/start", "outer/loss"):
         assert steps_of(shown_in(folder), name) == list(range(1, OUTER_STEPS + 1))
+
+
+def test_a_run_of_before_a_parameter_was_there_goes_on(copy: Path) -> None:
+    path = copy / "config.gin"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if "parameterisation" not in line))
+    assert train.main(arguments(copy)) == 0
 
 
 def test_a_run_that_dies_in_its_first_steps_can_be_resumed(
