@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from dd.cli import add_gin_arguments, fail, print_results, run
@@ -93,6 +94,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from dd.runtime.changes import WHEN_JUDGED
     from dd.runtime.files import DamagedFileError
     from dd.runtime.processes import one_first
+    from dd.runtime.writer import only_writer
 
     folder = Path(options.run_dir)
     configuration = folder / CONFIG
@@ -116,15 +118,19 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "and of networks"
             )
         names = [name for name in options.architectures.split(",") if name]
-        report = experiment.evaluate(
-            chosen,
-            Path(options.json) if options.json else folder / name,
-            options.only or TRAINING_SETS,
-            values=options.values,
-            architectures={name: config.network(name, experiment) for name in names},
-            hard_labels=options.hard_labels,
-            scores=options.scores,
-        )
+        results = Path(options.json) if options.json else folder / name
+        # Beside a run that goes on, all may be judged but what it writes itself.
+        shared = results.resolve() == (folder / RESULTS).resolve()
+        with only_writer(folder) if shared else nullcontext():
+            report = experiment.evaluate(
+                chosen,
+                results,
+                options.only or TRAINING_SETS,
+                values=options.values,
+                architectures={name: config.network(name, experiment) for name in names},
+                hard_labels=options.hard_labels,
+                scores=options.scores,
+            )
     except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
         return fail(str(error))
     print_results(report.as_dict())

@@ -42,6 +42,7 @@ def _train(options: argparse.Namespace) -> int:
     from dd import config
     from dd.runtime.files import DamagedFileError
     from dd.runtime.stopping import stop_on_signal
+    from dd.runtime.writer import only_writer
 
     try:
         experiment = config.load(options.gin_file, options.gin_param)
@@ -55,7 +56,7 @@ def _train(options: argparse.Namespace) -> int:
         print(f"preparing {experiment.dataset!r}", flush=True)
         data = experiment.prepare()
         print(f"writing to {experts.folder}", flush=True)
-        with stop_on_signal() as stop:
+        with only_writer(experts.folder), stop_on_signal() as stop:
             writer = experts.train(
                 data,
                 experiment.network,

@@ -4,8 +4,13 @@ import argparse
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
+
+if TYPE_CHECKING:
+    from dd.data.prepared import PreparedData
+    from dd.experiment import Experiment
 
 EPILOG = """\
 examples:
@@ -49,14 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     from bilevel import BilevelError
     from dd import config
-    from dd.distillation.loop import CHECKPOINT
-    from dd.distillation.recorder import DISTILLED, PICTURE
-    from dd.evaluation.names import RESULTS
-    from dd.experiment import CONFIG
-    from dd.runtime.changes import WHEN_RESUMED
-    from dd.runtime.files import DamagedFileError
     from dd.runtime.processes import from_first_process, one_first
-    from dd.runtime.stopping import stop_on_signal
+    from dd.runtime.writer import FolderInUseError, only_writer
 
     try:
         with one_first():
@@ -74,6 +73,26 @@ def _train(options: argparse.Namespace) -> int:
             data = experiment.prepare()
     except (ValueError, BilevelError) as error:
         return fail(config.one_line(error))
+    try:
+        with only_writer(folder):
+            return _train_in(folder, experiment, data)
+    except FolderInUseError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"--run_dir={folder} cannot be used: {error}")
+
+
+def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> int:
+    from bilevel import BilevelError
+    from dd import config
+    from dd.distillation.loop import CHECKPOINT
+    from dd.distillation.recorder import DISTILLED, PICTURE
+    from dd.evaluation.names import RESULTS
+    from dd.experiment import CONFIG
+    from dd.runtime.changes import WHEN_RESUMED
+    from dd.runtime.files import DamagedFileError
+    from dd.runtime.stopping import stop_on_signal
+
     text = config.text()
     try:
         if (folder / CHECKPOINT).exists():

@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+#: How a file is called while it is being written: hidden, and by no name that a user would give.
+_UNFINISHED = ".unfinished"
+
 
 class DamagedFileError(ValueError):
     """A file of a run is truncated, corrupt, or not what it should be."""
@@ -20,7 +23,7 @@ class DamagedFileError(ValueError):
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that at every moment either the old or the new content is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -32,6 +35,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left half written in a folder and those below it.
+
+    Only the one writer of a folder may call this.
+    """
+    for leftover in folder.rglob(f".*{_UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
 
 
 def write_text(path: Path, content: str) -> None:
