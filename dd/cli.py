@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dd.runtime.plain import plain
+
 #: Exit status after Ctrl-C, as the shell has it.
 INTERRUPTED = 130
 # From glibc's malloc.h.
@@ -33,13 +35,23 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> Non
         metavar="'NAME.PARAMETER = VALUE'",
         help="override one parameter, for example 'SyntheticDataset.images_per_class = 10'",
     )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a Python module of your own first, which runs it: what it registers with gin "
+        "can then be named",
+    )
 
 
 def fail(message: str) -> int:
     """Print a one-line error; returns the exit status for a usage error."""
     from dd.runtime.processes import which_process
 
-    print(f"error{which_process()}: {message}", file=sys.stderr)
+    one_line = plain(" ".join(message.split()))
+    print(f"error{which_process()}: {one_line}", file=sys.stderr)
     return 2
 
 
@@ -63,33 +75,38 @@ def run(command: Callable[[], int]) -> int:
         return fail(str(error))
 
 
+def say(text: str) -> None:
+    """Print text that may come from somebody else's files."""
+    print(plain(text))
+
+
 def print_results(results: Mapping[str, Any]) -> None:
     """Print the accuracies as a table."""
     per_class = results["images_per_class"]
     plural = "image" if per_class == 1 else "images"
-    print(
+    say(
         f"\ntest accuracy on {results['dataset']}, {per_class} {plural} per class, protocol "
         f"{results['protocol']} (steps chosen on the validation split)\n"
     )
-    print(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
+    say(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
     for name, accuracy in results["accuracy"].items():
         _print_row(name.replace("_", " "), accuracy)
     for architecture, across in results["architectures"].items():
-        print(f"\non {architecture}")
+        say(f"\non {architecture}")
         for name, accuracy in across.items():
             _print_row(name.replace("_", " "), accuracy)
     if results["scores"]:
-        print("\nDD-Ranking, in [0, 1]")
+        say("\nDD-Ranking, in [0, 1]")
         for name, score in results["scores"].items():
-            print(f"{name.replace('_', '-'):<20}{score:>18.3f}")
+            say(f"{name.replace('_', '-'):<20}{score:>18.3f}")
 
 
 def _print_row(label: str, accuracy: Mapping[str, Any] | None) -> None:
     if accuracy is None:
-        print(f"{label:<20}{'not measured':>18}")
+        say(f"{label:<20}{'not measured':>18}")
         return
     value = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
-    print(f"{label:<20}{value:>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")
+    say(f"{label:<20}{value:>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")
 
 
 def keep_freed_memory() -> bool:

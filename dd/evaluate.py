@@ -5,7 +5,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from dd.cli import add_gin_arguments, fail, print_results, run
+from dd.cli import add_gin_arguments, fail, print_results, run, say
 from dd.evaluation.names import PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
 
 EPILOG = """\
@@ -106,7 +106,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     try:
         saved = config.saved_text(configuration)
         with one_first():
-            experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
+            experiment = config.load(
+                options.gin_file, options.gin_param, modules=options.modules, run=configuration
+            )
         # What the transform was fitted with is known only in training.
         changed = config.differences(
             saved, f"{saved}\n{config.text()}", config.changeable(WHEN_JUDGED)
@@ -146,7 +148,7 @@ def _compare(options: argparse.Namespace) -> int:
         runs = load_results([Path(folder) for folder in folders])
     except (DamagedFileError, OSError) as error:
         return fail(str(error))
-    print(comparison_table(runs))
+    say(comparison_table(runs))
     write_bytes(plot, comparison_plot(runs))
     print(f"\npicture: {plot}")
     return 0

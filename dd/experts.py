@@ -45,7 +45,7 @@ def _train(options: argparse.Namespace) -> int:
     from dd.runtime.writer import only_writer
 
     try:
-        experiment = config.load(options.gin_file, options.gin_param)
+        experiment = config.load(options.gin_file, options.gin_param, modules=options.modules)
         experts = experiment.distiller.objective.experts
         if experts is None:
             return fail(

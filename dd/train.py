@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run, say
 
 if TYPE_CHECKING:
     from dd.data.prepared import PreparedData
@@ -18,7 +18,7 @@ examples:
   python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
   python -m dd.train --gin_file=gin/cifar10_rat.gin --gin_param='RandomWindow.window = 40'
   python -m dd.train --gin_file=gin/digits.gin --gin_param='Distiller.truncation = @Full()'
-  torchrun --nproc_per_node=4 -m dd.train --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
+  torchrun --standalone --nproc_per_node=4 -m dd.train --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
 
 The run directory then holds
   config.gin              every parameter in use
@@ -59,14 +59,15 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         with one_first():
-            experiment = config.load(options.gin_file, options.gin_param)
+            experiment = config.load(options.gin_file, options.gin_param, modules=options.modules)
     except config.ConfigError as error:
         return fail(str(error))
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(options.gin_file[0]).stem}-{started}"
     folder = Path(from_first_process(options.run_dir or default))
     for name in config.unused():
-        print(f"note: {name} is set, but nothing refers to {name.rsplit('.', 1)[0]}")
+        owner = name.rsplit(".", 1)[0]
+        say(f"note: {name}{config.place_of(name)} is set, but nothing refers to {owner}")
     print(f"preparing {experiment.dataset!r}", flush=True)
     try:
         with one_first():  # The others find the whitening that it fitted.
