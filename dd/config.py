@@ -34,6 +34,7 @@ from dd.gin_text import (
     registered,
 )
 from dd.runtime.changes import WHEN_JUDGED
+from dd.runtime.files import DamagedFileError, read_sealed
 from dd.runtime.precision import Precision
 from dd.synthetic.dataset import SyntheticDataset
 
@@ -293,9 +294,12 @@ def saved_text(path: Path) -> str:
 
     Raises:
         ConfigError: The run is of version 0.1.
+        DamagedFileError: It is damaged.
         OSError: It cannot be read.
     """
-    saved = path.read_text()
+    saved = read_sealed(path)
+    if not parameters(saved):
+        raise DamagedFileError(f"{path} is damaged: it holds no configuration")
     if not MOVED.keys().isdisjoint(parameters(saved)):
         raise ConfigError(
             f"{path.parent} holds a run of version 0.1, which cannot be resumed or judged again; "

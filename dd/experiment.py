@@ -33,7 +33,7 @@ from dd.objectives.base import Task
 from dd.objectives.expert_buffer import describe
 from dd.runtime.changes import Judging
 from dd.runtime.devices import chosen_device
-from dd.runtime.files import write_json, write_text
+from dd.runtime.files import write_json, write_sealed
 from dd.runtime.run_folder import RunFolder
 from dd.runtime.stopping import StopRequest
 from dd.synthetic.dataset import SyntheticDataset
@@ -174,7 +174,7 @@ class Experiment:
 
         try:
             run = begin(self.distiller, task)
-            task.folder.write(CONFIG, partial(write_text, content=config_text))
+            task.folder.write(CONFIG, partial(write_sealed, text=config_text))
             write(report)
             record(run, folder, stop, config_text)
             report = replace(

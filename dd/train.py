@@ -18,7 +18,8 @@ examples:
   python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
   python -m dd.train --gin_file=gin/cifar10_rat.gin --gin_param='RandomWindow.window = 40'
   python -m dd.train --gin_file=gin/digits.gin --gin_param='Distiller.truncation = @Full()'
-  torchrun --standalone --nproc_per_node=4 -m dd.train --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
+  torchrun --standalone --nproc_per_node=4 -m dd.train \\
+      --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
 
 The run directory then holds
   config.gin              every parameter in use
@@ -86,7 +87,7 @@ def _train(options: argparse.Namespace) -> int:
 def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> int:
     from bilevel import BilevelError
     from dd import config
-    from dd.distillation.loop import CHECKPOINT
+    from dd.distillation.loop import CHECKPOINT, PREVIOUS
     from dd.distillation.recorder import DISTILLED, PICTURE
     from dd.evaluation.names import RESULTS
     from dd.experiment import CONFIG
@@ -96,7 +97,7 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> i
 
     text = config.text()
     try:
-        if (folder / CHECKPOINT).exists():
+        if (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists():
             saved = config.saved_text(folder / CONFIG)
             differences = config.differences(saved, text, config.changeable(WHEN_RESUMED))
             if differences:
@@ -105,7 +106,7 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> i
                     "choose another --run_dir, or repeat the command that started it"
                 )
             print(f"resuming the run in {folder}")
-    except config.ConfigError as error:
+    except (config.ConfigError, DamagedFileError) as error:
         return fail(str(error))
     except OSError as error:
         return fail(f"--run_dir={folder} cannot be used: {error}")

@@ -7,20 +7,28 @@ Saving, showing and stopping are the caller's; `dd.distillation.recorder` is wha
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 import bilevel
 from bilevel.distributed import AveragedHypergradient, broadcast_, gather, world_size
 from bilevel.tree import to_device
+from dd.distillation.events import (
+    Event,
+    Finished,
+    Ready,
+    Skipped,
+    StageChanged,
+    Stepped,
+    Validated,
+)
 from dd.distillation.settings import Distiller
 from dd.distillation.state import TrainingState
 from dd.evaluation.distilled_set import DistilledSet
 from dd.objectives.base import HELD_OUT, Task
+from dd.runtime.files import DamagedFileError
 from dd.runtime.precision import allow_tf32
 from dd.runtime.processes import from_first_process, is_first_process, own_key
 
@@ -28,86 +36,12 @@ from dd.runtime.processes import from_first_process, is_first_process, own_key
 MOST_SKIPPED = 10
 #: The checkpoint in a run's folder.
 CHECKPOINT = "checkpoint.safetensors"
+#: The one before it, and one that was found to be damaged.
+PREVIOUS, DAMAGED = "checkpoint.previous.safetensors", "checkpoint.damaged.safetensors"
+#: The set that a run has found.
+DISTILLED = "distilled.safetensors"
 #: Which networks judge a candidate in a validation: a step has others for each of the two.
 CANDIDATE_KEYS = {"images": "validation", "average": "validation/accuracy_of_average"}
-
-
-@final
-@dataclass(frozen=True)
-class Ready:
-    """Nothing is half done after this many outer steps: save here, and stop here."""
-
-    step: int
-
-
-@final
-@dataclass(frozen=True)
-class Stepped:
-    """An outer step was made.
-
-    Attributes:
-        step: Outer steps done.
-        seconds: How long it took.
-        result: Its hypergradient, averaged over processes.
-        clip_bound: The norm that the images' hypergradient was clipped to; None without clipping.
-        metrics: What the schedule was told beside the loss.
-        objective: What the objective reports.
-        schedule: What the schedule reports and looked at: numbers, and profiles over inner steps.
-    """
-
-    step: int
-    seconds: float
-    result: bilevel.HypergradientResult
-    clip_bound: float | None
-    metrics: dict[str, float]
-    objective: dict[str, float]
-    schedule: dict[str, Tensor | float]
-
-
-@final
-@dataclass(frozen=True)
-class Skipped:
-    """An outer step was left out, for its hypergradient was not finite."""
-
-    step: int
-    reason: str
-
-
-@final
-@dataclass(frozen=True)
-class StageChanged:
-    """The truncation schedule changes its course."""
-
-    step: int
-    sentence: str
-
-
-@final
-@dataclass(frozen=True)
-class Validated:
-    """The set was judged on the validation split.
-
-    Attributes:
-        step: Outer steps done.
-        accuracy: Fractions, of networks trained on the set with the `images` as they are, and, if
-            there is one, with their `average`.
-        best: The one of these that is better than all before; None if neither is.
-    """
-
-    step: int
-    accuracy: dict[str, float]
-    best: str | None
-
-
-@final
-@dataclass(frozen=True)
-class Finished:
-    """All that was asked for is done."""
-
-    step: int
-
-
-Event = Ready | Stepped | Skipped | StageChanged | Validated | Finished
 
 
 @final
@@ -122,13 +56,17 @@ class Distillation:
         settings: Of the outer loop.
         task: What to work on.
         state: Where to begin; it is what changes.
+        notes: What the user should know of how it begins.
     """
 
-    def __init__(self, settings: Distiller, task: Task, state: TrainingState) -> None:
+    def __init__(
+        self, settings: Distiller, task: Task, state: TrainingState, notes: Sequence[str] = ()
+    ) -> None:
         allow_tf32(settings.tf32)
         self.settings = settings
         self.task = task
         self.state = state
+        self.notes = notes
         self.key = own_key(task.key)
         self.objective = settings.objective.prepare(task, self.key, state.truncation.stage)
         self.hypergradient = bilevel.Hypergradient(
@@ -172,17 +110,49 @@ def begin(settings: Distiller, task: Task) -> Distillation:
         DamagedFileError: The checkpoint cannot be used.
     """
     state = settings.initial_state(task)
-    checkpoint = task.folder.find(CHECKPOINT)
-    if checkpoint is not None:
-        state.restore(checkpoint)
+    notes = _restored(state, task)
+    set_aside = bool(notes) and task.folder.find(CHECKPOINT) is not None
+    notes += _missed(state, task)
     steps = gather(state.step)
     if len(set(steps)) > 1:
         raise bilevel.ProcessError(
             f"the processes would go on from outer steps {steps}: {task.folder.path} must be a "
             "folder that all of them can read"
         )
+    if set_aside:
+        # Only now have all processes looked at it.
+        task.folder.write(CHECKPOINT, lambda path: path.replace(path.with_name(DAMAGED)))
     broadcast_(state.outer.values())
-    return Distillation(settings, task, state)
+    return Distillation(settings, task, state, notes)
+
+
+def _restored(state: TrainingState, task: Task) -> list[str]:
+    """Bring the state to that of the latest checkpoint that is good; what is to be said of it."""
+    checkpoint, previous = task.folder.find(CHECKPOINT), task.folder.find(PREVIOUS)
+    problem = f"{CHECKPOINT} is missing"
+    try:
+        if checkpoint is not None:
+            state.restore(checkpoint)
+        if checkpoint is not None or previous is None:
+            return []
+    except DamagedFileError as error:
+        if previous is None:
+            raise
+        problem = str(error)
+    state.restore(previous)
+    return [f"note: {problem}; the run goes on from {previous}, after outer step {state.step}"]
+
+
+def _missed(state: TrainingState, task: Task) -> list[str]:
+    """If the best set so far cannot be read, forget it; what is to be said of that."""
+    if state.best_accuracy is None or task.folder.path is None:
+        return []
+    try:
+        DistilledSet.load(task.folder.path / DISTILLED)
+    except (DamagedFileError, OSError) as error:
+        state.best_accuracy = state.best_step = None
+        return [f"note: the best set so far is lost: {error}; the best from here on is kept"]
+    return []
 
 
 def outer_loop(run: Distillation) -> Iterator[Event]:

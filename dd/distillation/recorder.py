@@ -9,9 +9,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel.distributed import world_size
-from dd.distillation.loop import (
-    CHECKPOINT,
-    Distillation,
+from dd.distillation.events import (
     Event,
     Finished,
     Ready,
@@ -19,8 +17,8 @@ from dd.distillation.loop import (
     StageChanged,
     Stepped,
     Validated,
-    outer_loop,
 )
+from dd.distillation.loop import CHECKPOINT, DISTILLED, PREVIOUS, Distillation, outer_loop
 from dd.distillation.monitor import Monitor, Progress, png
 from dd.objectives.base import HELD_OUT
 from dd.runtime.files import write_bytes
@@ -30,7 +28,6 @@ from dd.runtime.stopping import StopRequest
 #: Wall clock between two checkpoints.
 CHECKPOINT_SECONDS = 60.0
 #: Names in a run's folder.
-DISTILLED = "distilled.safetensors"
 PICTURE = "distilled.png"
 AVERAGE = Path("snapshots") / "average.safetensors"
 #: What TensorBoard calls the accuracies of a validation.
@@ -122,6 +119,8 @@ class FolderRecorder(Recorder):
         self.monitor = Monitor(folder / "events", first_step=state.step)
         self.monitor.config(config_text)
         self.progress = Progress(settings.outer_steps, settings.minutes, state.step, state.seconds)
+        for note in run.notes:
+            self.progress.say(note)
         if state.processes != world_size():
             self.progress.say(
                 f"note: this run had {state.processes} processes and goes on with "
@@ -152,7 +151,7 @@ class FolderRecorder(Recorder):
 
     def save(self) -> None:
         state = self.run.state
-        state.save(self.folder / CHECKPOINT)
+        state.save(self.folder / CHECKPOINT, previous=self.folder / PREVIOUS)
         if state.best_accuracy is None:
             self._keep("images")
         if state.average is not None:

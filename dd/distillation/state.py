@@ -52,8 +52,8 @@ class TrainingState:
     best_step: int | None = None
     processes: int = 1
 
-    def save(self, path: Path) -> None:
-        """Write one safetensors file, atomically."""
+    def save(self, path: Path, previous: Path | None = None) -> None:
+        """Write one safetensors file, atomically; what it replaces is then called `previous`."""
         tensors = {f"outer.{name}": value for name, value in self.outer.items()}
         if self.average is not None:
             tensors["average"] = self.average
@@ -79,6 +79,7 @@ class TrainingState:
                 "best_step": self.best_step,
                 "processes": self.processes,
             },
+            previous,
         )
 
     def restore(self, path: Path) -> None:

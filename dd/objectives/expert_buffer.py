@@ -224,8 +224,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no experts: train them by python -m dd.experts with the same "
-            "configuration"
+            f"{folder} holds no experts, for there is no {INDEX}: train them by python -m "
+            "dd.experts with the same configuration"
         )
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT or not _is_index(index):

@@ -1,6 +1,5 @@
 """A run, a set or a buffer of somebody else is data: it runs nothing and says nothing unseen."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tiny_runs import arguments, one_error
 from dd import config, evaluate, train
 from dd.evaluation.comparison import comparison_plot
 from dd.objectives.expert_buffer import INDEX, ExpertBuffer
-from dd.runtime.files import DamagedFileError, write_json
+from dd.runtime.files import DamagedFileError, read_json, read_sealed, write_json, write_sealed
 from dd.runtime.plain import plain
 
 OWN_NETWORK = """
@@ -69,9 +68,9 @@ def test_a_saved_configuration_runs_nothing(
 ) -> None:
     (run.parent / "other.gin").write_text("import own_net\n")
     path = run / "config.gin"
-    saved = path.read_text()
+    saved = read_sealed(path)
     for text in (f"{HOSTILE[kind]}\n{saved}", f"{saved}\n{HOSTILE[kind]}\n"):
-        path.write_text(text)
+        write_sealed(path, text)
         assert evaluate.main([str(run), "--only=distilled"]) == 2
         assert "config.gin" in one_error(capsys)
         assert not (run.parent / "ran").exists()
@@ -81,7 +80,7 @@ def test_a_module_of_the_users_own_is_imported_when_asked_for(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "config.gin"
-    path.write_text("import own_net\n" + path.read_text())
+    write_sealed(path, "import own_net\n" + read_sealed(path))
     assert evaluate.main([str(run), "--only=distilled"]) == 2
     assert "give --import own_net" in one_error(capsys)
     name = f"Own{run.parent.name}"
@@ -99,12 +98,12 @@ def test_escape_sequences_are_shown_not_obeyed(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = "\x1b]0;owned\x07\x9b2J\u202e"
-    results = json.loads((run / "results.json").read_text())
+    results = read_json(run / "results.json")
     results |= {"dataset": evil, "protocol": f"{evil}$x^$"}
     write_json(run / "results.json", results)
     assert evaluate.main(["run", "--compare=run"]) == 0
     path = run / "config.gin"
-    path.write_text(path.read_text() + f"Experiment.seed = '{evil}'\n")
+    write_sealed(path, read_sealed(path) + f"Experiment.seed = '{evil}'\n")
     assert evaluate.main([str(run)]) == 2
     printed = capsys.readouterr()
     for text in (printed.out, printed.err):

@@ -186,6 +186,7 @@ def test_only_the_first_process_writes(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
         "checkpoint.safetensors",
+        "checkpoint.previous.safetensors",
         "config.gin",
         "distilled.png",
         "distilled.safetensors",

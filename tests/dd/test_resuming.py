@@ -22,7 +22,7 @@ from tiny_runs import (
 from dd import experts, train
 from dd.data.prepared import PreparedData
 from dd.distillation import loop
-from dd.distillation.loop import CHECKPOINT, Distillation
+from dd.distillation.loop import CHECKPOINT, DAMAGED, PREVIOUS, Distillation
 from dd.distillation.recorder import AVERAGE, DISTILLED
 from dd.experiment import Experiment
 from dd.runtime.files import DamagedFileError, read_tensors
@@ -206,13 +206,33 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "missing"])
+def test_in_place_of_a_damaged_checkpoint_the_one_before_it_is_used(
+    damage: str, finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / CHECKPOINT
+    good = path.read_bytes()
+    bad = {"truncated": good[:-10], "empty": b"", "foreign": b"PK\3\4 a zip"}.get(damage)
+    path.unlink()
+    if bad is not None:
+        path.write_bytes(bad)
+    assert train.main(arguments(copy)) == 0
+    printed = capsys.readouterr().err
+    assert CHECKPOINT in printed
+    assert f"the run goes on from {copy / PREVIOUS}, after outer step 0" in printed
+    assert_same(read_tensors(path), read_tensors(finished / CHECKPOINT))
+    assert (copy / DAMAGED).exists() == (bad is not None)
+    assert bad is None or (copy / DAMAGED).read_bytes() == bad
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign"])
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_overwritten(
+def test_where_both_checkpoints_are_damaged_nothing_is_overwritten(
     damage: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = copy / "checkpoint.safetensors"
-    good = path.read_bytes()
-    path.write_bytes({"truncated": good[:-10], "empty": b"", "foreign": b"PK\3\4 a zip"}[damage])
+    for path in (copy / CHECKPOINT, copy / PREVIOUS):
+        good = path.read_bytes()
+        content = {"truncated": good[:-10], "empty": b"", "foreign": b"PK\3\4 a zip"}[damage]
+        path.write_bytes(content)
     before = contents(copy)
     assert train.main(arguments(copy, Distiller__outer_steps=9)) == 2
     assert str(path) in one_error(capsys)
