@@ -5,7 +5,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from dd.cli import add_gin_arguments, fail, print_results, run, say
+from dd.cli import add_gin_arguments, fail, keep_tracebacks_in, print_results, run, say
 from dd.evaluation.names import PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
 
 EPILOG = """\
@@ -100,6 +100,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     configuration = folder / CONFIG
     if not configuration.is_file():
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
+    keep_tracebacks_in(folder)
     chosen = Path(options.set) if options.set else folder / DISTILLED
     whole = chosen == folder / DISTILLED and not options.only
     name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, run
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, keep_tracebacks_in, run
 
 EPILOG = """\
 examples:
@@ -53,6 +53,7 @@ def _train(options: argparse.Namespace) -> int:
                 "Distiller.objective = @MatchExperts(), as gin/cifar10_att_cpu.gin does, or "
                 "PrototypeAlignment.experts = @Experts()"
             )
+        keep_tracebacks_in(experts.folder)
         print(f"preparing {experiment.dataset!r}", flush=True)
         data = experiment.prepare()
         print(f"writing to {experts.folder}", flush=True)

@@ -6,7 +6,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run, say
+from dd.cli import (
+    FAILED,
+    INTERRUPTED,
+    add_gin_arguments,
+    fail,
+    keep_tracebacks_in,
+    print_results,
+    run,
+    say,
+)
 
 if TYPE_CHECKING:
     from dd.data.prepared import PreparedData
@@ -95,6 +104,7 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> i
     from dd.runtime.files import DamagedFileError
     from dd.runtime.stopping import stop_on_signal
 
+    keep_tracebacks_in(folder)
     text = config.text()
     try:
         if (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists():
@@ -124,11 +134,13 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> i
         )
         return INTERRUPTED
     print_results(report.as_dict())
+    if report.told_status == "diverged":
+        fail(f"{report.skipped_steps} of {report.outer_steps} outer steps were skipped")
     print(
         f"\ndistilled set: {folder / DISTILLED}\npicture:       {folder / PICTURE}"
         f"\nresults:       {folder / RESULTS}"
     )
-    return 0
+    return 0 if report.told_status == "complete" else FAILED
 
 
 if __name__ == "__main__":

@@ -51,6 +51,22 @@ class Skipped:
 
 @final
 @dataclass(frozen=True)
+class WentBack:
+    """After too many skipped steps the state is that of the last checkpoint, with lower rates.
+
+    Attributes:
+        step: Outer steps that its state has done.
+        given_up: The step that the run had come to.
+        rates: The outer learning rates from now on.
+    """
+
+    step: int
+    given_up: int
+    rates: dict[str, float]
+
+
+@final
+@dataclass(frozen=True)
 class StageChanged:
     """The truncation schedule changes its course."""
 
@@ -83,4 +99,4 @@ class Finished:
     step: int
 
 
-Event = Ready | Stepped | Skipped | StageChanged | Validated | Finished
+Event = Ready | Stepped | Skipped | WentBack | StageChanged | Validated | Finished

@@ -23,6 +23,7 @@ from dd.distillation.events import (
     StageChanged,
     Stepped,
     Validated,
+    WentBack,
 )
 from dd.distillation.settings import Distiller
 from dd.distillation.state import TrainingState
@@ -67,6 +68,10 @@ class Distillation:
         self.task = task
         self.state = state
         self.notes = notes
+        #: Whether an outer step is being applied, so that the state is none to be saved.
+        self.half_done = False
+        #: The schedule's state when nothing was half done last; a step may change it at its start.
+        self.schedule = state.truncation.state_dict()
         self.key = own_key(task.key)
         self.objective = settings.objective.prepare(task, self.key, state.truncation.stage)
         self.hypergradient = bilevel.Hypergradient(
@@ -97,6 +102,8 @@ class Distillation:
                 **self.settings.objective.provenance(state.outer),
                 "outer_step": state.step,
                 "seconds": state.seconds,
+                **({"skipped_steps": state.skipped} if state.skipped else {}),
+                **({"outer_rates": state.rates} if len(state.rates) > 1 else {}),
             },
         )
 
@@ -123,6 +130,10 @@ def begin(settings: Distiller, task: Task) -> Distillation:
         # Only now have all processes looked at it.
         task.folder.write(CHECKPOINT, lambda path: path.replace(path.with_name(DAMAGED)))
     broadcast_(state.outer.values())
+    if state.set_rates():
+        notes.append(
+            f"note: other outer learning rates after outer step {state.step}: {state.rates[-1]}"
+        )
     return Distillation(settings, task, state, notes)
 
 
@@ -162,24 +173,27 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
     whose state is saved, goes on to the same bits.
 
     Raises:
-        bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
+        bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient, or one
+            made the set non-finite, and `back_off` allows no further attempt.
         bilevel.ProcessError: Another process failed or is gone.
     """
     settings, state = run.settings, run.state
     state.processes = world_size()
-    skipped_in_a_row = 0
-    yield Ready(state.step)
+    yield _ready(run)
     while progress(settings, state) < 1:
         began, sentence = time.perf_counter(), None
         event: Event
         try:
             event, sentence = outer_step(run)
-            skipped_in_a_row = 0
+            state.skipped_in_a_row = 0
         except bilevel.NonFiniteError as error:
-            skipped_in_a_row += 1
-            if skipped_in_a_row == MOST_SKIPPED:
-                raise
-            event = Skipped(state.step, str(error))
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row >= MOST_SKIPPED or run.half_done:
+                yield _went_back(run, error)
+                yield _ready(run)
+                continue
+            event, run.half_done = Skipped(state.step, str(error)), True
             state.step += 1
             state.seconds += time.perf_counter() - began
         sentence = _follow_the_first_process(state, sentence)
@@ -188,18 +202,39 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
             yield StageChanged(state.step, sentence)
         if settings.validate_every and state.step % settings.validate_every == 0:
             yield validate(run)
-        yield Ready(state.step)
+        yield _ready(run)
     yield Finished(state.step)
 
 
+def _ready(run: Distillation) -> Ready:
+    run.half_done, run.schedule = False, run.state.truncation.state_dict()
+    return Ready(run.state.step)
+
+
+def _went_back(run: Distillation, error: bilevel.NonFiniteError) -> WentBack:
+    """Go back to the last checkpoint with half the rates, if the settings allow it once more."""
+    settings, state, folder = run.settings, run.state, run.task.folder
+    checkpoint = folder.find(CHECKPOINT)
+    rate_scale = state.rate_scale / 2
+    if checkpoint is None or rate_scale < 0.5**settings.back_off:
+        raise error
+    skipped, seconds, given_up = state.skipped, state.seconds, state.step
+    state.restore(checkpoint)
+    state.skipped, state.seconds, state.rate_scale = skipped, seconds, rate_scale
+    state.skipped_in_a_row = 0
+    state.set_rates()
+    rates = {name: rate for name, rate in state.rates[-1].items() if name in state.outer}
+    return WentBack(state.step, given_up, rates)
+
+
 def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
-    """One outer step; if it raises, the outer variables are as they were.
+    """One outer step; if it raises, the outer variables are as they were, unless `run.half_done`.
 
     Returns:
         What was done, and a sentence if the truncation schedule changes its course.
 
     Raises:
-        bilevel.NonFiniteError: The hypergradient is not finite.
+        bilevel.NonFiniteError: The hypergradient, or what it makes of the set, is not finite.
     """
     began = time.perf_counter()
     settings, task, state = run.settings, run.task, run.state
@@ -208,11 +243,13 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
     constants, outer_batch = run.objective.inputs(state.step, state.truncation.stage)
     generator = run.key.generator("outer", state.step)
     result = run.averaged.backward({**state.outer, **constants}, outer_batch, generator)
+    run.half_done = True
     clip_bound = None if state.clip is None else state.clip([state.outer["images"]])[1]
     state.optimizer.step()
     task.synthetic.constrain_(state.outer)
     if state.average is not None and settings.average_decay is not None:
         state.average.lerp_(state.outer["images"].detach(), 1 - settings.average_decay)
+    state.check_finite()
 
     metrics = {name: float(value) for name, value in result.metrics.items()}
     if HELD_OUT in state.truncation.metrics:

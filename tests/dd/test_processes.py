@@ -193,6 +193,7 @@ def test_only_the_first_process_writes(finished: tuple[Path, str]) -> None:
         "events",
         "results.json",
         "snapshots",
+        "traceback.txt",  # of the failure before
     }
     # One file of events for each of the two commands.
     assert len(list((folder / "events").iterdir())) == 2

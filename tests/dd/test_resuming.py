@@ -167,8 +167,7 @@ def test_a_run_that_dies_in_its_first_steps_can_be_resumed(
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "outer_step", dying_step)
-        with pytest.raises(MemoryError):
-            train.main(arguments(tmp_path / "run"))
+        assert train.main(arguments(tmp_path / "run")) == 1
     assert train.main(arguments(tmp_path / "run")) == 0
     assert_same(read_tensors(tmp_path / "run" / CHECKPOINT), read_tensors(finished / CHECKPOINT))
     assert steps_of(shown_in(tmp_path / "run"), "outer/loss") == list(range(1, OUTER_STEPS + 1))
