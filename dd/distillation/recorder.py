@@ -177,7 +177,7 @@ class FolderRecorder(Recorder):
             case WentBack():
                 self.progress.say(
                     f"outer step {event.given_up}: the run diverges and goes on from the point "
-                    f"of its checkpoint, after outer step {event.step}, with outer learning rates {event.rates}"
+                    f"of its checkpoint, after outer step {event.step}, with rates {event.rates}"
                 )
                 self._step, self._seconds = event.step, self.run.state.seconds
             case StageChanged():
