@@ -30,10 +30,11 @@ from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.evaluation.names import RESULTS, TRAINING_SETS, TRANSFORMED
 from dd.evaluation.report import Assessment, Report, new_report, versions
-from dd.objectives.base import Task
+from dd.objectives.base import DATA, Task
 from dd.objectives.expert_buffer import describe
+from dd.runtime.cache import checksum
 from dd.runtime.changes import Judging
-from dd.runtime.devices import chosen_device
+from dd.runtime.devices import chosen_device, device_name
 from dd.runtime.files import write_json, write_sealed
 from dd.runtime.plain import one_line
 from dd.runtime.run_folder import RunFolder
@@ -41,6 +42,8 @@ from dd.runtime.stopping import StopRequest
 from dd.synthetic.dataset import SyntheticDataset
 
 CONFIG = "config.gin"
+#: How many images tell one dataset from another; a large one need not be read for it.
+FINGERPRINT_IMAGES = 1000
 
 
 @final
@@ -162,6 +165,12 @@ class Experiment:
                 "versions": versions(),
             },
             description=self.describe(data),
+            circumstances={
+                DATA: fingerprint(self.dataset),
+                "device": device_name(self.device),
+                "threads": torch.get_num_threads(),
+                **versions(),
+            },
         )
 
     def train(
@@ -279,3 +288,9 @@ class Experiment:
     def _assessment(self, distilled: DistilledSet, data: PreparedData) -> Assessment:
         key = self.key.fold("evaluation")
         return Assessment(distilled, data, self.network, self.evaluator, key)
+
+
+def fingerprint(dataset: ImageDataset) -> str:
+    """A checksum of the training data: of all labels, and of so many images spread over all."""
+    stride = -(-len(dataset.train_images) // FINGERPRINT_IMAGES)
+    return checksum([dataset.train_images[::stride], dataset.train_labels])[:16]

@@ -28,7 +28,7 @@ from dd.distillation.events import (
 from dd.distillation.settings import Distiller
 from dd.distillation.state import TrainingState
 from dd.evaluation.distilled_set import DistilledSet
-from dd.objectives.base import HELD_OUT, Task
+from dd.objectives.base import DATA, HELD_OUT, Task
 from dd.runtime.files import DamagedFileError
 from dd.runtime.precision import allow_tf32
 from dd.runtime.processes import from_first_process, is_first_process, own_key
@@ -119,7 +119,8 @@ def begin(settings: Distiller, task: Task) -> Distillation:
     state = settings.initial_state(task)
     notes = _restored(state, task)
     set_aside = bool(notes) and task.folder.find(CHECKPOINT) is not None
-    notes += _missed(state, task)
+    notes += _missed(state, task) + _changed(state, task)
+    state.circumstances = task.circumstances
     steps = gather(state.step)
     if len(set(steps)) > 1:
         raise bilevel.ProcessError(
@@ -152,6 +153,25 @@ def _restored(state: TrainingState, task: Task) -> list[str]:
         problem = str(error)
     state.restore(previous)
     return [f"note: {problem}; the run goes on from {previous}, after outer step {state.step}"]
+
+
+def _changed(state: TrainingState, task: Task) -> list[str]:
+    """What is to be said of a run that is resumed in other circumstances.
+
+    Raises:
+        ConfigurationError: The data are others.
+    """
+    before, now = state.circumstances, task.circumstances
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    if DATA in changed:
+        raise bilevel.ConfigurationError(
+            f"{task.folder.path} holds a run that was begun with other training data (checksum "
+            f"{before[DATA]}, now {now[DATA]}): choose another --run_dir, or give it its own data"
+        )
+    if not changed:
+        return []
+    listed = ", ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
+    return [f"note: this run had {listed}; its last digits may differ from there on"]
 
 
 def _missed(state: TrainingState, task: Task) -> list[str]:

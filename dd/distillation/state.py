@@ -45,6 +45,7 @@ class TrainingState:
         skipped_in_a_row: Of these, the last ones.
         rate_scale: What the outer learning rates are multiplied by.
         rates: The outer learning rates so far, each from the step on that it names.
+        circumstances: Of the data and the machine, as `Task` has them.
     """
 
     outer: dict[str, Tensor]
@@ -61,6 +62,7 @@ class TrainingState:
     skipped_in_a_row: int = 0
     rate_scale: float = 1.0
     rates: list[dict[str, float]] = field(default_factory=list)
+    circumstances: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for group in self.optimizer.param_groups:
@@ -118,6 +120,7 @@ class TrainingState:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "rate_scale": self.rate_scale,
                 "rates": self.rates,
+                "circumstances": self.circumstances,
             },
             previous,
         )
@@ -172,6 +175,7 @@ class TrainingState:
             self.skipped_in_a_row = int(metadata["skipped_in_a_row"])
             self.rate_scale = float(metadata["rate_scale"])
             self.rates = [dict(rates) for rates in metadata["rates"]]
+            self.circumstances = dict(metadata["circumstances"])
         except (KeyError, TypeError, ValueError, bilevel.ConfigurationError) as error:
             raise DamagedFileError(f"{path} is no complete checkpoint: {error}") from error
         with torch.no_grad():

@@ -248,6 +248,21 @@ def test_a_checkpoint_without_its_configuration_is_refused(
     assert contents(copy) == before
 
 
+def test_a_run_goes_on_with_its_own_data_and_says_what_else_is_new(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert train.main(arguments(copy, Distiller__outer_steps=7)) == 0
+    assert "note: this run had threads 1, now 7; its last digits may" in capsys.readouterr().err
+    before = contents(copy)
+    monkeypatch.setattr("dd.experiment.fingerprint", lambda _: "0123")
+    assert train.main(arguments(copy, Distiller__outer_steps=8)) == 2
+    message = one_error(capsys)
+    assert f"{copy} holds a run that was begun with other training data" in message
+    assert "now 0123" in message
+    assert contents(copy) == before
+
+
 def test_a_run_of_version_0_1_is_refused_in_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
