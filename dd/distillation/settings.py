@@ -52,6 +52,10 @@ class Distiller:
             the one that is kept. 0: no looks, the last set is kept.
         image_every: Outer steps between pictures in TensorBoard.
         snapshot_minutes: Wall-clock times at which the set is also kept under `snapshots/`.
+        checkpoint_seconds: Wall clock between two checkpoints. 0: one after every outer step.
+        back_off: How often a run that diverges (ten outer steps in a row have no finite
+            hypergradient, or one makes the set non-finite) goes back to its last checkpoint and
+            goes on with half the outer learning rates. 0: it ends, and the checkpoint stays.
 
     Raises:
         ConfigurationError: An argument outside its range.
@@ -71,13 +75,15 @@ class Distiller:
         inner_replicas: int = 1,
         compile: bool | str = "auto",
         tf32: bool = False,
-        image_lr: float = 1e-3,
-        label_lr: float = 1e-3,
+        image_lr: Resumable[float] = 1e-3,
+        label_lr: Resumable[float] = 1e-3,
         average_decay: float | None = None,
         clip: Clip | None = None,
         validate_every: int = 0,
         image_every: Resumable[int] = 100,
         snapshot_minutes: Resumable[Sequence[float]] = (),
+        checkpoint_seconds: Resumable[float] = 60.0,
+        back_off: Resumable[int] = 0,
     ) -> None:
         self.outer_steps = check_integer("outer_steps", outer_steps)
         self.inner_steps = check_integer("inner_steps", inner_steps)
@@ -120,6 +126,8 @@ class Distiller:
         self.snapshot_minutes = sorted(
             check_number("snapshot_minutes", minute, above=0) for minute in snapshot_minutes
         )
+        self.checkpoint_seconds = check_number("checkpoint_seconds", checkpoint_seconds, minimum=0)
+        self.back_off = check_integer("back_off", back_off, 0, 50)
 
     @property
     def compiles(self) -> bool:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from dd.evaluation.names import RESULTS
 from dd.runtime.files import DamagedFileError, read_json
+from dd.runtime.plain import plain
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -79,11 +80,16 @@ def comparison_plot(runs: Runs) -> bytes:
             [100 * found[column]["std"] for column in shown],
             fmt="o",
             capsize=4,
-            label=f"{name} ({run['protocol']})",
+            label=_literal(f"{name} ({run['protocol']})"),
         )
-    axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
+    axes.set_xticks(range(len(columns)), map(_literal, columns), rotation=20, ha="right")
     axes.set_ylabel("test accuracy, %")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
+
+
+def _literal(text: str) -> str:
+    """A text that matplotlib shows as it is, and does not take for a formula."""
+    return plain(text).replace("$", r"\$")

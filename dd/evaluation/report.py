@@ -20,6 +20,12 @@ from dd.evaluation.evaluator import Accuracy, Evaluator
 from dd.evaluation.names import TRAINING_SETS
 from dd.evaluation.scores import augmentation_robust_score, label_robust_score
 from dd.runtime.devices import device_name
+from dd.runtime.writer import this_process
+
+#: The statuses of a run that a process works on.
+AT_WORK = ("running", "evaluating")
+#: The share of outer steps that a run may skip and still be called complete.
+SKIPPED_AT_MOST = 0.1
 
 
 @final
@@ -39,7 +45,12 @@ class Report:
         seed: Of everything.
         device: The GPU's model, or "cpu".
         versions: Of Python, and of the packages that results depend on.
-        status: "running", "evaluating", "complete" or "interrupted".
+        status: "running", "evaluating", "complete", "interrupted", or "failed" with a reason;
+            "diverged" is told in place of "complete" where more than a tenth of the outer steps
+            were skipped.
+        reason: Why it failed.
+        process: Which process on which machine is at work; told only while one is.
+        skipped_steps: Outer steps that had no finite hypergradient.
         accuracy: On each of `TRAINING_SETS`; None where it was not measured.
         architectures: The same of other networks, by the class's name.
         baselines: On real images that were chosen without distilling, and on the set: by hard
@@ -62,6 +73,9 @@ class Report:
     versions: Mapping[str, str]
     stored_floats: int | None = None
     status: str = "running"
+    reason: str | None = None
+    process: Mapping[str, Any] = field(default_factory=this_process)
+    skipped_steps: int = 0
     accuracy: Mapping[str, Accuracy | None] = field(
         default_factory=lambda: dict.fromkeys(TRAINING_SETS)
     )
@@ -87,11 +101,19 @@ class Report:
             stored_floats=distilled.stored_floats,
         )
 
+    @property
+    def told_status(self) -> str:
+        """The status; of a run that skipped too many steps, none that says that all is well."""
+        diverged = self.skipped_steps > SKIPPED_AT_MOST * (self.outer_steps or 0)
+        return "diverged" if self.status == "complete" and diverged else self.status
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         found: dict[str, Any] = {
             "command": self.command,
-            "status": self.status,
+            "status": self.told_status,
+            **({} if self.reason is None else {"reason": self.reason}),
+            **({"process": dict(self.process)} if self.status in AT_WORK else {}),
             "dataset": self.dataset,
             "images_per_class": self.images_per_class,
             "stored_floats": self.stored_floats,
@@ -105,6 +127,7 @@ class Report:
             "selection": "validation split of the training data; test set used once",
             "seed": self.seed,
             "outer_steps": self.outer_steps,
+            "skipped_steps": self.skipped_steps,
             "wall_clock_seconds": {
                 "distilling": self.seconds_distilling,
                 "evaluating": self.seconds_evaluating,
