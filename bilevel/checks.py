@@ -13,13 +13,24 @@ from bilevel.errors import ConfigurationError
 
 T = TypeVar("T")
 
+#: No count of steps, images or networks is larger; what is was meant otherwise.
+LARGEST_COUNT = 10**12
+
 
 def check_integer(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
-    """`value` as an int: an integer of at least `minimum` and at most `maximum`."""
+    """`value` as an int: an integer of at least `minimum` and at most `maximum`.
+
+    Without a `maximum` it is a count, which is at most `LARGEST_COUNT`.
+    """
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_integer or int(value) < minimum or (maximum is not None and int(value) > maximum):
         allowed = f"of at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
         raise ConfigurationError(f"{name}={value!r}: it must be an integer {allowed}")
+    if maximum is None and int(value) > LARGEST_COUNT:
+        raise ConfigurationError(
+            f"{name}={value!r}: it must be an integer of at least {minimum}, and no count is "
+            f"above {LARGEST_COUNT:.0e}"
+        )
     return int(value)
 
 

@@ -96,7 +96,7 @@ class Experiment:
         self.synthetic = synthetic
         self.distiller = distiller
         self.evaluator = evaluator
-        self.seed = check_integer("seed", seed, 0)
+        self.seed = check_integer("seed", seed, 0, 2**63 - 1)
         self.validation_fraction = check_number(
             "validation_fraction", validation_fraction, above=0, below=1
         )

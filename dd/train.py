@@ -96,8 +96,8 @@ def _train(options: argparse.Namespace) -> int:
 def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> int:
     from bilevel import BilevelError
     from dd import config
-    from dd.distillation.loop import CHECKPOINT, PREVIOUS
     from dd.distillation.recorder import DISTILLED, PICTURE
+    from dd.distillation.resuming import CHECKPOINT, PREVIOUS
     from dd.evaluation.names import RESULTS
     from dd.experiment import CONFIG
     from dd.runtime.changes import WHEN_RESUMED

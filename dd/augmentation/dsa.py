@@ -53,6 +53,8 @@ class DSA(Augmentation):
     strategy: str = "color_crop_cutout_flip_scale_rotate"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.strategy, str):
+            raise ValueError(f"strategy={self.strategy!r}: it must be names of families, in a text")
         for name in self.strategy.split("_"):
             if name not in _FAMILIES:
                 raise ValueError(

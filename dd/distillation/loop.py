@@ -25,22 +25,22 @@ from dd.distillation.events import (
     Validated,
     WentBack,
 )
+from dd.distillation.resuming import (
+    CHECKPOINT,
+    DAMAGED,
+    changed,
+    missed,
+    restored,
+)
 from dd.distillation.settings import Distiller
 from dd.distillation.state import TrainingState
 from dd.evaluation.distilled_set import DistilledSet
-from dd.objectives.base import DATA, HELD_OUT, Task
-from dd.runtime.files import DamagedFileError
+from dd.objectives.base import HELD_OUT, Task
 from dd.runtime.precision import allow_tf32
 from dd.runtime.processes import from_first_process, is_first_process, own_key
 
 #: Outer steps in a row whose hypergradient may be non-finite (and is skipped) before giving up.
 MOST_SKIPPED = 10
-#: The checkpoint in a run's folder.
-CHECKPOINT = "checkpoint.safetensors"
-#: The one before it, and one that was found to be damaged.
-PREVIOUS, DAMAGED = "checkpoint.previous.safetensors", "checkpoint.damaged.safetensors"
-#: The set that a run has found.
-DISTILLED = "distilled.safetensors"
 #: Which networks judge a candidate in a validation: a step has others for each of the two.
 CANDIDATE_KEYS = {"images": "validation", "average": "validation/accuracy_of_average"}
 
@@ -124,9 +124,9 @@ def begin(settings: Distiller, task: Task) -> Distillation:
         DamagedFileError: The checkpoint cannot be used.
     """
     state = settings.initial_state(task)
-    notes = _restored(state, task)
+    notes = restored(state, task)
     set_aside = bool(notes) and task.folder.find(CHECKPOINT) is not None
-    notes += _missed(state, task) + _changed(state, task)
+    notes += missed(state, task) + changed(state, task)
     state.circumstances = task.circumstances
     steps = gather(state.step)
     if len(set(steps)) > 1:
@@ -143,54 +143,6 @@ def begin(settings: Distiller, task: Task) -> Distillation:
             f"note: other outer learning rates after outer step {state.step}: {state.rates[-1]}"
         )
     return Distillation(settings, task, state, notes)
-
-
-def _restored(state: TrainingState, task: Task) -> list[str]:
-    """Bring the state to that of the latest checkpoint that is good; what is to be said of it."""
-    checkpoint, previous = task.folder.find(CHECKPOINT), task.folder.find(PREVIOUS)
-    problem = f"{CHECKPOINT} is missing"
-    try:
-        if checkpoint is not None:
-            state.restore(checkpoint)
-        if checkpoint is not None or previous is None:
-            return []
-    except DamagedFileError as error:
-        if previous is None:
-            raise
-        problem = str(error)
-    state.restore(previous)
-    return [f"note: {problem}; the run goes on from {previous}, after outer step {state.step}"]
-
-
-def _changed(state: TrainingState, task: Task) -> list[str]:
-    """What is to be said of a run that is resumed in other circumstances.
-
-    Raises:
-        ConfigurationError: The data are others.
-    """
-    before, now = state.circumstances, task.circumstances
-    changed = [name for name in before if name in now and before[name] != now[name]]
-    if DATA in changed:
-        raise bilevel.ConfigurationError(
-            f"{task.folder.path} holds a run that was begun with other training data (checksum "
-            f"{before[DATA]}, now {now[DATA]}): choose another --run_dir, or give it its own data"
-        )
-    if not changed:
-        return []
-    listed = ", ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
-    return [f"note: this run had {listed}; its last digits may differ from there on"]
-
-
-def _missed(state: TrainingState, task: Task) -> list[str]:
-    """If the best set so far cannot be read, forget it; what is to be said of that."""
-    if state.best_accuracy is None or task.folder.path is None:
-        return []
-    try:
-        DistilledSet.load(task.folder.path / DISTILLED)
-    except (DamagedFileError, OSError) as error:
-        state.best_accuracy = state.best_step = None
-        return [f"note: the best set so far is lost: {error}; the best from here on is kept"]
-    return []
 
 
 def outer_loop(run: Distillation) -> Iterator[Event]:

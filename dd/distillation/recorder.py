@@ -20,8 +20,9 @@ from dd.distillation.events import (
     Validated,
     WentBack,
 )
-from dd.distillation.loop import CHECKPOINT, DISTILLED, PREVIOUS, Distillation, outer_loop
+from dd.distillation.loop import Distillation, outer_loop
 from dd.distillation.monitor import Monitor, Progress, png
+from dd.distillation.resuming import CHECKPOINT, DISTILLED, PREVIOUS
 from dd.objectives.base import HELD_OUT
 from dd.runtime.files import read_tensors, write_bytes
 from dd.runtime.processes import is_first_process

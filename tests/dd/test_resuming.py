@@ -22,8 +22,9 @@ from tiny_runs import (
 from dd import experts, train
 from dd.data.prepared import PreparedData
 from dd.distillation import loop
-from dd.distillation.loop import CHECKPOINT, DAMAGED, PREVIOUS, Distillation
+from dd.distillation.loop import Distillation
 from dd.distillation.recorder import AVERAGE, DISTILLED
+from dd.distillation.resuming import CHECKPOINT, DAMAGED, PREVIOUS
 from dd.experiment import Experiment
 from dd.runtime.files import DamagedFileError, read_tensors
 
