@@ -19,6 +19,7 @@ from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
 from dd.gin_text import (
     COMMAND_LINE,
+    MOVED,
     RECIPES,
     ConfigError,
     Place,
@@ -32,9 +33,9 @@ from dd.gin_text import (
     parse_text,
     place_in,
     registered,
+    saved_text,
 )
 from dd.runtime.changes import WHEN_JUDGED
-from dd.runtime.files import DamagedFileError, read_sealed
 from dd.runtime.precision import Precision
 
 #: Every name a gin file can use, with what it stands for.
@@ -104,15 +105,6 @@ for _name, _target in CONFIGURABLES.items():
     if _name != "Experiment":
         gin.external_configurable(_target, _name)
 
-
-#: What parameters of version 0.1 are called now.
-MOVED = {
-    **{
-        f"Distiller.{name}": f"RealImages.{name}"
-        for name in ("real_batch", "real_micro_batch", "held_out_batch", "alignment", "precision")
-    },
-    "Precision.tf32": "Distiller.tf32",
-}
 
 #: What a set is judged by: all its parameters may change when that is done again.
 JUDGES = (Evaluator, protocols.Protocol, augmentation.Augmentation, nn.Module)
@@ -291,25 +283,6 @@ def _gist(message: str) -> str:
     # Our messages begin with the parameter.
     named = re.match(r"(\w+)", gist)
     return f"{inside[1]}: {gist}" + (place_of(f"{inside[1]}.{named[1]}") if named else "")
-
-
-def saved_text(path: Path) -> str:
-    """The configuration of a run.
-
-    Raises:
-        ConfigError: The run is of version 0.1.
-        DamagedFileError: It is damaged.
-        OSError: It cannot be read.
-    """
-    saved = read_sealed(path)
-    if not parameters(saved):
-        raise DamagedFileError(f"{path} is damaged: it holds no configuration")
-    if not MOVED.keys().isdisjoint(parameters(saved)):
-        raise ConfigError(
-            f"{path.parent} holds a run of version 0.1, which cannot be resumed or judged again; "
-            "its distilled set can be judged as that of another run, by --set"
-        )
-    return saved
 
 
 def changeable(mark: str) -> Callable[[str], bool]:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import gin
+from dd.runtime.files import DamagedFileError, read_sealed
 from gin import config_parser
 
 _PACKAGED = Path(__file__).parent / "recipes"
@@ -21,6 +22,15 @@ _PACKAGED = Path(__file__).parent / "recipes"
 RECIPES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "gin"
 #: What a binding on the command line is called where a file would be named.
 COMMAND_LINE = "--gin_param"
+
+#: What parameters of version 0.1 are called now.
+MOVED = {
+    **{
+        f"Distiller.{name}": f"RealImages.{name}"
+        for name in ("real_batch", "real_micro_batch", "held_out_batch", "alignment", "precision")
+    },
+    "Precision.tf32": "Distiller.tf32",
+}
 
 
 class ConfigError(Exception):
@@ -227,3 +237,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def saved_text(path: Path) -> str:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: The run is of version 0.1.
+        DamagedFileError: It is damaged.
+        OSError: It cannot be read.
+    """
+    saved = read_sealed(path)
+    if not parameters(saved):
+        raise DamagedFileError(f"{path} is damaged: it holds no configuration")
+    if not MOVED.keys().isdisjoint(parameters(saved)):
+        raise ConfigError(
+            f"{path.parent} holds a run of version 0.1, which cannot be resumed or judged again; "
+            "its distilled set can be judged as that of another run, by --set"
+        )
+    return saved
