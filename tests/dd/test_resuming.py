@@ -26,7 +26,7 @@ from dd.distillation.loop import Distillation
 from dd.distillation.recorder import AVERAGE, DISTILLED
 from dd.distillation.resuming import CHECKPOINT, DAMAGED, PREVIOUS
 from dd.experiment import Experiment
-from dd.runtime.files import DamagedFileError, read_tensors
+from dd.runtime.files import DamagedFileError, read_sealed, read_tensors, write_sealed
 
 OLD_RUN = Path(__file__).with_name("run_of_0.1")
 STAGE_AWARE = {
@@ -166,8 +166,8 @@ def test_the_command_goes_on_and_judges_what_a_whole_run_judges(
 
 def test_a_run_of_before_a_parameter_was_there_goes_on(copy: Path) -> None:
     path = copy / "config.gin"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(line for line in lines if "parameterisation" not in line))
+    lines = read_sealed(path).splitlines()
+    write_sealed(path, "\n".join(line for line in lines if "parameterisation" not in line))
     assert train.main(arguments(copy)) == 0
 
 

@@ -104,7 +104,8 @@ def test_by_fraction_goes_through_the_stages(tmp_path: Path) -> None:
 
 def test_progress_is_by_steps_or_by_time() -> None:
     distiller = experiment("Distiller.minutes = 2").distiller
-    state = TrainingState({}, None, None, distiller.truncation, step=3, seconds=30.0)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    state = TrainingState({}, optimizer, None, distiller.truncation, step=3, seconds=30.0)
     assert progress(distiller, state) == pytest.approx(3 / OUTER_STEPS)
     state.seconds = 60.0
     assert progress(distiller, state) == pytest.approx(0.5)
