@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -11,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -74,8 +74,8 @@ def decode_image(path: str, image_size: int, channels: int = 3) -> Tensor:
             raise ValueError("it is no regular file")
         with Image.open(path, formats=_FORMATS) as file:
             file.load()
-            upright = _turned(_on_white(file))
-            image = upright.convert("RGB" if channels == 3 else "L")
+            turn = _turn(file)
+            image = _on_white(file).convert("RGB" if channels == 3 else "L")
     # Pillow reports damage as any of these, depending on the format.
     except (
         OSError,
@@ -93,6 +93,8 @@ def decode_image(path: str, image_size: int, channels: int = 3) -> Tensor:
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot decode the image {path}: {reason}") from error
+    if turn is not None:
+        image = image.transpose(turn)
     shorter, longer = sorted(image.size)
     if longer * image_size > shorter * 2**16:
         raise ValueError(
@@ -161,23 +163,17 @@ def _on_white(image: Image.Image) -> Image.Image:
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             grey[pixels == transparent] = 255
-        scaled = Image.fromarray(grey)
-        scaled.info.update(image.info)
-        scaled.getexif().update(image.getexif())
-        scaled.info.pop("transparency", None)
-        return scaled
+        return Image.fromarray(grey)
     if not image.has_transparency_data:
         return image
     layer = image.convert("RGBA")
     white = Image.new("RGBA", layer.size, "white")
     white.alpha_composite(layer)
-    white.getexif().update(image.getexif())
     return white
 
 
-def _turned(image: Image.Image) -> Image.Image:
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
-        return image  # damaged EXIF data, with which viewers show a picture as it lies
-    return image if turn is None else image.transpose(turn)
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, if anything; damaged EXIF data is as none."""
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    return None

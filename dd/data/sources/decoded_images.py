@@ -19,12 +19,12 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
-from dd.data.sources.image_files import decode_image
+from dd.data.pictures import decode_image
 from dd.runtime.cache import VARIABLE, cache_folder, checksum
 from dd.runtime.files import DamagedFileError, read_json, write_json
 
 #: Changes when the same files are decoded to other pixels.
-FORMAT = "dd-decoded-images-1"
+FORMAT = "dd-decoded-images-2"
 
 _FILES_AT_A_TIME = 1024
 _log = logging.getLogger(__name__)
