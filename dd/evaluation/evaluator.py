@@ -154,14 +154,20 @@ class Evaluator:
     def random_real(
         self, images_per_class: int, network: nn.Module, data: PreparedData, key: Key
     ) -> Accuracy:
-        """Test accuracy with as many random real images; every network draws its own."""
+        """Test accuracy with as many random real images; every network draws its own.
+
+        A class that has fewer gives all that it has.
+        """
 
         def draw(network_key: Key) -> tuple[Tensor, Tensor]:
             generator = network_key.generator("subset")
-            chosen = random_subset(data.train_labels, images_per_class, data.num_classes, generator)
+            chosen = random_subset(
+                data.train_labels, images_per_class, data.num_classes, generator, or_all=True
+            )
             return data.train_images[chosen], data.train_labels[chosen]
 
-        size = images_per_class * data.num_classes
+        counts = torch.bincount(data.train_labels, minlength=data.num_classes)
+        size = int(counts.clamp(max=images_per_class).sum())
         steps = self.protocol.steps(self.steps, size, self.batch_size)
         keys = [key.fold(RANDOM_REAL_KEY, index) for index in range(self.networks)]
         return self._measure("random real", draw, network, data, keys, steps)
