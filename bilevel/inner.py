@@ -14,7 +14,7 @@ from bilevel.contract import check_hyperparameters, check_params, check_scalar
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.iterate import Iterate, StepInputs
 from bilevel.optim.base import on_vector
-from bilevel.optim.foreign import check_differentiable, settle
+from bilevel.optim.foreign import check_differentiable, differentiable_form, settle
 from bilevel.problem import Problem, check_signatures, overrides
 from bilevel.random import Key
 from bilevel.tree import Layout, detach
@@ -66,7 +66,7 @@ class InnerLoop:
             )
         check_signatures(problem)
         self.problem = problem
-        self.optimizer = optimizer
+        self.optimizer = differentiable_form(optimizer)
         self.compiler = Compiler() if compile else None
         self.has_step_loss = overrides(problem, "step_loss")
         self.has_outer_loss = overrides(problem, "outer_loss")
@@ -76,7 +76,7 @@ class InnerLoop:
         self._finished: tuple[GradientTransformation, bool] | None = None
         self._watch: tuple[Watch | None, tuple[str, ...]] = (None, ())
         if self._is_transformation:
-            self._settle(optimizer, torch.device("cpu"))
+            self._settle(self.optimizer, torch.device("cpu"))
 
     def start(self, outer: Any, key: Key, hyperparameters: Mapping[str, Any]) -> Iterate:
         """(θ_0, s_0)."""
@@ -304,7 +304,7 @@ class InnerLoop:
         if self._is_transformation:
             return self.optimizer
         try:
-            transformation = self.optimizer(**hyperparameters)
+            transformation = differentiable_form(self.optimizer(**hyperparameters))
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, ConfigurationError):
                 raise

@@ -1,4 +1,4 @@
-"""Dataset distillation: the commands `dd.train`, `dd.evaluate` and `dd.experts`."""
+"""Dataset distillation: the commands `dd.train`, `dd.evaluate`, `dd.experts` and `dd.sweep`."""
 
 from typing import TYPE_CHECKING
 

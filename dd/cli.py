@@ -5,12 +5,24 @@ Importing it costs nothing: help and mistakes in arguments are told before PyTor
 
 import argparse
 import ctypes
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, suppress
+from pathlib import Path
 from typing import Any
+
+from dd.runtime.plain import HeardOrNot, one_line, plain
 
 #: Exit status after Ctrl-C, as the shell has it.
 INTERRUPTED = 130
+#: Exit status after an error that is no mistake of the user's.
+FAILED = 1
+#: The traceback of such an error.
+TRACEBACK = "traceback.txt"
+_tracebacks: Path | None = None
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -33,25 +45,42 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> Non
         metavar="'NAME.PARAMETER = VALUE'",
         help="override one parameter, for example 'SyntheticDataset.images_per_class = 10'",
     )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a Python module of your own first, which runs it: what it registers with gin "
+        "can then be named",
+    )
 
 
 def fail(message: str) -> int:
     """Print a one-line error; returns the exit status for a usage error."""
     from dd.runtime.processes import which_process
 
-    print(f"error{which_process()}: {message}", file=sys.stderr)
+    print(f"error{which_process()}: {one_line(message)}", file=sys.stderr)
     return 2
 
 
 def run(command: Callable[[], int]) -> int:
     """Run a command, under `torchrun` in every process, and end without a traceback.
 
-    That is, when Ctrl-C comes outside the parts that handle it, or when another process is gone.
+    That is, when Ctrl-C comes outside the parts that handle it, when another process is gone, or
+    when there is an error that nobody expected: its traceback goes to a file.
     """
+    keep_freed_memory()
+    with redirect_stderr(HeardOrNot(sys.stderr)):
+        status = _guarded(command)
+    _flush()
+    return status
+
+
+def _guarded(command: Callable[[], int]) -> int:
     from bilevel import ProcessError
     from dd.runtime.processes import is_first_process, joined
 
-    keep_freed_memory()
     try:
         with joined():
             return command()
@@ -59,37 +88,103 @@ def run(command: Callable[[], int]) -> int:
         if is_first_process():
             print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        return FAILED  # who read the output wants no more of it
     except ProcessError as error:
         return fail(str(error))
+    except Exception as error:
+        return unexpected(error)
+
+
+def keep_tracebacks_in(folder: Path) -> None:
+    """From now on the traceback of an unexpected error goes into this folder."""
+    global _tracebacks
+    _tracebacks = folder
+
+
+def unexpected(error: Exception) -> int:
+    """Tell an error that nobody expected in one line, and where its traceback is."""
+    from dd.runtime.files import write_text
+
+    trace = "".join(traceback.format_exception(error))
+    path = (_tracebacks or Path(tempfile.mkdtemp(prefix="dd-"))) / TRACEBACK
+    try:
+        write_text(path, trace)
+        where = f"the traceback is in {path}"
+    except OSError as problem:
+        where = f"the traceback cannot be written: {problem}"
+    fail(f"{type(error).__name__}: {memory_advice(error) or error}; {where}")
+    return FAILED
+
+
+def memory_advice(error: BaseException) -> str | None:
+    """What to lower where memory ran out; None for other errors."""
+    from torch import OutOfMemoryError
+
+    text = str(error)
+    if not isinstance(error, (MemoryError, OutOfMemoryError)) and "allocate memory" not in text:
+        return None
+    return (
+        "out of memory: lower RealImages.real_micro_batch (the outer loss), "
+        "SyntheticDataset.classes_per_step and batch_per_class (an inner step), the window or "
+        "Distiller.keep_every (iterates that are kept), set Distiller.keep_on = 'cpu', or "
+        f"Experiment.images_on = 'host' (the dataset) ({text})"
+    )
+
+
+def _flush() -> None:
+    """Write what is still to be written, unless nobody reads it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(text: str) -> None:
+    """Print text that may come from somebody else's files."""
+    print(plain(text))
 
 
 def print_results(results: Mapping[str, Any]) -> None:
     """Print the accuracies as a table."""
     per_class = results["images_per_class"]
     plural = "image" if per_class == 1 else "images"
-    print(
-        f"\ntest accuracy on {results['dataset']}, {per_class} {plural} per class, protocol "
-        f"{results['protocol']} (steps chosen on the validation split)\n"
+    say(
+        f"\ntest accuracy on {results['dataset']}, {per_class} {plural} per class, "
+        f"{results['stored_floats']:,} stored floats, protocol {results['protocol']} (steps chosen "
+        "on the validation split)\n"
     )
-    print(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
+    say(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
     for name, accuracy in results["accuracy"].items():
         _print_row(name.replace("_", " "), accuracy)
     for architecture, across in results["architectures"].items():
-        print(f"\non {architecture}")
+        say(f"\non {architecture}")
         for name, accuracy in across.items():
             _print_row(name.replace("_", " "), accuracy)
+    if results["baselines"]:
+        say(f"\n{'as many images':<34}{'hard labels':>16}{'soft labels':>16}")
+        for name, columns in results["baselines"].items():
+            cells = (_cell(columns.get(labels)) for labels in ("hard_labels", "soft_labels"))
+            say(f"{name.replace('_', ' '):<34}" + "".join(f"{cell:>16}" for cell in cells))
     if results["scores"]:
-        print("\nDD-Ranking, in [0, 1]")
+        say("\nDD-Ranking, in [0, 1]")
         for name, score in results["scores"].items():
-            print(f"{name.replace('_', '-'):<20}{score:>18.3f}")
+            say(f"{name.replace('_', '-'):<20}{score:>18.3f}")
 
 
 def _print_row(label: str, accuracy: Mapping[str, Any] | None) -> None:
     if accuracy is None:
-        print(f"{label:<20}{'not measured':>18}")
+        say(f"{label:<20}{'not measured':>18}")
         return
-    value = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
-    print(f"{label:<20}{value:>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")
+    say(f"{label:<20}{_cell(accuracy):>18}{accuracy['networks']:>10}{accuracy['steps']:>8}")
+
+
+def _cell(accuracy: Mapping[str, Any] | None) -> str:
+    if accuracy is None:
+        return "–"
+    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
 
 
 def keep_freed_memory() -> bool:

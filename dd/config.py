@@ -1,26 +1,41 @@
 """Configuration by gin: what can be configured, and errors that fit on one line."""
 
-import difflib
+import importlib
 import inspect
-import io
 import re
 import tokenize
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import bilevel
 import gin
-from dd import augmentation, data, networks, objectives
+from dd import augmentation, data, networks, objectives, synthetic
 from dd.distillation.settings import Distiller
 from dd.evaluation import protocols
 from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
+from dd.gin_text import (
+    COMMAND_LINE,
+    RECIPES,
+    ConfigError,
+    Place,
+    check_is_data,
+    differences,
+    find,
+    names_set,
+    nearest,
+    parameters,
+    parse,
+    parse_text,
+    place_in,
+    registered,
+)
 from dd.runtime.changes import WHEN_JUDGED
+from dd.runtime.files import DamagedFileError, read_sealed
 from dd.runtime.precision import Precision
-from dd.synthetic.dataset import SyntheticDataset
 
 #: Every name a gin file can use, with what it stands for.
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
@@ -31,10 +46,15 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "DCProtocol": protocols.DCProtocol,
     "Experts": objectives.Experts,
     "MatchExperts": objectives.MatchExperts,
+    "MatchFeatures": objectives.MatchFeatures,
     "RealImages": objectives.RealImages,
     "DifficultyPacing": objectives.DifficultyPacing,
     "PrototypeAlignment": objectives.PrototypeAlignment,
-    "SyntheticDataset": SyntheticDataset,
+    "SyntheticDataset": synthetic.SyntheticDataset,
+    "Pixels": synthetic.Pixels,
+    "Patches": synthetic.Patches,
+    "MultiFormation": synthetic.MultiFormation,
+    "Bases": synthetic.Bases,
     "cifar10": data.cifar10,
     "cifar100": data.cifar100,
     "digits": data.digits,
@@ -97,12 +117,12 @@ MOVED = {
 #: What a set is judged by: all its parameters may change when that is done again.
 JUDGES = (Evaluator, protocols.Protocol, augmentation.Augmentation, nn.Module)
 
-_PACKAGED = Path(__file__).parent / "recipes"
-#: The recipes that come with `dd`, beside this file in a wheel; the repository has them in gin/.
-RECIPES = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "gin"
+__all__ = ["CONFIGURABLES", "RECIPES", "ConfigError", "differences", "parameters"]
 
-#: Parameters that the named files and bindings set themselves, not those they include.
-_set_by_user: set[str] = set()
+#: Where parameters and macros are set.
+_places: dict[str, Place] = {}
+#: The files that the user named, not those they include, and the command line.
+_by_user: set[str] = set()
 
 
 def network(name: str, experiment: Experiment) -> nn.Module:
@@ -116,8 +136,9 @@ def network(name: str, experiment: Experiment) -> nn.Module:
         for name, target in CONFIGURABLES.items()
         if isinstance(target, type) and issubclass(target, nn.Module)
     }
-    if name not in classes:
-        raise ConfigError(f"there is no architecture {name!r}{_nearest(name, list(classes))}")
+    own = registered(name)
+    if name not in classes and not (isinstance(own, type) and issubclass(own, nn.Module)):
+        raise ConfigError(f"there is no architecture {name!r}{nearest(name, classes)}")
     try:
         made: nn.Module = gin.get_configurable(name)(**experiment.image_format)
     except (ValueError, TypeError) as error:
@@ -125,29 +146,47 @@ def network(name: str, experiment: Experiment) -> nn.Module:
     return made
 
 
-class ConfigError(Exception):
-    """The configuration cannot be used; the message is one line for the user."""
-
-
-def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
+def load(
+    files: Sequence[str],
+    bindings: Sequence[str],
+    *,
+    modules: Sequence[str] = (),
+    run: Path | None = None,
+) -> Experiment:
     """Build the experiment that gin files and bindings describe.
 
     A file is looked for in the working directory, then among the recipes of `dd`: from any
     directory, "digits", "gin/digits" and "gin/digits.gin" are the same recipe.
 
+    Args:
+        files: Gin files of the user's. They may import modules, which runs them.
+        bindings: Of single parameters, after the files.
+        modules: Imported first: what they register can be named.
+        run: The saved configuration of a run, before the files. It is data: it runs nothing.
+
     Raises:
         ConfigError: A file is missing, a name is misspelt, or a value cannot work.
     """
     gin.clear_config()
-    _set_by_user.clear()
-    paths = [_found(name, Path()) for name in files]
+    _places.clear()
+    _by_user.clear()
     try:
-        for source in [*(path.read_text("utf-8") for path in paths), *bindings]:
-            _set_by_user.update(re.findall(r"^\s*([\w./]+)\s*=", source, re.MULTILINE))
+        for module in modules:
+            importlib.import_module(module)
+        if run is not None:
+            parse_text(check_is_data(saved_text(run), str(run), modules), str(run))
+        paths = [find(name, Path()) for name in files]
+        _by_user.update([*map(str, paths), COMMAND_LINE])
         for path in paths:
-            _parse(path)
-        gin.parse_config_files_and_bindings([], list(bindings))
+            _places.update(parse(path))
+        for binding in bindings:
+            parse_text(binding, COMMAND_LINE)
+            _places.update(names_set(binding, COMMAND_LINE))
+        gin.finalize()
+        _check_all_is_known()
         return _EXPERIMENT()
+    except RecursionError as error:
+        raise ConfigError("the configuration refers to itself, or is nested too deeply") from error
     except (
         ValueError,
         TypeError,
@@ -160,47 +199,23 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
         raise ConfigError(one_line(error)) from error
 
 
-def _found(name: str, folder: Path) -> Path:
-    recipe = PurePath(name)
-    if recipe.parts[:1] == ("gin",):
-        recipe = recipe.relative_to("gin")
-    for path in (folder / name, RECIPES / recipe):
-        for spelled in (path, Path(f"{path}.gin")):
-            if spelled.is_file():
-                return spelled
-    beside = sorted(path.name for path in (folder / name).parent.glob("*.gin"))
-    recipes = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.gin"))
-    near = difflib.get_close_matches(recipe.name, [*beside, *recipes], n=1)
-    if near:
-        hint = f"did you mean {near[0]!r}?"
-    elif beside:
-        hint = f"there are {', '.join(beside)}"
-    else:
-        hint = f"recipes are in {RECIPES}"
-    raise ConfigError(f"gin file {name} does not exist; {hint}")
-
-
-def _parse(path: Path) -> None:
-    """Parse a file; what it includes is looked for beside it, wherever one is, then in `dd`."""
-    begin = 0
-    lines = path.read_text("utf-8").splitlines()
-
-    def flush(end: int) -> None:
-        text = io.StringIO("\n" * begin + "\n".join(lines[begin:end]) + "\n")
-        text.name = str(path)  # for gin's messages
-        gin.parse_config(text)
-
-    for number, line in enumerate(lines):
-        include = re.match(r"\s*include\s+(['\"])(.+?)\1", line)
-        if include:
-            flush(number)
-            begin = number + 1
-            try:
-                target = _found(include[2], path.absolute().parent)
-            except ConfigError as error:
-                raise ConfigError(f"{path} includes {include[2]}: {error}") from error
-            _parse(target)
-    flush(len(lines))
+def _check_all_is_known() -> None:
+    """Refuse macros and scopes of the user's to which nothing refers: they are misspelt."""
+    bindings = parameters(gin.config_str())
+    values = " ".join(bindings.values())
+    macros = set(re.findall(r"%([\w./]+)", values))
+    scopes = set(re.findall(r"@([\w./]+)/\w", values))
+    for name, place in _places.items():
+        if place.file not in _by_user:
+            continue
+        scope = name.rpartition("/")[0]
+        if "." not in name and name not in macros:
+            raise ConfigError(f"{place}: nothing refers to {name}{nearest(name, sorted(macros))}")
+        if scope and "." in name and scope not in scopes:
+            raise ConfigError(
+                f"{place}: {name} is set, but nothing refers to the scope {scope!r}, as "
+                f"@{name.rpartition('.')[0]} would"
+            )
 
 
 def unused() -> list[str]:
@@ -213,7 +228,8 @@ def unused() -> list[str]:
     return [
         name
         for name in bindings
-        if name in _set_by_user
+        if name in _places
+        and _places[name].file in _by_user
         and not name.startswith("Experiment.")
         and "." in name
         and not re.search(rf"@(\w+/)*{re.escape(name.rsplit('.', 1)[0])}\b", references)
@@ -225,9 +241,21 @@ def text() -> str:
     return str(gin.operative_config_str())
 
 
+def place_of(name: str) -> str:
+    """Where a parameter is set, to be put behind its name; empty if that is not known."""
+    return f" ({_places[name]})" if name in _places else ""
+
+
 def one_line(error: BaseException) -> str:
-    """The gist of an error, with a suggestion for a misspelt name."""
+    """The gist of an error, with a suggestion for a misspelt name, and the place if it has one."""
     message = str(error).strip()
+    gist, place = _gist(message) or type(error).__name__, place_in(message)
+    if place is None or place.file == COMMAND_LINE or f"{place.file}, line" in gist:
+        return gist
+    return f"{place}: {gist}"
+
+
+def _gist(message: str) -> str:
     parameter = re.search(
         r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message
     )
@@ -238,27 +266,31 @@ def one_line(error: BaseException) -> str:
             return f"{owner}.{name} is now {moved}" + (
                 " (with Distiller.objective = @RealImages())" if "RealImages" in moved else ""
             )
-        known = [
-            p
-            for p in inspect.signature(CONFIGURABLES[owner]).parameters
-            if p not in ("self", "cls")
-        ]
-        return f"{owner} has no parameter {name!r}{_nearest(name, known)}"
+        known = inspect.signature(registered(parameter[1])).parameters.keys() - {"self", "cls"}
+        return f"{owner} has no parameter {name!r}{nearest(name, sorted(known))}"
     selector = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message)
     if selector:
         name = selector[1].split(".")[0]
-        return f"there is nothing called {name!r} to configure{_nearest(name, list(CONFIGURABLES))}"
+        return f"there is nothing called {name!r} to configure{nearest(name, CONFIGURABLES)}"
+    macro = re.search(r"No bindings specified for '([\w./]+)/gin\.macro'", message)
+    if macro:
+        others = [name for name in _places if "." not in name]
+        return f"%{macro[1]} is not set" + (nearest(macro[1], others) if others else "")
     missing = re.search(r"Required bindings for `(\w+)` not provided.*: (\[.*\])", message)
     if missing:
         return f"{missing[1]} needs values for {missing[2]}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     where = [line for line in lines if line.startswith("In call to configurable")]
     inside = re.search(r"In call to configurable '([\w.]+)'", where[0]) if where else None
-    gist = lines[0] if lines else type(error).__name__
+    gist = lines[0] if lines else ""
     argument = re.search(r"missing \d+ required .*arguments?: (.*)", gist)
     if argument:
         gist = f"it needs a value for {argument[1]}"
-    return f"{inside[1]}: {gist}" if inside else gist
+    if inside is None:
+        return gist
+    # Our messages begin with the parameter.
+    named = re.match(r"(\w+)", gist)
+    return f"{inside[1]}: {gist}" + (place_of(f"{inside[1]}.{named[1]}") if named else "")
 
 
 def saved_text(path: Path) -> str:
@@ -266,9 +298,12 @@ def saved_text(path: Path) -> str:
 
     Raises:
         ConfigError: The run is of version 0.1.
+        DamagedFileError: It is damaged.
         OSError: It cannot be read.
     """
-    saved = path.read_text()
+    saved = read_sealed(path)
+    if not parameters(saved):
+        raise DamagedFileError(f"{path} is damaged: it holds no configuration")
     if not MOVED.keys().isdisjoint(parameters(saved)):
         raise ConfigError(
             f"{path.parent} holds a run of version 0.1, which cannot be resumed or judged again; "
@@ -277,35 +312,17 @@ def saved_text(path: Path) -> str:
     return saved
 
 
-def changeable(mark: str) -> set[str]:
-    """The parameters that carry a mark of `dd.runtime.changes`."""
-    names = set()
-    for name, target in CONFIGURABLES.items():
-        judges = isinstance(target, type) and issubclass(target, JUDGES)
-        for parameter in inspect.signature(target, eval_str=True).parameters.values():
-            marks = getattr(parameter.annotation, "__metadata__", ())
-            if mark in marks or (judges and mark == WHEN_JUDGED):
-                names.add(f"{name}.{parameter.name}")
-    return names
+def changeable(mark: str) -> Callable[[str], bool]:
+    """Whether a parameter, by its name, carries a mark of `dd.runtime.changes`."""
 
+    def is_marked(name: str) -> bool:
+        owner, _, parameter = name.rpartition("/")[2].rpartition(".")
+        target = registered(owner) if owner else None
+        if target is None:
+            return False
+        if mark == WHEN_JUDGED and isinstance(target, type) and issubclass(target, JUDGES):
+            return True
+        found = inspect.signature(target, eval_str=True).parameters.get(parameter)
+        return found is not None and mark in getattr(found.annotation, "__metadata__", ())
 
-def differences(old: str, new: str, allowed: set[str]) -> list[str]:
-    """What two operative configurations disagree in, beyond the parameters in `allowed`."""
-    first, second = parameters(old), parameters(new)
-    return [
-        f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
-        for name in sorted(first.keys() | second.keys())
-        if first.get(name) != second.get(name) and name not in allowed
-    ]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-
-
-def parameters(configuration: str) -> dict[str, str]:
-    """The bindings in a configuration's text, by name."""
-    joined = re.sub(r"\\?\n[ \t]+", " ", configuration).replace("=  ", "= ")
-    pairs = [line.split(" = ", 1) for line in joined.splitlines() if " = " in line]
-    return {name.strip(): value.strip() for name, value in pairs if not name.startswith("#")}
+    return is_marked

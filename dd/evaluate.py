@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from dd.cli import add_gin_arguments, fail, print_results, run
-from dd.evaluation.names import PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
+from dd.cli import add_gin_arguments, fail, keep_tracebacks_in, print_results, run, say
+from dd.evaluation.names import BASELINES, PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
 
 EPILOG = """\
 examples:
@@ -14,6 +15,7 @@ examples:
   python -m dd.evaluate runs/cpu --gin_param='Evaluator.networks = 20'
   python -m dd.evaluate runs/cpu --gin_param='Evaluator.protocol = @DCProtocol()'
   python -m dd.evaluate runs/cpu --architectures=ResNet18,VGG11,AlexNet,ViT
+  python -m dd.evaluate runs/cpu --baselines=random,herding,k_center,el2n
   python -m dd.evaluate runs/cpu --set=theirs.pt --values=transformed
   python -m dd.evaluate runs/mtt --compare=runs/att --plot=mtt_att.png
 
@@ -52,6 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--hard_labels", action="store_true", help="replace soft labels by their largest entry"
+    )
+    parser.add_argument(
+        "--baselines",
+        metavar="NAME,…",
+        default="",
+        help=f"also judge real images that are chosen without distilling ({', '.join(BASELINES)}), "
+        "with hard labels and with soft ones, and what the set's labels are worth alone",
     )
     parser.add_argument("--scores", action="store_true", help="also give DD-Ranking's two scores")
     parser.add_argument(
@@ -93,18 +102,26 @@ def _evaluate(options: argparse.Namespace) -> int:
     from dd.runtime.changes import WHEN_JUDGED
     from dd.runtime.files import DamagedFileError
     from dd.runtime.processes import one_first
+    from dd.runtime.writer import only_writer
 
     folder = Path(options.run_dir)
     configuration = folder / CONFIG
     if not configuration.is_file():
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
+    keep_tracebacks_in(folder)
     chosen = Path(options.set) if options.set else folder / DISTILLED
     whole = chosen == folder / DISTILLED and not options.only
+    baselines = [name for name in options.baselines.split(",") if name]
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown:
+        return fail(f"--baselines={unknown[0]}: there are {', '.join(BASELINES)}")
     name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
         saved = config.saved_text(configuration)
         with one_first():
-            experiment = config.load([str(configuration), *options.gin_file], options.gin_param)
+            experiment = config.load(
+                options.gin_file, options.gin_param, modules=options.modules, run=configuration
+            )
         # What the transform was fitted with is known only in training.
         changed = config.differences(
             saved, f"{saved}\n{config.text()}", config.changeable(WHEN_JUDGED)
@@ -116,15 +133,20 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "and of networks"
             )
         names = [name for name in options.architectures.split(",") if name]
-        report = experiment.evaluate(
-            chosen,
-            Path(options.json) if options.json else folder / name,
-            options.only or TRAINING_SETS,
-            values=options.values,
-            architectures={name: config.network(name, experiment) for name in names},
-            hard_labels=options.hard_labels,
-            scores=options.scores,
-        )
+        results = Path(options.json) if options.json else folder / name
+        # Beside a run that goes on, all may be judged but what it writes itself.
+        shared = results.resolve() == (folder / RESULTS).resolve()
+        with only_writer(folder) if shared else nullcontext():
+            report = experiment.evaluate(
+                chosen,
+                results,
+                options.only or TRAINING_SETS,
+                values=options.values,
+                architectures={name: config.network(name, experiment) for name in names},
+                hard_labels=options.hard_labels,
+                scores=options.scores,
+                baselines=baselines,
+            )
     except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
         return fail(str(error))
     print_results(report.as_dict())
@@ -140,7 +162,7 @@ def _compare(options: argparse.Namespace) -> int:
         runs = load_results([Path(folder) for folder in folders])
     except (DamagedFileError, OSError) as error:
         return fail(str(error))
-    print(comparison_table(runs))
+    say(comparison_table(runs))
     write_bytes(plot, comparison_plot(runs))
     print(f"\npicture: {plot}")
     return 0

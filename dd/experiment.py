@@ -1,6 +1,7 @@
 """One experiment as a gin file describes it: the parts, and what is done with them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,16 +30,20 @@ from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.evaluation.names import RESULTS, TRAINING_SETS, TRANSFORMED
 from dd.evaluation.report import Assessment, Report, new_report, versions
-from dd.objectives.base import Task
+from dd.objectives.base import DATA, Task
 from dd.objectives.expert_buffer import describe
+from dd.runtime.cache import checksum
 from dd.runtime.changes import Judging
-from dd.runtime.devices import chosen_device
-from dd.runtime.files import write_json, write_text
+from dd.runtime.devices import chosen_device, device_name
+from dd.runtime.files import write_json, write_sealed
+from dd.runtime.plain import one_line
 from dd.runtime.run_folder import RunFolder
 from dd.runtime.stopping import StopRequest
 from dd.synthetic.dataset import SyntheticDataset
 
 CONFIG = "config.gin"
+#: How many images tell one dataset from another; a large one need not be read for it.
+FINGERPRINT_IMAGES = 1000
 
 
 @final
@@ -160,25 +165,39 @@ class Experiment:
                 "versions": versions(),
             },
             description=self.describe(data),
+            circumstances={
+                DATA: fingerprint(self.dataset),
+                "device": device_name(self.device),
+                "threads": torch.get_num_threads(),
+                **versions(),
+            },
         )
 
     def train(
         self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
     ) -> Report:
-        """Distil into `folder`, then evaluate unless asked to stop."""
+        """Distil into `folder`, then evaluate unless asked to stop.
+
+        Whatever ends it, `results.json` says so.
+        """
         report = self._new_report(self.synthetic.images_per_class)
         task = self.task(data, folder)
 
         def write(report: Report) -> None:
             task.folder.write(RESULTS, partial(write_json, content=report.as_dict()))
 
+        run = None
         try:
             run = begin(self.distiller, task)
-            task.folder.write(CONFIG, partial(write_text, content=config_text))
+            report = report.of_size(run.candidate("images"))
+            task.folder.write(CONFIG, partial(write_sealed, text=config_text))
             write(report)
             record(run, folder, stop, config_text)
             report = replace(
-                report, outer_steps=run.state.step, seconds_distilling=run.state.seconds
+                report,
+                outer_steps=run.state.step,
+                skipped_steps=run.state.skipped,
+                seconds_distilling=run.state.seconds,
             )
             if not stop.agreed():
                 stop.at_once = True
@@ -190,6 +209,14 @@ class Experiment:
                 return report
         except KeyboardInterrupt:
             pass  # a second Ctrl-C while distilling, or the first while evaluating
+        except Exception as error:
+            if run is not None:
+                steps, skipped = run.state.step, run.state.skipped
+                reason = one_line(f"{type(error).__name__}: {error}")
+                failed = replace(report, outer_steps=steps, skipped_steps=skipped, reason=reason)
+                with suppress(OSError):  # such as a full disk, which may be what is wrong
+                    write(replace(failed, status="failed"))
+            raise
         report = replace(report, status="interrupted")
         write(report)
         return report
@@ -204,6 +231,7 @@ class Experiment:
         architectures: Mapping[str, nn.Module] | None = None,
         hard_labels: bool = False,
         scores: bool = False,
+        baselines: Sequence[str] = (),
     ) -> Report:
         """Evaluate a distilled set with its own transform; the results are also written.
 
@@ -216,6 +244,7 @@ class Experiment:
             architectures: Further networks to judge the same set by.
             hard_labels: Replace soft labels by their largest entry.
             scores: Also measure what DD-Ranking's scores need, and give them.
+            baselines: Of `BASELINES`: also choose real images like this, and judge them.
 
         Raises:
             ValueError: The set is not for this dataset, or the scores lack the full data.
@@ -239,11 +268,13 @@ class Experiment:
             self._new_report(len(distilled.images) // self.dataset.num_classes),
             seconds_distilling=distilled.provenance.get("seconds"),
             outer_steps=distilled.provenance.get("outer_step"),
+            skipped_steps=distilled.provenance.get("skipped_steps", 0),
         ).of_set(set_path.name, distilled)
         data = self.prepare(distilled.transform) if data is None else data
         folder = RunFolder(results_path.parent)
         assessment = self._assessment(distilled, data)
-        for measured in assessment.measured(report, training_sets, architectures, scores):
+        wanted = training_sets, architectures, scores, baselines
+        for measured in assessment.measured(report, *wanted):
             report = measured
             folder.write(results_path.name, partial(write_json, content=report.as_dict()))
         return report
@@ -261,3 +292,9 @@ class Experiment:
     def _assessment(self, distilled: DistilledSet, data: PreparedData) -> Assessment:
         key = self.key.fold("evaluation")
         return Assessment(distilled, data, self.network, self.evaluator, key)
+
+
+def fingerprint(dataset: ImageDataset) -> str:
+    """A checksum of the training data: of all labels, and of so many images spread over all."""
+    stride = -(-len(dataset.train_images) // FINGERPRINT_IMAGES)
+    return checksum([dataset.train_images[::stride], dataset.train_labels])[:16]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, run
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, keep_tracebacks_in, run
 
 EPILOG = """\
 examples:
@@ -42,9 +42,10 @@ def _train(options: argparse.Namespace) -> int:
     from dd import config
     from dd.runtime.files import DamagedFileError
     from dd.runtime.stopping import stop_on_signal
+    from dd.runtime.writer import only_writer
 
     try:
-        experiment = config.load(options.gin_file, options.gin_param)
+        experiment = config.load(options.gin_file, options.gin_param, modules=options.modules)
         experts = experiment.distiller.objective.experts
         if experts is None:
             return fail(
@@ -52,10 +53,11 @@ def _train(options: argparse.Namespace) -> int:
                 "Distiller.objective = @MatchExperts(), as gin/cifar10_att_cpu.gin does, or "
                 "PrototypeAlignment.experts = @Experts()"
             )
+        keep_tracebacks_in(experts.folder)
         print(f"preparing {experiment.dataset!r}", flush=True)
         data = experiment.prepare()
         print(f"writing to {experts.folder}", flush=True)
-        with stop_on_signal() as stop:
+        with only_writer(experts.folder), stop_on_signal() as stop:
             writer = experts.train(
                 data,
                 experiment.network,

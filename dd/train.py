@@ -4,8 +4,22 @@ import argparse
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, print_results, run
+from dd.cli import (
+    FAILED,
+    INTERRUPTED,
+    add_gin_arguments,
+    fail,
+    keep_tracebacks_in,
+    print_results,
+    run,
+    say,
+)
+
+if TYPE_CHECKING:
+    from dd.data.prepared import PreparedData
+    from dd.experiment import Experiment
 
 EPILOG = """\
 examples:
@@ -13,7 +27,8 @@ examples:
   python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
   python -m dd.train --gin_file=gin/cifar10_rat.gin --gin_param='RandomWindow.window = 40'
   python -m dd.train --gin_file=gin/digits.gin --gin_param='Distiller.truncation = @Full()'
-  torchrun --nproc_per_node=4 -m dd.train --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
+  torchrun --standalone --nproc_per_node=4 -m dd.train \\
+      --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
 
 The run directory then holds
   config.gin              every parameter in use
@@ -49,34 +64,50 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     from bilevel import BilevelError
     from dd import config
-    from dd.distillation.loop import CHECKPOINT
-    from dd.distillation.recorder import DISTILLED, PICTURE
-    from dd.evaluation.names import RESULTS
-    from dd.experiment import CONFIG
-    from dd.runtime.changes import WHEN_RESUMED
-    from dd.runtime.files import DamagedFileError
     from dd.runtime.processes import from_first_process, one_first
-    from dd.runtime.stopping import stop_on_signal
+    from dd.runtime.writer import FolderInUseError, only_writer
 
     try:
         with one_first():
-            experiment = config.load(options.gin_file, options.gin_param)
+            experiment = config.load(options.gin_file, options.gin_param, modules=options.modules)
     except config.ConfigError as error:
         return fail(str(error))
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(options.gin_file[0]).stem}-{started}"
     folder = Path(from_first_process(options.run_dir or default))
     for name in config.unused():
-        print(f"note: {name} is set, but nothing refers to {name.rsplit('.', 1)[0]}")
+        owner = name.rsplit(".", 1)[0]
+        say(f"note: {name}{config.place_of(name)} is set, but nothing refers to {owner}")
     print(f"preparing {experiment.dataset!r}", flush=True)
     try:
         with one_first():  # The others find the whitening that it fitted.
             data = experiment.prepare()
     except (ValueError, BilevelError) as error:
         return fail(config.one_line(error))
+    try:
+        with only_writer(folder):
+            return _train_in(folder, experiment, data)
+    except FolderInUseError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"--run_dir={folder} cannot be used: {error}")
+
+
+def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> int:
+    from bilevel import BilevelError
+    from dd import config
+    from dd.distillation.loop import CHECKPOINT, PREVIOUS
+    from dd.distillation.recorder import DISTILLED, PICTURE
+    from dd.evaluation.names import RESULTS
+    from dd.experiment import CONFIG
+    from dd.runtime.changes import WHEN_RESUMED
+    from dd.runtime.files import DamagedFileError
+    from dd.runtime.stopping import stop_on_signal
+
+    keep_tracebacks_in(folder)
     text = config.text()
     try:
-        if (folder / CHECKPOINT).exists():
+        if (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists():
             saved = config.saved_text(folder / CONFIG)
             differences = config.differences(saved, text, config.changeable(WHEN_RESUMED))
             if differences:
@@ -85,7 +116,7 @@ def _train(options: argparse.Namespace) -> int:
                     "choose another --run_dir, or repeat the command that started it"
                 )
             print(f"resuming the run in {folder}")
-    except config.ConfigError as error:
+    except (config.ConfigError, DamagedFileError) as error:
         return fail(str(error))
     except OSError as error:
         return fail(f"--run_dir={folder} cannot be used: {error}")
@@ -103,11 +134,13 @@ def _train(options: argparse.Namespace) -> int:
         )
         return INTERRUPTED
     print_results(report.as_dict())
+    if report.told_status == "diverged":
+        fail(f"{report.skipped_steps} of {report.outer_steps} outer steps were skipped")
     print(
         f"\ndistilled set: {folder / DISTILLED}\npicture:       {folder / PICTURE}"
         f"\nresults:       {folder / RESULTS}"
     )
-    return 0
+    return 0 if report.told_status == "complete" else FAILED
 
 
 if __name__ == "__main__":

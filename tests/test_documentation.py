@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dd import config, evaluate, experts, train
+from dd import config, evaluate, experts, sweep, train
 from dd.data import Standardize
 from dd.evaluation.distilled_set import DistilledSet
 
@@ -46,7 +46,7 @@ def test_a_distilled_set_is_read_as_the_pages_read_it(page: str) -> None:
     assert distilled.pixels().shape == (10, 1, 8, 8)
 
 
-COMMAND = re.compile(r"\bdd[-.](train|evaluate|experts)\b")
+COMMAND = re.compile(r"\bdd[-.](train|evaluate|experts|sweep)\b")
 COMMANDS = sorted(
     {
         line.split("#")[0].strip()
@@ -70,7 +70,8 @@ def test_a_printed_command_has_options_and_recipes_that_exist(
 ) -> None:
     name = COMMAND.search(command)
     assert name is not None
-    known = options({"train": train, "evaluate": evaluate, "experts": experts}[name[1]], capsys)
+    modules = {"train": train, "evaluate": evaluate, "experts": experts, "sweep": sweep}
+    known = options(modules[name[1]], capsys)
     for word in shlex.split(command[name.end() :]):
         option, _, value = word.partition("=")
         assert option in known or not option.startswith("--")

@@ -1,6 +1,5 @@
 """Tiny runs: how every test of `dd` distils, by a command or in this process."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dd.data.prepared import PreparedData
 from dd.distillation.loop import Distillation, Ready, begin, outer_loop
 from dd.distillation.recorder import FolderRecorder
 from dd.experiment import Experiment
+from dd.runtime.files import read_json
 
 GIN = Path(__file__).parents[1] / "gin"
 OUTER_STEPS, INNER_STEPS, WINDOW = 6, 6, 3
@@ -112,15 +112,16 @@ def run_command(module: Any, words: list[str]) -> int:
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    found: dict[str, Any] = read_json(folder / "results.json")
     return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder but those that mark who writes to it."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(".writer.")
     }
 
 

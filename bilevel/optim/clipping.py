@@ -67,9 +67,10 @@ def clip_by_value(bound: Hyperparameter) -> GradientTransformation:
 @final
 @dataclass(frozen=True, eq=False)
 class ClipByNorm(Rule):
-    """The rule of `clip_by_norm`."""
+    """The rule of `clip_by_norm`; `eps` is added to the norm, as `torch.nn.utils` does."""
 
     max_norm: float | Tensor
+    eps: float = 0.0
 
     def start(self, params: Any) -> Any:
         return EmptyState()
@@ -83,8 +84,8 @@ class ClipByNorm(Rule):
         squared = torch.stack([leaf.square().sum() for leaf in scaled]).sum()
         # The root of 0 has no derivative, not even where it is not used.
         norm = torch.where(largest > 0, squared, 1).sqrt()
-        factor = self.max_norm / norm
-        active = (largest > 0) & (scale * norm > self.max_norm)
+        factor = self.max_norm / (norm + self.eps / scale if self.eps else norm)
+        active = (largest > 0) & (scale * norm + self.eps > self.max_norm)
         clipped = [
             torch.where(active, (unit * factor).to(leaf.dtype), leaf)
             for unit, leaf in zip(scaled, leaves, strict=True)

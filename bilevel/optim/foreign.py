@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import optree
 import torch
+import torchopt
 from torch import Tensor
-from torchopt.base import GradientTransformation
+from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
 from bilevel.errors import ConfigurationError
-from bilevel.optim.base import rule_of
+from bilevel.optim.base import rule_of, transformation_of
+from bilevel.optim.clipping import ClipByNorm
+from bilevel.optim.composition import Chain, chain
 from bilevel.optim.groups import Groups
 from bilevel.tree import needs_gradient, partition
 
@@ -48,6 +52,28 @@ def settle(transformation: Any, device: torch.device, *, check: bool) -> None:
     for part in parts_of(transformation):
         if getattr(part.update, "__module__", "").startswith("torchopt"):
             _spend_first_call(part, device, check=check)
+
+
+def differentiable_form(transformation: Any) -> Any:
+    """The same steps with a derivative, where one of TorchOpt's has lost it.
+
+    `torchopt.clip.clip_grad_norm` takes its norm under `no_grad`; that of TorchOpt 0.7.3 becomes
+    `clip_by_norm` with its 1e-6, by itself and in chains. Everything else stays as it is.
+    """
+    rule = rule_of(transformation)
+    if isinstance(rule, Chain):
+        return chain(*map(differentiable_form, rule.transformations))
+    if isinstance(transformation, ChainedGradientTransformation):
+        return torchopt.chain(*map(differentiable_form, transformation.transformations))
+    update: Any = getattr(transformation, "update", None)
+    if getattr(update, "__qualname__", "") == "clip_grad_norm.<locals>.update_fn":
+        given = inspect.getclosurevars(update).nonlocals
+        if (
+            set(given) == {"max_norm", "norm_type", "error_if_nonfinite"}
+            and given["norm_type"] == 2
+        ):
+            return transformation_of(ClipByNorm(given["max_norm"], eps=1e-6))
+    return transformation
 
 
 def check_differentiable(

@@ -7,20 +7,29 @@ Saving, showing and stopping are the caller's; `dd.distillation.recorder` is wha
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 import bilevel
 from bilevel.distributed import AveragedHypergradient, broadcast_, gather, world_size
 from bilevel.tree import to_device
+from dd.distillation.events import (
+    Event,
+    Finished,
+    Ready,
+    Skipped,
+    StageChanged,
+    Stepped,
+    Validated,
+    WentBack,
+)
 from dd.distillation.settings import Distiller
 from dd.distillation.state import TrainingState
 from dd.evaluation.distilled_set import DistilledSet
-from dd.objectives.base import HELD_OUT, Task
+from dd.objectives.base import DATA, HELD_OUT, Task
+from dd.runtime.files import DamagedFileError
 from dd.runtime.precision import allow_tf32
 from dd.runtime.processes import from_first_process, is_first_process, own_key
 
@@ -28,86 +37,12 @@ from dd.runtime.processes import from_first_process, is_first_process, own_key
 MOST_SKIPPED = 10
 #: The checkpoint in a run's folder.
 CHECKPOINT = "checkpoint.safetensors"
+#: The one before it, and one that was found to be damaged.
+PREVIOUS, DAMAGED = "checkpoint.previous.safetensors", "checkpoint.damaged.safetensors"
+#: The set that a run has found.
+DISTILLED = "distilled.safetensors"
 #: Which networks judge a candidate in a validation: a step has others for each of the two.
 CANDIDATE_KEYS = {"images": "validation", "average": "validation/accuracy_of_average"}
-
-
-@final
-@dataclass(frozen=True)
-class Ready:
-    """Nothing is half done after this many outer steps: save here, and stop here."""
-
-    step: int
-
-
-@final
-@dataclass(frozen=True)
-class Stepped:
-    """An outer step was made.
-
-    Attributes:
-        step: Outer steps done.
-        seconds: How long it took.
-        result: Its hypergradient, averaged over processes.
-        clip_bound: The norm that the images' hypergradient was clipped to; None without clipping.
-        metrics: What the schedule was told beside the loss.
-        objective: What the objective reports.
-        schedule: What the schedule reports and looked at: numbers, and profiles over inner steps.
-    """
-
-    step: int
-    seconds: float
-    result: bilevel.HypergradientResult
-    clip_bound: float | None
-    metrics: dict[str, float]
-    objective: dict[str, float]
-    schedule: dict[str, Tensor | float]
-
-
-@final
-@dataclass(frozen=True)
-class Skipped:
-    """An outer step was left out, for its hypergradient was not finite."""
-
-    step: int
-    reason: str
-
-
-@final
-@dataclass(frozen=True)
-class StageChanged:
-    """The truncation schedule changes its course."""
-
-    step: int
-    sentence: str
-
-
-@final
-@dataclass(frozen=True)
-class Validated:
-    """The set was judged on the validation split.
-
-    Attributes:
-        step: Outer steps done.
-        accuracy: Fractions, of networks trained on the set with the `images` as they are, and, if
-            there is one, with their `average`.
-        best: The one of these that is better than all before; None if neither is.
-    """
-
-    step: int
-    accuracy: dict[str, float]
-    best: str | None
-
-
-@final
-@dataclass(frozen=True)
-class Finished:
-    """All that was asked for is done."""
-
-    step: int
-
-
-Event = Ready | Stepped | Skipped | StageChanged | Validated | Finished
 
 
 @final
@@ -122,13 +57,21 @@ class Distillation:
         settings: Of the outer loop.
         task: What to work on.
         state: Where to begin; it is what changes.
+        notes: What the user should know of how it begins.
     """
 
-    def __init__(self, settings: Distiller, task: Task, state: TrainingState) -> None:
+    def __init__(
+        self, settings: Distiller, task: Task, state: TrainingState, notes: Sequence[str] = ()
+    ) -> None:
         allow_tf32(settings.tf32)
         self.settings = settings
         self.task = task
         self.state = state
+        self.notes = notes
+        #: Whether an outer step is being applied, so that the state is none to be saved.
+        self.half_done = False
+        #: The schedule's state when nothing was half done last; a step may change it at its start.
+        self.schedule = state.truncation.state_dict()
         self.key = own_key(task.key)
         self.objective = settings.objective.prepare(task, self.key, state.truncation.stage)
         self.hypergradient = bilevel.Hypergradient(
@@ -147,19 +90,28 @@ class Distillation:
     def candidate(self, name: str) -> DistilledSet:
         """The set as it is now, with the "images" as they are or their "average"."""
         state, task = self.state, self.task
-        images = state.average if name == "average" else state.outer["images"]
-        assert images is not None, "there is an average where one is asked for"
+        parameterisation = task.synthetic.parameterisation
+        stored = state.average if name == "average" else task.synthetic.stored(state.outer)
+        assert stored is not None, "there is an average where one is asked for"
+        kept, coded = {}, {}
+        if not parameterisation.lossless:
+            kept = {name: value.detach() for name, value in stored.items()}
+            coded = {"parameterisation": str(parameterisation)}
         return DistilledSet(
-            images=task.synthetic.images({**state.outer, "images": images}).detach(),
+            images=parameterisation.decode(stored).detach(),
             labels=task.synthetic.labels(state.outer).detach(),
             transform=task.data.transform,
             class_names=task.data.class_names,
             provenance={
                 **task.provenance,
                 **self.settings.objective.provenance(state.outer),
+                **coded,
                 "outer_step": state.step,
                 "seconds": state.seconds,
+                **({"skipped_steps": state.skipped} if state.skipped else {}),
+                **({"outer_rates": state.rates} if len(state.rates) > 1 else {}),
             },
+            stored=kept,
         )
 
 
@@ -172,17 +124,73 @@ def begin(settings: Distiller, task: Task) -> Distillation:
         DamagedFileError: The checkpoint cannot be used.
     """
     state = settings.initial_state(task)
-    checkpoint = task.folder.find(CHECKPOINT)
-    if checkpoint is not None:
-        state.restore(checkpoint)
+    notes = _restored(state, task)
+    set_aside = bool(notes) and task.folder.find(CHECKPOINT) is not None
+    notes += _missed(state, task) + _changed(state, task)
+    state.circumstances = task.circumstances
     steps = gather(state.step)
     if len(set(steps)) > 1:
         raise bilevel.ProcessError(
             f"the processes would go on from outer steps {steps}: {task.folder.path} must be a "
             "folder that all of them can read"
         )
+    if set_aside:
+        # Only now have all processes looked at it.
+        task.folder.write(CHECKPOINT, lambda path: path.replace(path.with_name(DAMAGED)))
     broadcast_(state.outer.values())
-    return Distillation(settings, task, state)
+    if state.set_rates():
+        notes.append(
+            f"note: other outer learning rates after outer step {state.step}: {state.rates[-1]}"
+        )
+    return Distillation(settings, task, state, notes)
+
+
+def _restored(state: TrainingState, task: Task) -> list[str]:
+    """Bring the state to that of the latest checkpoint that is good; what is to be said of it."""
+    checkpoint, previous = task.folder.find(CHECKPOINT), task.folder.find(PREVIOUS)
+    problem = f"{CHECKPOINT} is missing"
+    try:
+        if checkpoint is not None:
+            state.restore(checkpoint)
+        if checkpoint is not None or previous is None:
+            return []
+    except DamagedFileError as error:
+        if previous is None:
+            raise
+        problem = str(error)
+    state.restore(previous)
+    return [f"note: {problem}; the run goes on from {previous}, after outer step {state.step}"]
+
+
+def _changed(state: TrainingState, task: Task) -> list[str]:
+    """What is to be said of a run that is resumed in other circumstances.
+
+    Raises:
+        ConfigurationError: The data are others.
+    """
+    before, now = state.circumstances, task.circumstances
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    if DATA in changed:
+        raise bilevel.ConfigurationError(
+            f"{task.folder.path} holds a run that was begun with other training data (checksum "
+            f"{before[DATA]}, now {now[DATA]}): choose another --run_dir, or give it its own data"
+        )
+    if not changed:
+        return []
+    listed = ", ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
+    return [f"note: this run had {listed}; its last digits may differ from there on"]
+
+
+def _missed(state: TrainingState, task: Task) -> list[str]:
+    """If the best set so far cannot be read, forget it; what is to be said of that."""
+    if state.best_accuracy is None or task.folder.path is None:
+        return []
+    try:
+        DistilledSet.load(task.folder.path / DISTILLED)
+    except (DamagedFileError, OSError) as error:
+        state.best_accuracy = state.best_step = None
+        return [f"note: the best set so far is lost: {error}; the best from here on is kept"]
+    return []
 
 
 def outer_loop(run: Distillation) -> Iterator[Event]:
@@ -192,24 +200,27 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
     whose state is saved, goes on to the same bits.
 
     Raises:
-        bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
+        bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient, or one
+            made the set non-finite, and `back_off` allows no further attempt.
         bilevel.ProcessError: Another process failed or is gone.
     """
     settings, state = run.settings, run.state
     state.processes = world_size()
-    skipped_in_a_row = 0
-    yield Ready(state.step)
+    yield _ready(run)
     while progress(settings, state) < 1:
         began, sentence = time.perf_counter(), None
         event: Event
         try:
             event, sentence = outer_step(run)
-            skipped_in_a_row = 0
+            state.skipped_in_a_row = 0
         except bilevel.NonFiniteError as error:
-            skipped_in_a_row += 1
-            if skipped_in_a_row == MOST_SKIPPED:
-                raise
-            event = Skipped(state.step, str(error))
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row >= MOST_SKIPPED or run.half_done:
+                yield _went_back(run, error)
+                yield _ready(run)
+                continue
+            event, run.half_done = Skipped(state.step, str(error)), True
             state.step += 1
             state.seconds += time.perf_counter() - began
         sentence = _follow_the_first_process(state, sentence)
@@ -218,18 +229,39 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
             yield StageChanged(state.step, sentence)
         if settings.validate_every and state.step % settings.validate_every == 0:
             yield validate(run)
-        yield Ready(state.step)
+        yield _ready(run)
     yield Finished(state.step)
 
 
+def _ready(run: Distillation) -> Ready:
+    run.half_done, run.schedule = False, run.state.truncation.state_dict()
+    return Ready(run.state.step)
+
+
+def _went_back(run: Distillation, error: bilevel.NonFiniteError) -> WentBack:
+    """Go back to the last checkpoint with half the rates, if the settings allow it once more."""
+    settings, state, folder = run.settings, run.state, run.task.folder
+    checkpoint = folder.find(CHECKPOINT)
+    rate_scale = state.rate_scale / 2
+    if checkpoint is None or rate_scale < 0.5**settings.back_off:
+        raise error
+    skipped, seconds, given_up = state.skipped, state.seconds, state.step
+    state.restore(checkpoint)
+    state.skipped, state.seconds, state.rate_scale = skipped, seconds, rate_scale
+    state.skipped_in_a_row = 0
+    state.set_rates()
+    rates = {name: rate for name, rate in state.rates[-1].items() if name in state.outer}
+    return WentBack(state.step, given_up, rates)
+
+
 def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
-    """One outer step; if it raises, the outer variables are as they were.
+    """One outer step; if it raises, the outer variables are as they were, unless `run.half_done`.
 
     Returns:
         What was done, and a sentence if the truncation schedule changes its course.
 
     Raises:
-        bilevel.NonFiniteError: The hypergradient is not finite.
+        bilevel.NonFiniteError: The hypergradient, or what it makes of the set, is not finite.
     """
     began = time.perf_counter()
     settings, task, state = run.settings, run.task, run.state
@@ -238,11 +270,15 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
     constants, outer_batch = run.objective.inputs(state.step, state.truncation.stage)
     generator = run.key.generator("outer", state.step)
     result = run.averaged.backward({**state.outer, **constants}, outer_batch, generator)
-    clip_bound = None if state.clip is None else state.clip([state.outer["images"]])[1]
+    run.half_done = True
+    stored = task.synthetic.stored(state.outer)
+    clip_bound = None if state.clip is None else state.clip(stored.values())[1]
     state.optimizer.step()
     task.synthetic.constrain_(state.outer)
     if state.average is not None and settings.average_decay is not None:
-        state.average.lerp_(state.outer["images"].detach(), 1 - settings.average_decay)
+        for name, average in state.average.items():
+            average.lerp_(stored[name].detach(), 1 - settings.average_decay)
+    state.check_finite()
 
     metrics = {name: float(value) for name, value in result.metrics.items()}
     if HELD_OUT in state.truncation.metrics:

@@ -14,6 +14,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from bilevel import HypergradientResult
+from dd.runtime.plain import plain
 
 #: Of the spectrum of a low-rank Hessian, so many eigenvalues are shown, the largest.
 SHOWN_EIGENVALUES = 4
@@ -176,7 +177,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(message, file=sys.stderr)
+        self._bar.write(plain(message), file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

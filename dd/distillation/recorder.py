@@ -1,17 +1,16 @@
 """What is kept and shown of a distillation: its files, TensorBoard, the progress bar."""
 
+import gc
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import final
 
 from torch import Tensor
 
-import bilevel
 from bilevel.distributed import world_size
-from dd.distillation.loop import (
-    CHECKPOINT,
-    Distillation,
+from dd.distillation.events import (
     Event,
     Finished,
     Ready,
@@ -19,18 +18,19 @@ from dd.distillation.loop import (
     StageChanged,
     Stepped,
     Validated,
-    outer_loop,
+    WentBack,
 )
+from dd.distillation.loop import CHECKPOINT, DISTILLED, PREVIOUS, Distillation, outer_loop
 from dd.distillation.monitor import Monitor, Progress, png
 from dd.objectives.base import HELD_OUT
-from dd.runtime.files import write_bytes
+from dd.runtime.files import read_tensors, write_bytes
 from dd.runtime.processes import is_first_process
 from dd.runtime.stopping import StopRequest
+from dd.runtime.writer import orphaned
 
-#: Wall clock between two checkpoints.
-CHECKPOINT_SECONDS = 60.0
+#: Bytes that are given back before the last save of a run that ran out of memory.
+RESERVE = 2**24
 #: Names in a run's folder.
-DISTILLED = "distilled.safetensors"
 PICTURE = "distilled.png"
 AVERAGE = Path("snapshots") / "average.safetensors"
 #: What TensorBoard calls the accuracies of a validation.
@@ -50,22 +50,24 @@ def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str)
         bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
         bilevel.ProcessError: Another process failed or is gone.
     """
-    recorder: Recorder = SilentRecorder()
+    recorder: Recorder = SilentRecorder(run, folder)
     if is_first_process():
         recorder = FolderRecorder(run, folder, config_text)
     try:
-        try:
-            for event in outer_loop(run):
-                recorder.take(event)
-                if isinstance(event, Ready) and stop.agreed():
-                    break
-        except bilevel.NonFiniteError:
-            recorder.save()
-            raise
+        for event in outer_loop(run):
+            recorder.take(event)
+            if isinstance(event, Ready) and stop.agreed():
+                break
         recorder.save()
         recorder.show()
+    except BaseException:
+        # Whatever it is, it is told as itself, and the checkpoint before stays if this fails.
+        with suppress(Exception):
+            recorder.rescue()
+        raise
     finally:
-        recorder.close()
+        with suppress(OSError):
+            recorder.close()
 
 
 class Recorder(ABC):
@@ -80,6 +82,10 @@ class Recorder(ABC):
         """Bring the checkpoint and the sets up to date."""
 
     @abstractmethod
+    def rescue(self) -> None:
+        """Save what is whole after an error, without which it would be lost."""
+
+    @abstractmethod
     def show(self) -> None:
         """Show the set as it is now."""
 
@@ -90,13 +96,34 @@ class Recorder(ABC):
 
 @final
 class SilentRecorder(Recorder):
-    """Keeps and shows nothing: what the processes after the first one have."""
+    """Shows nothing, and keeps a checkpoint only if the first process is gone.
+
+    Args:
+        run: The distillation.
+        folder: Of the run.
+    """
+
+    def __init__(self, run: Distillation, folder: Path) -> None:
+        self.run = run
+        self.folder = folder
 
     def take(self, event: Event) -> None:
         pass
 
     def save(self) -> None:
         pass
+
+    def rescue(self) -> None:
+        lock = None if self.run.half_done else orphaned(self.folder)
+        if lock is None:
+            return
+        try:
+            state, path = self.run.state, self.folder / CHECKPOINT
+            if not path.exists() or read_tensors(path)[1]["step"] < state.step:
+                state.truncation.load_state_dict(self.run.schedule)
+                state.save(path, previous=self.folder / PREVIOUS)
+        finally:
+            lock.release()
 
     def show(self) -> None:
         pass
@@ -122,12 +149,16 @@ class FolderRecorder(Recorder):
         self.monitor = Monitor(folder / "events", first_step=state.step)
         self.monitor.config(config_text)
         self.progress = Progress(settings.outer_steps, settings.minutes, state.step, state.seconds)
+        for note in run.notes:
+            self.progress.say(note)
         if state.processes != world_size():
             self.progress.say(
                 f"note: this run had {state.processes} processes and goes on with "
                 f"{world_size()}, so each outer step now averages as many hypergradients"
             )
         self.saved_at = time.monotonic()
+        self._saved_step: int | None = None
+        self._reserve = bytes(RESERVE)
         #: Where the run was when it was ready last.
         self._step, self._seconds = state.step, state.seconds
         self._first_step_told = False
@@ -143,6 +174,12 @@ class FolderRecorder(Recorder):
                 self._stepped(event)
             case Skipped():
                 self.progress.say(f"outer step {event.step} skipped: {event.reason}")
+            case WentBack():
+                self.progress.say(
+                    f"outer step {event.given_up}: the run diverges and goes on from the point "
+                    f"of its checkpoint, after outer step {event.step}, with rates {event.rates}"
+                )
+                self._step, self._seconds = event.step, self.run.state.seconds
             case StageChanged():
                 self.progress.say(f"outer step {event.step}: {event.sentence}")
             case Validated():
@@ -152,16 +189,25 @@ class FolderRecorder(Recorder):
 
     def save(self) -> None:
         state = self.run.state
-        state.save(self.folder / CHECKPOINT)
+        state.save(self.folder / CHECKPOINT, previous=self.folder / PREVIOUS)
         if state.best_accuracy is None:
             self._keep("images")
         if state.average is not None:
             self.run.candidate("average").save(self.folder / AVERAGE)
+        self._saved_step = state.step
+
+    def rescue(self) -> None:
+        self._reserve = b""
+        gc.collect()
+        state = self.run.state
+        if self.run.half_done or state.skipped_in_a_row or state.step == self._saved_step:
+            return
+        state.truncation.load_state_dict(self.run.schedule)
+        self.save()
 
     def show(self) -> None:
-        pixels = self.run.candidate("images").pixels()
-        images_per_class = self.run.task.synthetic.images_per_class
-        self.monitor.images(self.run.state.step, pixels, images_per_class)
+        shown = self.run.candidate("images")
+        self.monitor.images(self.run.state.step, shown.pixels(), shown.images_per_class)
 
     def close(self) -> None:
         self.progress.close()
@@ -182,7 +228,9 @@ class FolderRecorder(Recorder):
         self._step, self._seconds = state.step, state.seconds
         if event.step % settings.image_every == 0:
             self.show()
-        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+        # While steps are skipped, the checkpoint before them is the better one.
+        due = time.monotonic() - self.saved_at >= settings.checkpoint_seconds
+        if due and not state.skipped_in_a_row:
             self.save()
             self.saved_at = time.monotonic()
 
@@ -231,5 +279,5 @@ class FolderRecorder(Recorder):
         """Make a candidate the run's distilled set."""
         kept = self.run.candidate(candidate)
         kept.save(self.folder / DISTILLED)
-        picture = png(kept.pixels(), self.run.task.synthetic.images_per_class)
+        picture = png(kept.pixels(), kept.images_per_class)
         write_bytes(self.folder / PICTURE, picture)

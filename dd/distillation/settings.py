@@ -43,7 +43,8 @@ class Distiller:
             whatever the objective. Never in an evaluation.
         image_lr: The outer optimizer's rate for the images.
         label_lr: The outer optimizer's rate for learned labels.
-        average_decay: Also keep an exponential moving average of the images, a ← d·a + (1 − d)·x.
+        average_decay: Also keep an exponential moving average of the images, a ← d·a + (1 − d)·x,
+            or of what is stored of them.
             It is validated beside them, on networks of its own, and kept where it is better; the
             latest one is `snapshots/average.safetensors`. Default: none.
         clip: Clipping of the images' hypergradient; default: none.
@@ -51,6 +52,10 @@ class Distiller:
             the one that is kept. 0: no looks, the last set is kept.
         image_every: Outer steps between pictures in TensorBoard.
         snapshot_minutes: Wall-clock times at which the set is also kept under `snapshots/`.
+        checkpoint_seconds: Wall clock between two checkpoints. 0: one after every outer step.
+        back_off: How often a run that diverges (ten outer steps in a row have no finite
+            hypergradient, or one makes the set non-finite) goes back to its last checkpoint and
+            goes on with half the outer learning rates. 0: it ends, and the checkpoint stays.
 
     Raises:
         ConfigurationError: An argument outside its range.
@@ -70,13 +75,15 @@ class Distiller:
         inner_replicas: int = 1,
         compile: bool | str = "auto",
         tf32: bool = False,
-        image_lr: float = 1e-3,
-        label_lr: float = 1e-3,
+        image_lr: Resumable[float] = 1e-3,
+        label_lr: Resumable[float] = 1e-3,
         average_decay: float | None = None,
         clip: Clip | None = None,
         validate_every: int = 0,
         image_every: Resumable[int] = 100,
         snapshot_minutes: Resumable[Sequence[float]] = (),
+        checkpoint_seconds: Resumable[float] = 60.0,
+        back_off: Resumable[int] = 0,
     ) -> None:
         self.outer_steps = check_integer("outer_steps", outer_steps)
         self.inner_steps = check_integer("inner_steps", inner_steps)
@@ -119,6 +126,8 @@ class Distiller:
         self.snapshot_minutes = sorted(
             check_number("snapshot_minutes", minute, above=0) for minute in snapshot_minutes
         )
+        self.checkpoint_seconds = check_number("checkpoint_seconds", checkpoint_seconds, minimum=0)
+        self.back_off = check_integer("back_off", back_off, 0, 50)
 
     @property
     def compiles(self) -> bool:
@@ -139,8 +148,11 @@ class Distiller:
             task.key.generator("synthetic"),
         )
         outer |= self.objective.variables(task.device)
-        rates = {"images": self.image_lr, "labels": self.label_lr}
-        average = None if self.average_decay is None else outer["images"].detach().clone()
+        rates = task.synthetic.parameterisation.rates(self.image_lr) | {"labels": self.label_lr}
+        average = None
+        if self.average_decay is not None:
+            stored = task.synthetic.stored(outer)
+            average = {name: value.detach().clone() for name, value in stored.items()}
         return TrainingState(
             outer,
             self.objective.optimizer(outer, rates),

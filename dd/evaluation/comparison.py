@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from dd.evaluation.names import RESULTS
 from dd.runtime.files import DamagedFileError, read_json
+from dd.runtime.plain import plain
 
 Runs = Mapping[str, Mapping[str, Any]]
 
@@ -37,13 +38,15 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     found = dict(results["accuracy"])
     for architecture, across in results.get("architectures", {}).items():
         found |= {f"{name}, {architecture}": value for name, value in across.items()}
+    for name, columns in results.get("baselines", {}).items():
+        found |= {f"{name}, {labels}": value for labels, value in columns.items()}
     return {name.replace("_", " "): value for name, value in found.items() if value is not None}
 
 
 def comparison_table(runs: Runs) -> str:
     """A row for each run; mean ± standard deviation over networks, in %, with the protocol."""
     columns = list(dict.fromkeys(name for run in runs.values() for name in accuracies(run)))
-    rows = [["run", "images per class", "protocol", *columns]]
+    rows = [["run", "images per class", "stored floats", "protocol", *columns]]
     for name, run in runs.items():
         found = accuracies(run)
         cells = [
@@ -52,7 +55,9 @@ def comparison_table(runs: Runs) -> str:
             else "–"
             for column in columns
         ]
-        rows.append([name, str(run["images_per_class"]), run["protocol"], *cells])
+        floats = run.get("stored_floats")
+        size = [str(run["images_per_class"]), "–" if floats is None else f"{floats:,}"]
+        rows.append([name, *size, run["protocol"], *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -75,11 +80,16 @@ def comparison_plot(runs: Runs) -> bytes:
             [100 * found[column]["std"] for column in shown],
             fmt="o",
             capsize=4,
-            label=f"{name} ({run['protocol']})",
+            label=_literal(f"{name} ({run['protocol']})"),
         )
-    axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
+    axes.set_xticks(range(len(columns)), map(_literal, columns), rotation=20, ha="right")
     axes.set_ylabel("test accuracy, %")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
+
+
+def _literal(text: str) -> str:
+    """A text that matplotlib shows as it is, and does not take for a formula."""
+    return plain(text).replace("$", r"\$")

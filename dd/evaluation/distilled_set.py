@@ -1,6 +1,6 @@
 """A distilled set on disk: images and labels with the transform that gives them meaning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -24,6 +24,8 @@ class DistilledSet:
             classified by a network trained on this set.
         class_names: K names.
         provenance: Plain facts: dataset, step, seed, versions.
+        stored: What the images are decoded from, float32 tensors by name, where that is not the
+            images themselves (`dd.synthetic`).
     """
 
     images: Tensor
@@ -31,6 +33,19 @@ class DistilledSet:
     transform: PixelTransform
     class_names: tuple[str, ...]
     provenance: dict[str, Any]
+    stored: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def images_per_class(self) -> int:
+        """How many images a network is trained on, for each class."""
+        return len(self.images) // len(self.class_names)
+
+    @property
+    def stored_floats(self) -> int:
+        """How many floats are stored: of images, or what they are decoded from, and soft labels."""
+        images = list(self.stored.values()) or [self.images]
+        labels = [self.labels] if self.labels.is_floating_point() else []
+        return sum(tensor.numel() for tensor in images + labels)
 
     def pixels(self) -> Tensor:
         """The images as people see them: the transform undone, not clamped to [0, 1]."""
@@ -39,9 +54,10 @@ class DistilledSet:
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
         state = {f"transform.{name}": value for name, value in self.transform.state().items()}
+        stored = {f"stored.{name}": value for name, value in self.stored.items()}
         write_tensors(
             path,
-            {"images": self.images, "labels": self.labels, **state},
+            {"images": self.images, "labels": self.labels, **state, **stored},
             {
                 "format": FORMAT,
                 "transform": self.transform.kind,
@@ -63,8 +79,10 @@ class DistilledSet:
             raise DamagedFileError(
                 f"{path} has format {metadata.get('format')!r}; a distilled set has {FORMAT!r}"
             )
-        prefix = "transform."
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        state, stored = (
+            {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+            for prefix in ("transform.", "stored.")
+        )
         try:
             images, labels = tensors["images"], tensors["labels"]
             transform = transform_from_state(metadata["transform"], state)
@@ -77,4 +95,4 @@ class DistilledSet:
                 f"{path} holds images of shape {tuple(images.shape)} with labels of shape "
                 f"{tuple(labels.shape)}; they must be [N, C, H, W] and N labels"
             )
-        return cls(images, labels, transform, class_names, provenance)
+        return cls(images, labels, transform, class_names, provenance, stored)

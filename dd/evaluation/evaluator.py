@@ -24,6 +24,7 @@ from dd.synthetic.dataset import random_subset
 
 #: Where below a key the randomness of the networks of each training set is.
 DISTILLED_KEY, RANDOM_REAL_KEY, FULL_DATA_KEY = "distilled", "random real", "full data"
+TEACHER_KEY = "teacher"
 #: A function from the key of one network to the (images, labels) it is trained on.
 TrainingSet = Callable[[Key], tuple[Images, Tensor]]
 
@@ -94,6 +95,8 @@ class Evaluator:
         validation_networks: Networks for each look during distillation.
         validation_steps: Training steps of these.
         augmentation: Of the training images; default: the protocol's.
+        teacher_steps: Training steps of the network, trained on all training images, by whose
+            features and predictions baselines are chosen and labelled.
         protocol: What optimizes the networks, and for how long; default: `bptt`, Adam at a constant
             rate with flip or rotate.
 
@@ -113,6 +116,7 @@ class Evaluator:
         validation_steps: int = 300,
         augmentation: Augmentation | None = None,
         protocol: Protocol | None = None,
+        teacher_steps: Resumable[int] = 1000,
     ) -> None:
         self.networks = check_integer("networks", networks)
         self.steps = _checked_steps("steps", steps)
@@ -121,6 +125,7 @@ class Evaluator:
         self.full_data_steps = _checked_steps("full_data_steps", full_data_steps)
         self.validation_networks = check_integer("validation_networks", validation_networks)
         self.validation_steps = check_integer("validation_steps", validation_steps)
+        self.teacher_steps = check_integer("teacher_steps", teacher_steps)
         check_number("lr", lr, above=0)
         self.protocol = BPTTProtocol(lr) if protocol is None else protocol
         check_instance("protocol", self.protocol, Protocol, "@DCProtocol() with ()")
@@ -154,10 +159,7 @@ class Evaluator:
     def random_real(
         self, images_per_class: int, network: nn.Module, data: PreparedData, key: Key
     ) -> Accuracy:
-        """Test accuracy with as many random real images; every network draws its own.
-
-        A class that has fewer gives all that it has.
-        """
+        """Test accuracy with as many random real images, or all of a class that has fewer."""
 
         def draw(network_key: Key) -> tuple[Tensor, Tensor]:
             generator = network_key.generator("subset")
@@ -168,9 +170,36 @@ class Evaluator:
 
         counts = torch.bincount(data.train_labels, minlength=data.num_classes)
         size = int(counts.clamp(max=images_per_class).sum())
+        return self.real(draw, size, network, data, key)
+
+    def real(
+        self,
+        training_set: TrainingSet,
+        size: int,
+        network: nn.Module,
+        data: PreparedData,
+        key: Key,
+    ) -> Accuracy:
+        """Test accuracy on `size` real images, which each network chooses by its key."""
         steps = self.protocol.steps(self.steps, size, self.batch_size)
         keys = [key.fold(RANDOM_REAL_KEY, index) for index in range(self.networks)]
-        return self._measure("random real", draw, network, data, keys, steps)
+        return self._measure("random real", training_set, network, data, keys, steps)
+
+    @full_float32()
+    def teacher(self, network: nn.Module, data: PreparedData, key: Key) -> dict[str, Tensor]:
+        """The parameters of a network after `teacher_steps` on all training images."""
+        images, labels = data.train_images, data.train_labels
+        with progress_bar(desc="training a teacher", total=self.teacher_steps, unit="step") as bar:
+            trained = self._train(
+                images,
+                labels,
+                network,
+                key.fold(TEACHER_KEY),
+                [self.teacher_steps],
+                None,
+                bar.update,
+            )
+        return trained[0]
 
     def full_data(self, network: nn.Module, data: PreparedData, key: Key) -> Accuracy | None:
         """Test accuracy with all training images; None if that was turned off."""

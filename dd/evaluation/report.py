@@ -1,7 +1,6 @@
 """What a run found: measured step by step, and written as `results.json`."""
 
 import importlib.metadata
-import math
 import platform
 import shlex
 import sys
@@ -15,10 +14,18 @@ from torch import Tensor, nn
 
 from bilevel import Key
 from dd.data.prepared import PreparedData
+from dd.evaluation.baselines import Baselines
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Accuracy, Evaluator
 from dd.evaluation.names import TRAINING_SETS
+from dd.evaluation.scores import augmentation_robust_score, label_robust_score
 from dd.runtime.devices import device_name
+from dd.runtime.writer import this_process
+
+#: The statuses of a run that a process works on.
+AT_WORK = ("running", "evaluating")
+#: The share of outer steps that a run may skip and still be called complete.
+SKIPPED_AT_MOST = 0.1
 
 
 @final
@@ -29,7 +36,8 @@ class Report:
     Attributes:
         command: What was run.
         dataset: Its name.
-        images_per_class: Of the distilled set.
+        images_per_class: Of the distilled set, as networks see it.
+        stored_floats: What is stored of it: images, or what they are decoded from, and soft labels.
         network: The class of the network that is trained.
         network_parameters: Tells widths apart: a set may be judged by another than it was
             distilled with.
@@ -37,9 +45,16 @@ class Report:
         seed: Of everything.
         device: The GPU's model, or "cpu".
         versions: Of Python, and of the packages that results depend on.
-        status: "running", "evaluating", "complete" or "interrupted".
+        status: "running", "evaluating", "complete", "interrupted", or "failed" with a reason;
+            "diverged" is told in place of "complete" where more than a tenth of the outer steps
+            were skipped.
+        reason: Why it failed.
+        process: Which process on which machine is at work; told only while one is.
+        skipped_steps: Outer steps that had no finite hypergradient.
         accuracy: On each of `TRAINING_SETS`; None where it was not measured.
         architectures: The same of other networks, by the class's name.
+        baselines: On real images that were chosen without distilling, and on the set: by hard
+            labels and by soft ones.
         scores: DD-Ranking's.
         outer_steps: Outer steps that led to the set.
         seconds_distilling: Wall clock spent in them.
@@ -56,11 +71,16 @@ class Report:
     seed: int
     device: str
     versions: Mapping[str, str]
+    stored_floats: int | None = None
     status: str = "running"
+    reason: str | None = None
+    process: Mapping[str, Any] = field(default_factory=this_process)
+    skipped_steps: int = 0
     accuracy: Mapping[str, Accuracy | None] = field(
         default_factory=lambda: dict.fromkeys(TRAINING_SETS)
     )
     architectures: Mapping[str, Mapping[str, Accuracy | None]] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, Accuracy | None]] = field(default_factory=dict)
     scores: Mapping[str, float] | None = None
     outer_steps: int | None = None
     seconds_distilling: float | None = 0.0
@@ -69,24 +89,45 @@ class Report:
 
     def of_set(self, file: str, distilled: DistilledSet) -> "Report":
         """The report with what a distilled set says of itself."""
-        return replace(self, distilled_set={"file": file, **distilled.provenance})
+        return replace(
+            self.of_size(distilled), distilled_set={"file": file, **distilled.provenance}
+        )
+
+    def of_size(self, distilled: DistilledSet) -> "Report":
+        """The report with the size of a distilled set."""
+        return replace(
+            self,
+            images_per_class=distilled.images_per_class,
+            stored_floats=distilled.stored_floats,
+        )
+
+    @property
+    def told_status(self) -> str:
+        """The status; of a run that skipped too many steps, none that says that all is well."""
+        diverged = self.skipped_steps > SKIPPED_AT_MOST * (self.outer_steps or 0)
+        return "diverged" if self.status == "complete" and diverged else self.status
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         found: dict[str, Any] = {
             "command": self.command,
-            "status": self.status,
+            "status": self.told_status,
+            **({} if self.reason is None else {"reason": self.reason}),
+            **({"process": dict(self.process)} if self.status in AT_WORK else {}),
             "dataset": self.dataset,
             "images_per_class": self.images_per_class,
+            "stored_floats": self.stored_floats,
             "accuracy": _as_dicts(self.accuracy),
             "network": self.network,
             "network_parameters": self.network_parameters,
             "architectures": {name: _as_dicts(of) for name, of in self.architectures.items()},
+            "baselines": {name: _as_dicts(of) for name, of in self.baselines.items()},
             "scores": None if self.scores is None else dict(self.scores),
             "protocol": self.protocol,
             "selection": "validation split of the training data; test set used once",
             "seed": self.seed,
             "outer_steps": self.outer_steps,
+            "skipped_steps": self.skipped_steps,
             "wall_clock_seconds": {
                 "distilling": self.seconds_distilling,
                 "evaluating": self.seconds_evaluating,
@@ -161,6 +202,7 @@ class Assessment:
         training_sets: Sequence[str] = TRAINING_SETS,
         architectures: Mapping[str, nn.Module] | None = None,
         scores: bool = False,
+        baselines: Sequence[str] = (),
     ) -> Iterator[Report]:
         """The report after every measurement; the last one is complete.
 
@@ -169,6 +211,7 @@ class Assessment:
             training_sets: Of `TRAINING_SETS` only these are measured.
             architectures: Further networks to judge the same set by.
             scores: Also measure what DD-Ranking's scores need, and give them.
+            baselines: Of `BASELINES`: also choose real images like this, and judge them.
         """
         began, report = time.perf_counter(), replace(report, status="evaluating")
 
@@ -189,6 +232,10 @@ class Assessment:
                 found_so_far = {**report.architectures, architecture: dict(across)}
                 report = now(replace(report, architectures=found_so_far))
                 yield report
+        for name, labels, found in self._baselines().measured(baselines) if baselines else ():
+            of_name = {**report.baselines.get(name, {}), labels: found}
+            report = now(replace(report, baselines={**report.baselines, name: of_name}))
+            yield report
         if scores:
             report = replace(report, scores=self._scores())
         yield now(replace(report, status="complete"))
@@ -204,6 +251,12 @@ class Assessment:
                 self._images, labels, network, self._data, self._key, self._rate
             )
         return evaluator.full_data(network, self._data, self._key)
+
+    def _baselines(self) -> Baselines:
+        network, evaluator, data = self._network, self._evaluator, self._data
+        return Baselines(
+            self._images, self._labels, data, network, evaluator, self._key, self._rate
+        )
 
     def _scores(self) -> dict[str, float]:
         """DD-Ranking's scores of the set, from accuracies measured here, with the same networks."""
@@ -238,72 +291,3 @@ def versions() -> dict[str, str]:
 
 def _as_dicts(accuracies: Mapping[str, Accuracy | None]) -> dict[str, Any]:
     return {name: None if of is None else of.as_dict() for name, of in accuracies.items()}
-
-
-def label_robust_score(
-    real_hard: float,
-    distilled_hard: float,
-    distilled: float,
-    random_real: float,
-    weight: float = 0.5,
-) -> float:
-    """The share that is not owed to soft labels, (e^α − e^−1) / (e − e^−1), in [0, 1].
-
-        α = w·IOR − (1 − w)·HLR
-        HLR = acc(real, hard) − acc(distilled, hard)            what hard labels lose
-        IOR = acc(distilled, any label) − acc(random real, any label)    what distilling gains
-
-    Args:
-        real_hard: Accuracy, a fraction, of networks trained on all real images.
-        distilled_hard: On the distilled images with hard labels.
-        distilled: On the distilled images with their own labels.
-        random_real: On as many random real images.
-        weight: W in [0, 1].
-
-    Raises:
-        ValueError: An accuracy is not a fraction, or the weight is outside [0, 1].
-
-    Source: DD-Ranking (package `ddranking`).
-    """
-    _check(real_hard, distilled_hard, distilled, random_real, weight)
-    hard_label_recovery = real_hard - distilled_hard
-    improvement_over_random = distilled - random_real
-    return _score(weight * improvement_over_random - (1 - weight) * hard_label_recovery)
-
-
-def augmentation_robust_score(
-    distilled: float,
-    random_real: float,
-    distilled_plain: float,
-    random_real_plain: float,
-    weight: float = 0.5,
-) -> float:
-    """The gain over random images with augmentation and without, on the same scale.
-
-        β = w·(gain with augmentation) + (1 − w)·(gain without)
-
-    Args:
-        distilled: Accuracy, a fraction, on the distilled set with augmentation.
-        random_real: On as many random real images with augmentation.
-        distilled_plain: On the distilled set without augmentation.
-        random_real_plain: On as many random real images without augmentation.
-        weight: W in [0, 1].
-
-    Raises:
-        ValueError: An accuracy is not a fraction, or the weight is outside [0, 1].
-
-    Source: DD-Ranking (package `ddranking`).
-    """
-    _check(distilled, random_real, distilled_plain, random_real_plain, weight)
-    with_augmentation, without = distilled - random_real, distilled_plain - random_real_plain
-    return _score(weight * with_augmentation + (1 - weight) * without)
-
-
-def _score(exponent: float) -> float:
-    return (math.exp(exponent) - math.exp(-1)) / (math.e - math.exp(-1))
-
-
-def _check(*fractions: float) -> None:
-    for value in fractions:
-        if not 0 <= value <= 1:
-            raise ValueError(f"{value}: accuracies and the weight are fractions in [0, 1]")

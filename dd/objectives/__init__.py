@@ -5,6 +5,7 @@ from dd.objectives.base import HELD_OUT, Objective, PreparedObjective, Task
 from dd.objectives.difficulty import DifficultyPacing
 from dd.objectives.experts import Experts
 from dd.objectives.match_experts import MatchExperts
+from dd.objectives.match_features import MatchFeatures
 from dd.objectives.real_images import RealImages
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DifficultyPacing",
     "Experts",
     "MatchExperts",
+    "MatchFeatures",
     "Objective",
     "PreparedObjective",
     "PrototypeAlignment",

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -21,6 +21,8 @@ Outer = dict[str, Tensor]
 
 #: Accuracy of the network at θ_stop on a fixed batch of the validation split.
 HELD_OUT = "held_out_accuracy"
+#: In the circumstances of a task: a checksum of its training data.
+DATA = "data"
 
 
 @final
@@ -39,6 +41,8 @@ class Task:
         device: Where all of it is computed.
         provenance: Facts that the distilled set will carry.
         description: What experts must have in common with this, as `describe` gives it.
+        circumstances: What a run that is resumed should have in common with its beginning: `DATA`,
+            a checksum, must be the same; where others differ, other bits are possible.
     """
 
     data: PreparedData
@@ -51,6 +55,7 @@ class Task:
     device: torch.device
     provenance: dict[str, Any]
     description: dict[str, Any]
+    circumstances: dict[str, Any] = field(default_factory=dict)
 
 
 class PreparedObjective(ABC):

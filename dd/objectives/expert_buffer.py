@@ -224,14 +224,26 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no experts: train them by python -m dd.experts with the same "
-            "configuration"
+            f"{folder} holds no experts, for there is no {INDEX}: train them by python -m "
+            "dd.experts with the same configuration"
         )
     index = read_json(path)
-    wanted = {"format", "description", "training", "snapshots", "shards"}
-    if not isinstance(index, dict) or index.get("format") != FORMAT or wanted - set(index):
+    if not isinstance(index, dict) or index.get("format") != FORMAT or not _is_index(index):
         raise DamagedFileError(f"{path} is no index of expert trajectories")
+    for shard in index["shards"]:
+        if shard["file"] in ("", "..") or Path(shard["file"]).name != shard["file"]:
+            raise DamagedFileError(f"{path} names the file {shard['file']!r}, outside its folder")
     return index
+
+
+def _is_index(index: Mapping[str, Any]) -> bool:
+    kinds = {"description": dict, "training": dict, "snapshots": int, "shards": list}
+    of_shard = {"expert": int, "file": str, "sha256": str}
+    return all(isinstance(index.get(name), kind) for name, kind in kinds.items()) and all(
+        isinstance(shard, dict)
+        and all(isinstance(shard.get(name), kind) for name, kind in of_shard.items())
+        for shard in index["shards"]
+    )
 
 
 def _close(found: Sequence[float] | None, wanted: Sequence[float]) -> bool:

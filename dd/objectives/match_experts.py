@@ -16,6 +16,7 @@ from dd.augmentation import Augmentation
 from dd.networks import named_parameters_of
 from dd.objectives.base import Objective, Outer, PreparedObjective, Task
 from dd.objectives.experts import Experts
+from dd.runtime.changes import Resumable
 from dd.synthetic.dataset import SyntheticDataset
 
 #: Over how many of the latest outer steps, since the program started, the fraction of mismatches is
@@ -53,7 +54,7 @@ class MatchExperts(Objective):
         max_start: int,
         target_after: int = 2,
         rate: float = 1e-2,
-        rate_lr: float = 1e-5,
+        rate_lr: Resumable[float] = 1e-5,
         momentum: float = 0.5,
         mismatch: float = 0.05,
     ) -> None:

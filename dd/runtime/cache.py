@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import platformdirs
+import torch
 from torch import Tensor
 
 #: The environment variable that moves the cache.
@@ -33,5 +34,6 @@ def checksum(parts: Iterable[str | Tensor]) -> str:
             digest.update(f"text {len(part)} {part}".encode())
         else:
             digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
-            digest.update(part.detach().cpu().reshape(-1).numpy().data)
+            flat = part.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """The processes that `torchrun` starts: joining them, and who of them does what."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -30,6 +31,7 @@ def joined() -> Iterator[None]:
     if not distributed.is_available() or not distributed.is_torchelastic_launched():
         yield
         return
+    _stay_on_this_machine()
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
@@ -39,6 +41,20 @@ def joined() -> Iterator[None]:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield
     distributed.destroy_process_group()
+
+
+def _stay_on_this_machine() -> None:
+    """Where all processes are on one machine, let them talk over its loopback interface only.
+
+    What they tell each other is pickled, so whoever can connect to them can run code in them.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return
+    names = [name for _, name in socket.if_nameindex()]
+    for name in ("lo", "lo0"):
+        if name in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 @contextmanager

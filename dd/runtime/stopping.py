@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -34,7 +34,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C or SIGTERM into a request; a second one stops at once."""
+    """Turn the first Ctrl-C or SIGTERM into a request; a second one stops at once.
+
+    So does the end of the terminal (SIGHUP), where there is that signal and it is not ignored, as
+    under `nohup`.
+    """
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -44,9 +48,14 @@ def stop_on_signal() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         # Not print: the signal may arrive while the bar is being written.
         if is_first_process():
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
     finally:

@@ -6,33 +6,35 @@ import torch
 from torch import Tensor
 
 from bilevel import ConfigurationError
-from bilevel.checks import check_choice, check_flag, check_integer
+from bilevel.checks import check_choice, check_flag, check_instance, check_integer
 from dd.data.stored_images import Images
-from dd.synthetic.patches import compose_patches, split_patches
+from dd.synthetic.parameterisation import Parameterisation
+from dd.synthetic.patches import Patches
+from dd.synthetic.pixels import Pixels
 
 
 @final
 class SyntheticDataset:
-    """A small labelled set of images, `images_per_class` for every class, ordered by class.
+    """A small labelled set of images, as many for every class, ordered by class.
 
-    Its outer variables are a dict: `images`, float32 [K·I·n², C, H/n, W/n], and with learned labels
-    `labels`, float32 [K·I, K], which start one-hot, are kept ≥ 0, and are never normalised.
-
-    What is learned of an image are its n×n patches, as `split_patches` cuts them. With n = 1 they
-    are the images themselves; with more, each patch has its own norm where norms are projected, and
-    its own bound where `MovingAverageRowClip` clips their hypergradient.
+    Its outer variables are a dict: what the parameterisation stores of the images, which is
+    `images`, float32 [K·I, C, H, W], by default; and with learned labels `labels`, float32
+    [K·J, K], which start one-hot, are kept ≥ 0, and are never normalised. J, the number of images
+    of a class that are decoded from the stored ones, is I by default.
 
     Args:
-        images_per_class: I ≥ 1.
+        images_per_class: I ≥ 1, the size of the set: what is stored of its images takes the floats
+            of at most I whole images for each class.
         start: "noise", standard normal; or "real", random training images of each class.
-        projection: Scale every patch to L2 norm 1/n, and so every image to 1: "none", at the
+        projection: Scale every image, or each of its patches to 1/n, to L2 norm 1: "none", at the
             "start" only (RaT-BPTT), or at "every_step" (AT-BPTT++).
         learn_labels: Learn soft labels beside the images.
         classes_per_step: How many random classes an inner batch holds, or all if there are fewer;
             default: all.
-        batch_per_class: How many random images of each of these; default: all.
-        patches_per_side: N; 4 for images of 64×64 and more in patch-wise semantic preservation
-            (AT-BPTT, arXiv 2510.04838).
+        batch_per_class: How many random ones of the J images of each of these; default: all.
+        patches_per_side: N; short for the parameterisation `Patches`.
+        parameterisation: What is stored of the images: `Pixels`, the default, `Patches`,
+            `MultiFormation` or `Bases`.
 
     Raises:
         ValueError: An argument outside its range.
@@ -47,6 +49,7 @@ class SyntheticDataset:
         classes_per_step: int | None = None,
         batch_per_class: int | None = None,
         patches_per_side: int = 1,
+        parameterisation: Parameterisation | None = None,
     ) -> None:
         self.images_per_class = check_integer("images_per_class", images_per_class)
         self.start = check_choice("start", start, ("noise", "real"))
@@ -58,12 +61,9 @@ class SyntheticDataset:
         self.batch_per_class = batch_per_class
         if batch_per_class is not None:
             check_integer("batch_per_class", batch_per_class)
-            if batch_per_class > images_per_class:
-                raise ConfigurationError(
-                    f"batch_per_class={batch_per_class}: there are only "
-                    f"images_per_class={images_per_class}"
-                )
-        self.patches_per_side = check_integer("patches_per_side", patches_per_side)
+        self.parameterisation = _checked_parameterisation(parameterisation, patches_per_side)
+        if self.parameterisation.multiple is not None:
+            self._check_batch(images_per_class * self.parameterisation.multiple)
 
     def create(
         self, real_images: Images, real_labels: Tensor, num_classes: int, generator: torch.Generator
@@ -77,35 +77,44 @@ class SyntheticDataset:
             generator: Source of randomness.
 
         Raises:
-            ConfigurationError: A real start finds too few images, or images cannot be cut into n×n
-                patches.
+            ConfigurationError: A real start finds too few images, or images of this shape, or so
+                few of them, cannot be stored by this parameterisation.
         """
+        shape = tuple(real_images.shape[1:])
+        extra = num_classes if self.learn_labels else 0
+        per_class = self.parameterisation.per_class(
+            self.images_per_class, num_classes, shape, extra
+        )
+        self._check_batch(per_class)
         if self.start == "real":
-            chosen = random_subset(real_labels, self.images_per_class, num_classes, generator)
+            chosen = random_subset(real_labels, per_class, num_classes, generator)
             images = real_images[chosen].clone()
         else:
-            shape = (num_classes * self.images_per_class, *real_images.shape[1:])
-            images = torch.randn(shape, generator=generator, device=generator.device)
+            images = torch.randn(
+                (num_classes * per_class, *shape), generator=generator, device=generator.device
+            )
             images = images.to(real_images.device)
-        try:
-            outer = {"images": split_patches(images, self.patches_per_side)}
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
+        outer = self.parameterisation.encode(images, num_classes)
         if self.learn_labels:
-            outer["labels"] = torch.nn.functional.one_hot(
-                self.hard_labels(num_classes, images.device), num_classes
-            ).to(images.dtype)
+            outer["labels"] = torch.nn.functional.one_hot(self.classes(outer), num_classes).to(
+                images.dtype
+            )
         if self.projection != "none":
-            self._project_(outer["images"])
+            self.parameterisation.project_(outer)
         return {name: value.requires_grad_() for name, value in outer.items()}
 
-    def hard_labels(self, num_classes: int, device: torch.device | str = "cpu") -> Tensor:
-        """The class of every image, int64 [K·I]."""
-        return torch.arange(num_classes, device=device).repeat_interleave(self.images_per_class)
+    @property
+    def patches_per_side(self) -> int:
+        """N, where every image is learned as n×n patches."""
+        return self.parameterisation.patches_per_side
+
+    def stored(self, outer: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is stored of the images."""
+        return {name: outer[name] for name in self.parameterisation.names}
 
     def images(self, outer: dict[str, Tensor]) -> Tensor:
-        """The whole images, [K·I, C, H, W], differentiable in `outer`."""
-        return compose_patches(outer["images"], self.patches_per_side)
+        """The whole images, [K·J, C, H, W], differentiable in `outer`."""
+        return self.parameterisation.decode(outer)
 
     def labels(self, outer: dict[str, Tensor]) -> Tensor:
         """The learned labels, or the hard ones."""
@@ -114,30 +123,33 @@ class SyntheticDataset:
         return self.classes(outer)
 
     def classes(self, outer: dict[str, Tensor]) -> Tensor:
-        """The class of every image, whatever its label has become: int64 [K·I]."""
-        return self.hard_labels(self._num_classes(outer), outer["images"].device)
+        """The class of every image, whatever its label has become: int64 [K·J]."""
+        num_classes, per_class = self._layout(outer)
+        device = outer[self.parameterisation.names[0]].device
+        return torch.arange(num_classes, device=device).repeat_interleave(per_class)
 
     def of_classes(self, outer: dict[str, Tensor], classes: Tensor) -> tuple[Tensor, Tensor]:
         """The whole images of some classes, int64 [k], and the class of each; differentiable."""
-        within = torch.arange(self.images_per_class, device=classes.device)
-        index = (classes[:, None] * self.images_per_class + within).flatten()
-        return self._chosen(outer, index), classes.repeat_interleave(self.images_per_class)
+        _, per_class = self._layout(outer)
+        within = torch.arange(per_class, device=classes.device)
+        index = (classes[:, None] * per_class + within).flatten()
+        return self.parameterisation.decode(outer, index), classes.repeat_interleave(per_class)
 
     def batch(self, outer: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A class-balanced mini-batch (images, labels), differentiable in `outer`."""
         labels = self.labels(outer)
-        num_classes = self._num_classes(outer)
+        num_classes, available = self._layout(outer)
         classes = min(self.classes_per_step or num_classes, num_classes)
-        per_class = self.batch_per_class or self.images_per_class
-        if classes == num_classes and per_class == self.images_per_class:
+        per_class = self.batch_per_class or available
+        if classes == num_classes and per_class == available:
             return self.images(outer), labels
         device = generator.device
         chosen = torch.randperm(num_classes, generator=generator, device=device)[:classes]
-        order = torch.rand(classes, self.images_per_class, generator=generator, device=device)
+        order = torch.rand(classes, available, generator=generator, device=device)
         within = order.argsort(dim=1)[:, :per_class]
-        index = (chosen[:, None] * self.images_per_class + within).flatten()
+        index = (chosen[:, None] * available + within).flatten()
         index = index.to(labels.device, non_blocking=True)
-        return self._chosen(outer, index), labels[index]
+        return self.parameterisation.decode(outer, index), labels[index]
 
     @torch.no_grad()
     def constrain_(self, outer: dict[str, Tensor]) -> None:
@@ -145,18 +157,32 @@ class SyntheticDataset:
         if "labels" in outer:
             outer["labels"].clamp_(min=0)
         if self.projection == "every_step":
-            self._project_(outer["images"])
+            self.parameterisation.project_(outer)
 
-    def _chosen(self, outer: dict[str, Tensor], index: Tensor) -> Tensor:
-        by_image = outer["images"].unflatten(0, (-1, self.patches_per_side**2))
-        return compose_patches(by_image[index].flatten(0, 1), self.patches_per_side)
+    def _layout(self, outer: dict[str, Tensor]) -> tuple[int, int]:
+        """The number of classes, and of images of each."""
+        return self.parameterisation.layout(outer, self.images_per_class)
 
-    def _num_classes(self, outer: dict[str, Tensor]) -> int:
-        return len(outer["images"]) // (self.patches_per_side**2 * self.images_per_class)
+    def _check_batch(self, available: int) -> None:
+        if self.batch_per_class is not None and self.batch_per_class > available:
+            raise ConfigurationError(
+                f"batch_per_class={self.batch_per_class}: images_per_class={self.images_per_class} "
+                f"gives only {available} images of a class"
+            )
 
-    def _project_(self, patches: Tensor) -> None:
-        norms = torch.linalg.vector_norm(patches.flatten(1), dim=1).clamp_min(1e-12)
-        patches.div_(norms.mul_(self.patches_per_side).view(-1, 1, 1, 1))
+
+def _checked_parameterisation(
+    parameterisation: Parameterisation | None, patches_per_side: int
+) -> Parameterisation:
+    n = check_integer("patches_per_side", patches_per_side)
+    if parameterisation is None:
+        return Pixels() if n == 1 else Patches(n)
+    check_instance("parameterisation", parameterisation, Parameterisation, "@Bases() with ()")
+    if n != 1:
+        raise ConfigurationError(
+            f"patches_per_side={n}: with a parameterisation, it must be left at 1"
+        )
+    return parameterisation
 
 
 def random_subset(

@@ -319,3 +319,29 @@ def test_clipping_by_the_norm_in_replicas_is_refused_at_the_first_call(estimator
         bilevel.Hypergradient(problem, optimizer, 3, None, estimator)(
             case.outer, case.outer_batch, seeded(0)
         )
+
+
+@pytest.mark.parametrize("bound", [0.05, 1e4])
+@pytest.mark.parametrize("make", [torchopt.chain, optim.chain])
+def test_a_clip_of_torchopt_gets_its_derivative_back(make, bound):
+    case = problems.make("data_cleaning", 0)
+    clipped = make(torchopt.clip.clip_grad_norm(bound), optim.sgd(0.1))
+    result = bilevel.Hypergradient(case.problem, clipped, 4)(
+        case.outer, case.outer_batch, seeded(0)
+    )
+
+    def descend_clipped(grads, state, params):
+        norm = torch.cat([leaf.ravel() for leaf in optree.tree_leaves(grads)]).norm()
+        scale = (bound / (norm + 1e-6)).clamp(max=1.0)
+        return optree.tree_map(lambda leaf: -0.1 * scale * leaf, grads), state
+
+    key = bilevel.Key.draw(seeded(0))
+    _, expected = brute_force(case, own(descend_clipped), key, bilevel.Window(0, 4))
+    assert relative_error(result.grads, expected) < 1e-8
+
+
+def test_a_clip_by_another_norm_is_refused():
+    case = problems.make("ridge", 0)
+    clipped = torchopt.chain(torchopt.clip.clip_grad_norm(1.0, norm_type=1), optim.sgd(0.1))
+    with pytest.raises(bilevel.ConfigurationError, match="clip_grad_norm is not that"):
+        bilevel.Hypergradient(case.problem, clipped, 4)(case.outer, case.outer_batch, seeded(0))

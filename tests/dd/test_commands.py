@@ -29,7 +29,7 @@ from tiny_runs import (
 
 from dd import config, evaluate, experts, train
 from dd.evaluation.distilled_set import DistilledSet
-from dd.runtime.files import read_tensors
+from dd.runtime.files import read_sealed, read_tensors
 
 
 def outer(folder: Path) -> dict[str, torch.Tensor]:
@@ -51,8 +51,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_run_leaves_what_it_promises(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
         "checkpoint.safetensors",
+        "checkpoint.previous.safetensors",
         "distilled.png",
         "config.gin",
         "distilled.safetensors",
@@ -137,7 +138,7 @@ def test_the_clipping_bound_follows_the_average_norm_of_all_steps(
 def test_tensorboard_shows_the_configuration(finished: tuple[Path, str]) -> None:
     (event,) = shown_in(finished[0]).Tensors("config/text_summary")
     shown = event.tensor_proto.string_val[0].decode()
-    for line in (finished[0] / "config.gin").read_text().splitlines():
+    for line in read_sealed(finished[0] / "config.gin").splitlines():
         assert line in shown
     assert "RandomWindow.window = 3" in shown
 

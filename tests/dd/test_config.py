@@ -76,13 +76,12 @@ def test_shipped_files_with_patches_fit_images_of_64_by_64(name: str, tmp_path: 
 @each_shipped_file
 def test_shipped_files_make_synthetic_images_of_ten_classes(path: Path) -> None:
     """Also those for two hundred or a thousand: a user may list fewer."""
-    experiment = config.load([str(path)], [*SMALL, "SyntheticDataset.patches_per_side = 2"])
-    synthetic = experiment.synthetic
-    labels = torch.arange(10).repeat_interleave(synthetic.images_per_class)
-    images = torch.randn(len(labels), 1, 8, 8)
+    synthetic = config.load([str(path)], SMALL).synthetic
+    labels = torch.arange(10).repeat_interleave(max(synthetic.images_per_class, 8))
+    images = torch.randn(len(labels), 3, 32, 32)
     generator = torch.Generator().manual_seed(0)
     batch = synthetic.batch(synthetic.create(images, labels, 10, generator), generator)
-    assert batch[0].shape[1:] == (1, 8, 8)
+    assert batch[0].shape[1:] == (3, 32, 32)
     assert len(batch[0]) == len(batch[1]) <= len(labels)
 
 

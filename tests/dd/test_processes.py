@@ -184,14 +184,16 @@ def test_networks_are_judged_as_by_one_process(finished: tuple[Path, str], tmp_p
 
 def test_only_the_first_process_writes(finished: tuple[Path, str]) -> None:
     folder, printed = finished
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
         "checkpoint.safetensors",
+        "checkpoint.previous.safetensors",
         "config.gin",
         "distilled.png",
         "distilled.safetensors",
         "events",
         "results.json",
         "snapshots",
+        "traceback.txt",  # of the failure before
     }
     # One file of events for each of the two commands.
     assert len(list((folder / "events").iterdir())) == 2

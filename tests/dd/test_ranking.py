@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dd.evaluation.report import augmentation_robust_score, label_robust_score
+from dd.evaluation.scores import augmentation_robust_score, label_robust_score
 
 fractions = st.floats(0, 1)
 

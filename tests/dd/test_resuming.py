@@ -22,7 +22,7 @@ from tiny_runs import (
 from dd import experts, train
 from dd.data.prepared import PreparedData
 from dd.distillation import loop
-from dd.distillation.loop import CHECKPOINT, Distillation
+from dd.distillation.loop import CHECKPOINT, DAMAGED, PREVIOUS, Distillation
 from dd.distillation.recorder import AVERAGE, DISTILLED
 from dd.experiment import Experiment
 from dd.runtime.files import DamagedFileError, read_tensors
@@ -65,6 +65,14 @@ STATES: dict[str, dict[str, Any]] = {
         "SyntheticDataset__learn_labels": True,
         "SyntheticDataset__patches_per_side": 2,
         "SyntheticDataset__projection": "every_step",
+        "Distiller__clip": "@MovingAverageRowClip()",
+        "Distiller__average_decay": 0.7,
+        "Distiller__validate_every": 2,
+    },
+    "bases, coefficients, their average and best set": {
+        "SyntheticDataset__parameterisation": "@Bases()",
+        "SyntheticDataset__batch_per_class": 2,
+        "Bases__number": 8,
         "Distiller__clip": "@MovingAverageRowClip()",
         "Distiller__average_decay": 0.7,
         "Distiller__validate_every": 2,
@@ -155,6 +163,13 @@ def test_the_command_goes_on_and_judges_what_a_whole_run_judges(
         assert steps_of(shown_in(folder), name) == list(range(1, OUTER_STEPS + 1))
 
 
+def test_a_run_of_before_a_parameter_was_there_goes_on(copy: Path) -> None:
+    path = copy / "config.gin"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if "parameterisation" not in line))
+    assert train.main(arguments(copy)) == 0
+
+
 def test_a_run_that_dies_in_its_first_steps_can_be_resumed(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,8 +182,7 @@ def test_a_run_that_dies_in_its_first_steps_can_be_resumed(
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "outer_step", dying_step)
-        with pytest.raises(MemoryError):
-            train.main(arguments(tmp_path / "run"))
+        assert train.main(arguments(tmp_path / "run")) == 1
     assert train.main(arguments(tmp_path / "run")) == 0
     assert_same(read_tensors(tmp_path / "run" / CHECKPOINT), read_tensors(finished / CHECKPOINT))
     assert steps_of(shown_in(tmp_path / "run"), "outer/loss") == list(range(1, OUTER_STEPS + 1))
@@ -206,13 +220,33 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "missing"])
+def test_in_place_of_a_damaged_checkpoint_the_one_before_it_is_used(
+    damage: str, finished: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / CHECKPOINT
+    good = path.read_bytes()
+    bad = {"truncated": good[:-10], "empty": b"", "foreign": b"PK\3\4 a zip"}.get(damage)
+    path.unlink()
+    if bad is not None:
+        path.write_bytes(bad)
+    assert train.main(arguments(copy)) == 0
+    printed = capsys.readouterr().err
+    assert CHECKPOINT in printed
+    assert f"the run goes on from {copy / PREVIOUS}, after outer step 0" in printed
+    assert_same(read_tensors(path), read_tensors(finished / CHECKPOINT))
+    assert (copy / DAMAGED).exists() == (bad is not None)
+    assert bad is None or (copy / DAMAGED).read_bytes() == bad
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign"])
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_overwritten(
+def test_where_both_checkpoints_are_damaged_nothing_is_overwritten(
     damage: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = copy / "checkpoint.safetensors"
-    good = path.read_bytes()
-    path.write_bytes({"truncated": good[:-10], "empty": b"", "foreign": b"PK\3\4 a zip"}[damage])
+    for path in (copy / CHECKPOINT, copy / PREVIOUS):
+        good = path.read_bytes()
+        content = {"truncated": good[:-10], "empty": b"", "foreign": b"PK\3\4 a zip"}[damage]
+        path.write_bytes(content)
     before = contents(copy)
     assert train.main(arguments(copy, Distiller__outer_steps=9)) == 2
     assert str(path) in one_error(capsys)
@@ -226,6 +260,21 @@ def test_a_checkpoint_without_its_configuration_is_refused(
     before = contents(copy)
     assert train.main(arguments(copy)) == 2
     assert "config.gin" in one_error(capsys)
+    assert contents(copy) == before
+
+
+def test_a_run_goes_on_with_its_own_data_and_says_what_else_is_new(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert train.main(arguments(copy, Distiller__outer_steps=7)) == 0
+    assert "note: this run had threads 1, now 7; its last digits may" in capsys.readouterr().err
+    before = contents(copy)
+    monkeypatch.setattr("dd.experiment.fingerprint", lambda _: "0123")
+    assert train.main(arguments(copy, Distiller__outer_steps=8)) == 2
+    message = one_error(capsys)
+    assert f"{copy} holds a run that was begun with other training data" in message
+    assert "now 0123" in message
     assert contents(copy) == before
 
 

@@ -250,11 +250,12 @@ SWITCHES = {
     "Distiller.truncation = @StageAware()": bilevel.truncation.StageAware,
     "Distiller.truncation = @WithinTrajectoryPolicy()": bilevel.truncation.WithinTrajectoryPolicy,
 }
-#: All but those of trajectory matching, which goes from the first step to the nearest or last.
+#: All but those of trajectory matching, which goes from the first step to the nearest or last, and
+#: of feature matching, which has no steps.
 META_LOSS_FILES = sorted(
     path.name
     for path in GIN.glob("*.gin")
-    if path.name != "schedules.gin" and not re.search("att|mtt|experts", path.name)
+    if path.name != "schedules.gin" and not re.search("att|mtt|dm|experts", path.name)
 )
 ONE_LINE = {
     **SWITCHES,

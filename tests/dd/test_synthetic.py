@@ -80,8 +80,8 @@ def test_noise_is_standard_normal() -> None:
 
 def test_images_are_ordered_by_class() -> None:
     dataset = SyntheticDataset(images_per_class=3)
-    assert dataset.hard_labels(2).tolist() == [0, 0, 0, 1, 1, 1]
-    assert torch.equal(dataset.labels(created(dataset, 2)), dataset.hard_labels(2))
+    assert dataset.classes(created(dataset, 2)).tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.labels(created(dataset, 2)).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @given(per_class=st.integers(1, 6), seed=seeds)
@@ -216,7 +216,7 @@ def test_a_full_batch_is_the_set_itself(sizes: tuple[int | None, int | None]) ->
     outer = created(dataset)
     images, labels = dataset.batch(outer, seeded(0))
     assert torch.equal(images, outer["images"])
-    assert torch.equal(labels, dataset.hard_labels(4))
+    assert torch.equal(labels, dataset.classes(outer))
 
 
 PATCHED_SHAPE = (2, 6, 6)
