@@ -11,7 +11,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from bilevel.checks import check_number
+from bilevel.checks import check_integer, check_number
+from dd.data.checks import check_images, check_labels, check_unit_range, warn_of_degenerate
 
 
 @final
@@ -48,20 +49,8 @@ def to_unit_range(images: Tensor) -> Tensor:
         raise ValueError(
             f"images has dtype {images.dtype}; allowed are torch.uint8 and floating point in [0, 1]"
         )
-    _check_unit_range("images", images)
+    check_unit_range("images", images)
     return images.to(torch.float32)
-
-
-def _check_unit_range(name: str, images: Tensor) -> None:
-    if images.numel() == 0:
-        return
-    low, high = (bound.item() for bound in torch.aminmax(images.detach()))
-    # aminmax propagates NaN, for which this comparison is false.
-    if not (low >= 0.0 and high <= 1.0):
-        raise ValueError(
-            f"{name} has values from {low} to {high}; floating point images must lie in [0, 1] "
-            "(divide by 255?)"
-        )
 
 
 @final
@@ -78,6 +67,8 @@ class ImageDataset:
         test_images: [M, C, H, W], of the same dtype.
         test_labels: int64 [M], in [0, num_classes).
         class_names: One name per class, in label order.
+        validation_rows: Which training images are a validation split of the dataset's own, int64;
+            None if it has none.
 
     Raises:
         ValueError: One of these does not hold; the message names the field.
@@ -89,6 +80,7 @@ class ImageDataset:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+    validation_rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.class_names:
@@ -105,7 +97,9 @@ class ImageDataset:
                 f"test_images has dtype {self.test_images.dtype}; "
                 f"train_images has {self.train_images.dtype}, and they must agree"
             )
-        counts = torch.bincount(self.train_labels, minlength=self.num_classes)
+        counts = torch.bincount(
+            self.train_labels[self._rows_to_train_on()], minlength=self.num_classes
+        )
         absent = [self.class_names[index] for index in torch.nonzero(counts == 0).flatten()]
         if absent:
             shown = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
@@ -113,33 +107,11 @@ class ImageDataset:
                 f"train_labels has no image of {len(absent)} of the {self.num_classes} classes "
                 f"({shown}); every class needs a training image"
             )
+        warn_of_degenerate(self.name, self.train_images, self.num_classes)
 
     def _check_part(self, part: str, images: Tensor, labels: Tensor) -> None:
-        if images.dim() != 4 or 0 in images.shape:
-            raise ValueError(
-                f"{part}_images has shape {tuple(images.shape)}; "
-                "it must be [N, C, H, W] and not empty"
-            )
-        if images.dtype not in (torch.uint8, torch.float32):
-            raise ValueError(
-                f"{part}_images has dtype {images.dtype}; "
-                "allowed are torch.uint8 and torch.float32 in [0, 1]"
-            )
-        if images.dtype == torch.float32:
-            _check_unit_range(f"{part}_images", images)
-        if labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"{part}_labels has shape {tuple(labels.shape)}; "
-                f"for these images it must be ({images.shape[0]},)"
-            )
-        if labels.dtype != torch.int64:
-            raise ValueError(f"{part}_labels has dtype {labels.dtype}; it must be torch.int64")
-        low, high = (int(bound) for bound in torch.aminmax(labels))
-        if low < 0 or high >= self.num_classes:
-            raise ValueError(
-                f"{part}_labels has labels from {low} to {high}; with {self.num_classes} "
-                f"class_names they must lie in [0, {self.num_classes - 1}]"
-            )
+        check_images(f"{part}_images", images)
+        check_labels(f"{part}_labels", labels, len(images), self.num_classes)
 
     def __repr__(self) -> str:
         return (
@@ -160,10 +132,10 @@ class ImageDataset:
         return channels, height, width
 
     def split_validation(self, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Hold out a part of the training set, stratified by class.
+        """The dataset's own validation split, or a part of the training set, stratified by class.
 
         Args:
-            fraction: Share of the training set to hold out, in (0, 1).
+            fraction: Share of the training set to hold out, in (0, 1), where it has none.
             seed: The same seed gives the same split.
 
         Returns:
@@ -172,7 +144,16 @@ class ImageDataset:
         Raises:
             ValueError: `fraction` is outside (0, 1), or the set is too small for it.
         """
+        if self.validation_rows is not None:
+            check_number("fraction", fraction, above=0, below=1)
+            return self._rows_to_train_on(), self.validation_rows
         return stratified_split(self.train_labels, fraction, seed, "fraction")
+
+    def _rows_to_train_on(self) -> Tensor:
+        everything = torch.arange(len(self.train_labels))
+        if self.validation_rows is None:
+            return everything
+        return everything[~torch.isin(everything, self.validation_rows)]
 
 
 def stratified_split(
@@ -191,10 +172,12 @@ def stratified_split(
         present in the first part.
 
     Raises:
-        ValueError: `fraction` is outside (0, 1), or the data is too small to give such a
-            split.
+        ValueError: `fraction` is outside (0, 1), `seed` is no integer, or the data is too small
+            to give such a split.
     """
     check_number(parameter, fraction, above=0, below=1)
+    # Without one, each load would have another test set.
+    check_integer("seed", seed, 0)
     targets = labels.cpu().numpy()
     try:
         kept, held_out = train_test_split(

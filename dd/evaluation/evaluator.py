@@ -159,14 +159,17 @@ class Evaluator:
     def random_real(
         self, images_per_class: int, network: nn.Module, data: PreparedData, key: Key
     ) -> Accuracy:
-        """Test accuracy with as many random real images; every network draws its own."""
+        """Test accuracy with as many random real images, or all of a class that has fewer."""
 
         def draw(network_key: Key) -> tuple[Tensor, Tensor]:
             generator = network_key.generator("subset")
-            chosen = random_subset(data.train_labels, images_per_class, data.num_classes, generator)
+            chosen = random_subset(
+                data.train_labels, images_per_class, data.num_classes, generator, or_all=True
+            )
             return data.train_images[chosen], data.train_labels[chosen]
 
-        size = images_per_class * data.num_classes
+        counts = torch.bincount(data.train_labels, minlength=data.num_classes)
+        size = int(counts.clamp(max=images_per_class).sum())
         return self.real(draw, size, network, data, key)
 
     def real(

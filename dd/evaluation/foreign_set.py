@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 from dd.data import ImageDataset, PixelTransform, apply_in_chunks
+from dd.data.checks import check_finite, check_images, check_shape
+from dd.data.pictures import decode_image
+from dd.data.sources.image_files import list_class_folders
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.names import PIXELS
 from dd.runtime.files import DamagedFileError
@@ -42,6 +43,7 @@ def load_foreign_set(
             f"{path} holds images of shape {tuple(images.shape)}; {dataset.name} has "
             f"{dataset.image_shape}"
         )
+    _check_values(path, images, values)
     if labels is None:
         if len(images) % classes:
             raise ValueError(
@@ -58,6 +60,8 @@ def load_foreign_set(
         )
     if hard and not bool(((labels >= 0) & (labels < classes)).all()):
         raise ValueError(f"{path} holds labels outside 0 … {classes - 1}")
+    if soft:
+        check_finite(f"labels of {path}", labels)
     if values == PIXELS or path.is_dir():
         images = apply_in_chunks(transform, images)
     return DistilledSet(
@@ -67,6 +71,16 @@ def load_foreign_set(
         class_names=dataset.class_names,
         provenance={"foreign": path.name},
     )
+
+
+def _check_values(path: Path, images: Tensor, values: str) -> None:
+    name = f"images of {path}"
+    check_shape(name, images)
+    if values == PIXELS or path.is_dir():
+        to_pixels = images if images.dtype == torch.uint8 else images.float()
+        check_images(name, to_pixels)
+    else:
+        check_finite(name, images)
 
 
 def _from_tensors(path: Path) -> tuple[Tensor, Tensor | None]:
@@ -92,18 +106,12 @@ def _from_tensors(path: Path) -> tuple[Tensor, Tensor | None]:
 
 def _from_folder(path: Path, dataset: ImageDataset) -> tuple[Tensor, Tensor]:
     channels, size, _ = dataset.image_shape
-    steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()]
-    if channels == 1:
-        steps.insert(0, transforms.Grayscale())
-    try:
-        found = ImageFolder(str(path), transform=transforms.Compose(steps))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if set(found.classes) != set(dataset.class_names):
+    paths, labels, names = list_class_folders(path, path, "<class>/<image files>")
+    if set(names) != set(dataset.class_names):
         raise ValueError(
-            f"{path} has folders {found.classes[:3]} …; they must be the classes "
+            f"{path} has folders {list(names)[:3]} …; they must be the classes "
             f"{list(dataset.class_names)[:3]} …"
         )
-    pairs = [(image, dataset.class_names.index(found.classes[label])) for image, label in found]
-    images, labels = zip(*pairs, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    label_of = torch.tensor([dataset.class_names.index(name) for name in names])
+    images = torch.stack([decode_image(picture, size, channels) for picture in paths])
+    return images, label_of[labels]

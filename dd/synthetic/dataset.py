@@ -186,7 +186,11 @@ def _checked_parameterisation(
 
 
 def random_subset(
-    labels: Tensor, per_class: int, num_classes: int, generator: torch.Generator
+    labels: Tensor,
+    per_class: int,
+    num_classes: int,
+    generator: torch.Generator,
+    or_all: bool = False,
 ) -> Tensor:
     """Indices of `per_class` random examples of each class, ordered by class.
 
@@ -195,14 +199,15 @@ def random_subset(
         per_class: How many of each class.
         num_classes: K.
         generator: Source of randomness.
+        or_all: Take all examples of a class that has fewer.
 
     Raises:
-        ConfigurationError: A class has fewer examples than that.
+        ConfigurationError: A class has fewer examples than that, and not `or_all`.
     """
     chosen = []
     for label in range(num_classes):
         members = (labels == label).nonzero().flatten()
-        if len(members) < per_class:
+        if len(members) < per_class and not or_all:
             raise ConfigurationError(
                 f"images_per_class={per_class}: class {label} has only {len(members)} real images"
             )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from problems import seeded
 from torch import Tensor, nn
 
-from bilevel import ConfigurationError, Key
+from bilevel import Key
 from dd.augmentation import NoAugmentation
 from dd.data import Standardize
 from dd.data.prepared import PreparedData
@@ -183,9 +183,10 @@ def test_random_real_draws_as_many_of_each_class_and_others_for_each_network(
     assert len(set(drawn)) == 4
 
 
-def test_more_random_images_than_there_are_is_refused(network: nn.Module) -> None:
-    with pytest.raises(ConfigurationError, match="class 0 has only 20"):
-        evaluator().random_real(21, network, data(), KEY)
+def test_a_class_with_fewer_random_images_than_asked_gives_all_of_them(network: nn.Module) -> None:
+    noted, parts = Noted(network), data()
+    evaluator(networks=1, steps=(1,)).random_real(21, noted, parts, KEY)
+    assert [len(images) for images in noted.trained_on] == [60]
 
 
 def test_full_data_is_all_of_the_training_part(network: nn.Module) -> None:

@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
-from dd.data.sources.image_files import decode_image
+from dd.data.pictures import decode_image
 from dd.runtime.cache import VARIABLE, cache_folder, checksum
 from dd.runtime.files import DamagedFileError, read_json, write_json
 

@@ -1,23 +1,30 @@
-"""Image files on disk: finding and decoding them."""
+"""Image files on disk: the tree of one folder a class."""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import functional
 
 from dd.data.image_dataset import DatasetNotFoundError
+from dd.data.pictures import decode_image, is_leftover, is_picture, summary
+
+__all__ = ["check_same_classes", "decode_image", "list_class_folders"]
+
+_log = logging.getLogger(__name__)
 
 
 def list_class_folders(
     directory: Path, root: Path, layout: str
 ) -> tuple[list[str], Tensor, tuple[str, ...]]:
     """Paths, labels (int64) and class names of the images below one folder a class, all sorted.
+
+    What tools leave behind, such as `.ipynb_checkpoints`, `._1.png`, `Thumbs.db` and `__MACOSX`,
+    is neither class nor image. What is no picture is left out, too; one line says how much.
 
     Args:
         directory: The folder of class folders.
@@ -26,15 +33,39 @@ def list_class_folders(
 
     Raises:
         DatasetNotFoundError: There is no such folder, or a class is empty.
+        ValueError: A picture is a pipe, or a link that leads nowhere or in a circle.
     """
+    skipped: list[str] = []
     try:
-        listing = ImageFolder(str(directory))
-    except FileNotFoundError as error:
+        names = []
+        for name in sorted(os.listdir(directory)):
+            if os.path.isdir(directory / name) and not is_leftover(name):
+                names.append(name)
+            else:
+                skipped.append(_kind(name))
+        if not names:
+            raise FileNotFoundError(f"couldn't find any class folder in {directory}")
+        by_class = [list(_pictures(str(directory / name), skipped)) for name in names]
+        empty = [name for name, found in zip(names, by_class, strict=True) if not found]
+        if empty:
+            raise FileNotFoundError(
+                f"found no valid file for the classes {', '.join(empty)}"
+                + (f"; skipped {summary(skipped)}" if skipped else "")
+            )
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DatasetNotFoundError.looked_in(
             root, layout, f"arrange the image files so ({error})"
         ) from error
-    paths = [path for path, _ in listing.samples]
-    return paths, torch.tensor(listing.targets, dtype=torch.int64), tuple(listing.classes)
+    if skipped:
+        _log.warning(
+            "note: in %s, %d files and folders that are no pictures were skipped: %s",
+            directory,
+            len(skipped),
+            summary(skipped),
+        )
+    paths = [path for found in by_class for path in found]
+    counts = torch.tensor([len(found) for found in by_class])
+    return paths, torch.arange(len(names)).repeat_interleave(counts), tuple(names)
 
 
 def check_same_classes(
@@ -49,33 +80,46 @@ def check_same_classes(
         )
 
 
-def decode_image(path: str, image_size: int) -> Tensor:
-    """One image as RGB, uint8 [3, image_size, image_size]; may be called from any thread.
+def _pictures(class_folder: str, skipped: list[str]) -> Iterator[str]:
+    """The pictures below a folder, links followed, folder by folder in the order of their names."""
+    found: list[tuple[str, list[str]]] = []
+    above: tuple[str, ...] = (os.path.realpath(class_folder),)
+    waiting = [(class_folder, above)]
+    while waiting:
+        folder, above = waiting.pop()
+        here = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_leftover(entry.name):
+                    skipped.append(_kind(entry.name))
+                elif entry.is_dir():
+                    real = os.path.realpath(entry.path)
+                    if real in above:
+                        raise ValueError(f"{entry.path} is a link that leads in a circle")
+                    waiting.append((entry.path, (*above, real)))
+                elif is_picture(entry.name):
+                    if not _is_file(entry):
+                        raise ValueError(
+                            f"{entry.path} is no regular file: a pipe, or a link that leads nowhere"
+                        )
+                    here.append(entry.name)
+                else:
+                    skipped.append(_kind(entry.name))
+        found.append((folder, sorted(here)))
+    for folder, names in sorted(found):
+        for name in names:
+            yield os.path.join(folder, name)
 
-    The shorter side is resized to `image_size` (bilinear, antialiased) and the centre is
-    cropped; greyscale becomes RGB, its 16 bits, if it has so many, the upper 8 of them.
 
-    Raises:
-        ValueError: The file cannot be decoded, or its pixels are no integers of 8 or 16 bits;
-            the message names it.
-    """
+def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
-        with Image.open(path) as file:
-            image = _eight_bits(file).convert("RGB")
-    # Pillow reports damage as any of these, depending on the format.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot decode the image {path}: {error}") from error
-    resized = functional.resize(
-        image, [image_size], functional.InterpolationMode.BILINEAR, antialias=True
-    )
-    return functional.pil_to_tensor(functional.center_crop(resized, [image_size, image_size]))
+        return entry.is_file()
+    except OSError:  # links that lead in a circle
+        return False
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image, or if its pixels are wider than a byte, which `convert` would clip, scaled."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
-        raise ValueError(f"its pixels are neither of 8 nor of 16 bits (mode {image.mode})")
-    return Image.fromarray((pixels // 256).astype(np.uint8))
+def _kind(name: str) -> str:
+    """What a skipped file is counted as."""
+    if is_leftover(name):
+        return name if len(name) < 24 and not name.startswith("._") else "hidden files"
+    return os.path.splitext(name)[1].lower() or name

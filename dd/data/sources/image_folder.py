@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -10,10 +11,21 @@ from tqdm import tqdm
 
 from bilevel.checks import check_integer
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
-from dd.data.sources.image_files import check_same_classes, decode_image, list_class_folders
+from dd.data.pictures import decode_image, say_about_files
+from dd.data.sources.image_files import check_same_classes, list_class_folders
 from dd.runtime.changes import Judging
 
 _LAYOUT = "train/<class>/<image files> and test/<class>/<image files>, or <class>/<image files>"
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+}
+_log = logging.getLogger(__name__)
 
 
 def image_folder(
@@ -22,8 +34,9 @@ def image_folder(
     """Image files in one folder a class, as RGB uint8 images [3, image_size, image_size].
 
     `root` holds `train/<class>/` and `test/<class>/`, or only `<class>/`, of which a
-    stratified part then becomes the test set. The shorter side of each image is resized to
-    `image_size` (bilinear, antialiased) and the centre is cropped; greyscale becomes RGB.
+    stratified part then becomes the test set. `val/<class>/`, also called `valid/` or
+    `validation/`, beside `train/` is used as the validation split. Case does not matter. How a
+    picture becomes pixels: `dd.data.pictures.decode_image`.
 
     Args:
         root: The directory; its name becomes the dataset's name.
@@ -33,36 +46,75 @@ def image_folder(
 
     Raises:
         DatasetNotFoundError: The directory does not have this layout or a class is empty.
-        ValueError: `image_size` is not positive, the classes of `train/` and `test/`
-            differ, a split is impossible, or an image cannot be decoded (the message names it).
+        ValueError: `image_size` is not positive, the classes of the splits differ, a split is
+            impossible, or an image cannot be decoded (the message names it).
     """
     check_integer("image_size", image_size)
-    root = Path(root)
-    subsets = [part for part in ("train", "test") if (root / part).is_dir()]
-    if len(subsets) == 1:
-        missing = "test" if subsets == ["train"] else "train"
-        raise DatasetNotFoundError.looked_in(
-            root,
-            f"{missing}/ beside {subsets[0]}/",
-            f"add it, or pass root={str(root / subsets[0])!r} to split that folder",
-        )
-    if subsets:
-        train_paths, train_labels, class_names = list_class_folders(root / "train", root, _LAYOUT)
-        test_paths, test_labels, test_names = list_class_folders(root / "test", root, _LAYOUT)
-        check_same_classes(root, class_names, test_names, "test")
-    else:
-        paths, labels, class_names = list_class_folders(root, root, _LAYOUT)
+    check_integer("seed", seed, 0)
+    root = Path(root).expanduser()
+    folders = _split_folders(root)
+    directory = root / folders["train"] if folders else root
+    paths, labels, class_names = list_class_folders(directory, root, _LAYOUT)
+    validation_paths: list[str] = []
+    validation_rows = None
+    for part in ("test", "validation"):
+        if part not in folders:
+            continue
+        found, found_labels, names = list_class_folders(root / folders[part], root, _LAYOUT)
+        check_same_classes(root, class_names, names, folders[part])
+        if part == "test":
+            test_paths, test_labels = found, found_labels
+        else:
+            validation_paths, validation_labels = found, found_labels
+    if "test" not in folders:
         train, test = stratified_split(labels, test_fraction, seed, "test_fraction")
-        train_paths, train_labels = [paths[index] for index in train.tolist()], labels[train]
         test_paths, test_labels = [paths[index] for index in test.tolist()], labels[test]
+        paths, labels = [paths[index] for index in train.tolist()], labels[train]
+    if validation_paths:
+        validation_rows = torch.arange(len(paths), len(paths) + len(validation_paths))
+        paths, labels = paths + validation_paths, torch.cat([labels, validation_labels])
+    say_about_files([*paths, *test_paths])
     return ImageDataset(
         name=root.absolute().name,
-        train_images=_decode(train_paths, image_size, "training images"),
-        train_labels=train_labels,
+        train_images=_decode(paths, image_size, "training images"),
+        train_labels=labels,
         test_images=_decode(test_paths, image_size, "test images"),
         test_labels=test_labels,
         class_names=class_names,
+        validation_rows=validation_rows,
     )
+
+
+def _split_folders(root: Path) -> dict[str, str]:
+    """What the folders of the splits are called, or nothing if `root` holds the classes."""
+    folders: dict[str, str] = {}
+    inside = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    for name in inside:
+        part = _SPLITS.get(name.lower())
+        if part is None:
+            continue
+        if part in folders:
+            if part == "validation" and not folders.keys() & {"train", "test"}:
+                continue  # two classes, "valid" and "validation", if no other split follows
+            raise DatasetNotFoundError.looked_in(
+                root, f"one folder of the {part} split", f"keep one of {folders[part]}/ and {name}/"
+            )
+        folders[part] = name
+    if folders.keys() == {"validation"}:
+        return {}  # a class may be called "valid"
+    if folders.keys() == {"train"} or (folders and "train" not in folders):
+        there = next(iter(folders.values()))
+        missing = "test" if "train" in folders else "train"
+        raise DatasetNotFoundError.looked_in(
+            root,
+            f"{missing}/ beside {there}/",
+            f"add it, or pass root={str(root / there)!r} to split that folder",
+        )
+    if folders and "test" not in folders:
+        _log.warning(
+            "note: %s has no test/; a part of %s/ becomes the test set", root, folders["train"]
+        )
+    return folders
 
 
 def _decode(paths: list[str], image_size: int, description: str) -> Tensor:

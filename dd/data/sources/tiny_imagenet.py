@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from bilevel.checks import check_integer
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
+from dd.data.pictures import is_picture
 from dd.data.sources.decoded_images import decoded_images
 from dd.runtime.changes import Anytime, Judging
 
@@ -78,7 +78,7 @@ def _training_images(root: Path, label_of: dict[str, int]) -> list[tuple[Path, i
     for wnid, label in label_of.items():
         folder = root / "train" / wnid / "images"
         found = sorted(folder.iterdir()) if folder.is_dir() else []
-        found = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS]
+        found = [path for path in found if is_picture(path.name)]
         if not found:
             raise _not_found(root, f"training images of {wnid} in train/{wnid}/images/")
         files += [(path, label) for path in found]

@@ -1,0 +1,91 @@
+"""What images and labels must be, through whichever door they come."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+
+def check_images(name: str, images: Tensor) -> None:
+    """Pixels: uint8, or float32 in [0, 1], [N, C, H, W].
+
+    Raises:
+        ValueError: They are not, or there are none; the message begins with `name`.
+    """
+    check_shape(name, images)
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise ValueError(
+            f"{name} has dtype {images.dtype}; allowed are torch.uint8 and torch.float32 in [0, 1]"
+        )
+    if images.dtype == torch.float32:
+        check_unit_range(name, images)
+
+
+def check_shape(name: str, images: Tensor) -> None:
+    """Raise `ValueError` unless there are images, [N, C, H, W]."""
+    if images.dim() != 4 or 0 in images.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(images.shape)}; it must be [N, C, H, W] and not empty"
+        )
+
+
+def check_unit_range(name: str, images: Tensor) -> None:
+    """Raise `ValueError` unless all values lie in [0, 1]."""
+    if images.numel() == 0:
+        return
+    low, high = (bound.item() for bound in torch.aminmax(images.detach()))
+    # aminmax propagates NaN, for which this comparison is false.
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"{name} has values from {low} to {high}; floating point images must lie in [0, 1] "
+            "(divide by 255?)"
+        )
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise `ValueError` if a value is NaN or infinite."""
+    wrong = ~torch.isfinite(values)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} has {int(wrong.sum())} values of {values.numel()} that are NaN or infinite"
+        )
+
+
+def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> None:
+    """Hard labels: int64 [count], in [0, num_classes).
+
+    Raises:
+        ValueError: They are not; the message begins with `name`.
+    """
+    if labels.shape != (count,):
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}; for these images it must be ({count},)"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{name} has dtype {labels.dtype}; it must be torch.int64")
+    low, high = (int(bound) for bound in torch.aminmax(labels))
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"{name} has labels from {low} to {high}; with {num_classes} "
+            f"class_names they must lie in [0, {num_classes - 1}]"
+        )
+
+
+def warn_of_degenerate(name: str, images: Tensor, num_classes: int) -> None:
+    """Log a warning for what can be trained on, but teaches nothing: one class, one grey."""
+    if num_classes == 1:
+        _log.warning("warning: %s has one class, so any network is right about all of it", name)
+    # A look at some is enough: the images may be more than fit in memory.
+    some = images[:: max(1, len(images) // 256)].flatten(1)
+    constant = int((some.amax(1) == some.amin(1)).sum())
+    if 2 * constant > len(some):
+        _log.warning(
+            "warning: %d of %d images of %s that were looked at are of one colour throughout",
+            constant,
+            len(some),
+            name,
+        )
