@@ -1,0 +1,184 @@
+"""A picture file gives the pixels that a viewer shows, or one line that says what is wrong."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dd.data.pictures import decode_image, is_leftover, is_picture
+from dd.data.sources.image_folder import image_folder
+
+SIZE = 4
+
+
+def upper_half(mode: str, bright: object, dark: object) -> Image.Image:
+    """Bright above, dark below."""
+    image = Image.new(mode, (SIZE, SIZE), dark)
+    image.paste(bright, (0, 0, SIZE, SIZE // 2))
+    return image
+
+
+def turned(orientation: int) -> dict[str, object]:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+def sixteen_bits(white: int) -> Image.Image:
+    rows = np.repeat(np.array([white, white, 0, 0], np.uint16)[:, None], SIZE, axis=1)
+    return Image.fromarray(rows)
+
+
+def frames() -> dict[str, object]:
+    return {"save_all": True, "append_images": [upper_half("L", 0, 255)]}
+
+
+RGB = upper_half("RGB", "white", "black")
+CLEAR = upper_half("RGBA", (0, 0, 0, 0), (0, 0, 0, 255))
+GREY = upper_half("L", 255, 0)
+
+#: All of them are white above and black below.
+SHOWN = {
+    "png": ("a.png", RGB, {}),
+    "upper case": ("a.PNG", RGB, {}),
+    "bmp": ("a.bmp", RGB, {}),
+    "gif": ("a.gif", RGB, {}),
+    "webp": ("a.webp", RGB, {"lossless": True}),
+    "tiff": ("a.tiff", RGB, {}),
+    "ppm": ("a.ppm", RGB, {}),
+    "jpeg 2000": ("a.jp2", RGB, {"irreversible": False}),
+    "grey": ("a.png", GREY, {}),
+    "one bit": ("a.png", RGB.convert("1"), {}),
+    "palette": ("a.png", RGB.convert("P"), {}),
+    "cmyk": ("a.tiff", RGB.convert("CMYK"), {}),
+    "transparent above": ("a.png", CLEAR, {}),
+    "transparent, grey": ("a.png", CLEAR.convert("LA"), {}),
+    "a transparent colour": ("a.png", upper_half("L", 7, 0), {"transparency": 7}),
+    "16 bits": ("a.png", sixteen_bits(65535), {}),
+    "12 bits in 16": ("a.png", sixteen_bits(4095), {}),
+    "several frames, gif": ("a.gif", GREY, frames()),
+    "several frames, png": ("a.png", GREY, frames()),
+    "several frames, tiff": ("a.tiff", GREY, frames()),
+    "upside down": ("a.png", RGB.transpose(Image.Transpose.ROTATE_180), turned(3)),
+    "mirrored": ("a.png", RGB.transpose(Image.Transpose.FLIP_LEFT_RIGHT), turned(2)),
+    "flipped": ("a.png", RGB.transpose(Image.Transpose.FLIP_TOP_BOTTOM), turned(4)),
+    "on its left side": ("a.png", RGB.transpose(Image.Transpose.ROTATE_90), turned(6)),
+    "on its right side": ("a.png", RGB.transpose(Image.Transpose.ROTATE_270), turned(8)),
+    "transposed": ("a.png", RGB.transpose(Image.Transpose.TRANSPOSE), turned(5)),
+    "transversed": ("a.png", RGB.transpose(Image.Transpose.TRANSVERSE), turned(7)),
+    "an orientation that is none": ("a.png", RGB, turned(42)),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_pixels_are_those_that_a_viewer_shows(name: str, tmp_path: Path) -> None:
+    file, image, options = SHOWN[name]
+    path = tmp_path / file
+    image.save(path, **options)
+    assert is_picture(file)
+    expected = torch.tensor([255, 255, 0, 0], dtype=torch.uint8)[:, None].expand(SIZE, SIZE)
+    for channels in (1, 3):
+        assert torch.equal(
+            decode_image(str(path), SIZE, channels), expected.expand(channels, -1, -1)
+        )
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def cut(path: Path) -> None:
+    RGB.resize((64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def floats(path: Path) -> None:
+    Image.fromarray(np.full((SIZE, SIZE), 0.5, np.float32)).save(path, format="tiff")
+
+
+def strip(path: Path) -> None:
+    Image.new("L", (30_000, 1)).save(path)
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(pipe, marks=pytest.mark.skipif(os.name == "nt", reason="no pipes")),
+        cut,
+        floats,
+        strip,
+        circle,
+        lambda path: path.mkdir(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("no picture"),
+    ],
+)
+def test_what_is_no_picture_is_one_line_that_names_the_file(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "a.png"
+    make(path)
+    with pytest.raises(ValueError, match=r"^cannot decode the image .*a\.png: [^\n]+$"):
+        decode_image(str(path), SIZE)
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    RGB.resize((64, 64)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"a\.png: Image size \(4096 pixels\) exceeds limit"):
+        decode_image(str(path), SIZE)
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "._a.png", ".ipynb_checkpoints", "__MACOSX", "Thumbs.db", "desktop.ini"]
+)
+def test_what_tools_leave_behind_is_no_data(name: str) -> None:
+    assert is_leftover(name)
+    assert not is_picture(name)
+
+
+def test_what_is_not_decoded_is_no_picture() -> None:
+    assert not any(map(is_picture, ["a.txt", "a.pdf", "a.mp4", "a", "README.md"]))
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    for index in range(count):
+        path = folder / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        RGB.rotate(90 * index).save(path)
+
+
+@pytest.mark.parametrize("validation", ["val", "Valid", "VALIDATION", None])
+def test_splits_are_found_whatever_their_case(validation: str | None, tmp_path: Path) -> None:
+    for split in ("Train", "TEST", validation):
+        for name in ("cat", "dog"):
+            if split is not None:
+                write_pictures(tmp_path / split / name, 3)
+    found = image_folder(tmp_path, SIZE)
+    assert found.class_names == ("cat", "dog")
+    assert len(found.test_labels) == 6
+    assert len(found.train_labels) == (6 if validation is None else 12)
+    rows = found.validation_rows
+    assert (rows is None) == (validation is None)
+    assert rows is None or rows.tolist() == list(range(6, 12))
+
+
+def test_leftovers_are_neither_classes_nor_images_and_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("cat", "dog", ".ipynb_checkpoints", "__MACOSX"):
+        write_pictures(tmp_path / name, 4)
+    (tmp_path / "cat" / "._0.png").write_bytes(b"no picture")
+    (tmp_path / "cat" / "notes.txt").write_text("seen in the garden")
+    found = image_folder(tmp_path, SIZE, test_fraction=0.25)
+    assert found.class_names == ("cat", "dog")
+    assert len(found.train_labels) + len(found.test_labels) == 8
+    assert "notes.txt" in caplog.text or ".txt" in caplog.text
