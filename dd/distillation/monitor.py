@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import final
@@ -35,6 +36,7 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
     def config(self, text: str) -> None:
@@ -211,3 +213,16 @@ def png(pixels: Tensor, images_per_class: int) -> bytes:
     buffer = io.BytesIO()
     to_pil_image(image_grid(stretched(pixels), images_per_class)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait, for a second at most, until a new file of events would be named after those there.
+
+    TensorBoard reads them in the order of their names, which begin with the second they were made
+    in; within a second chance decides.
+    """
+    parts = (path.name.split(".") for path in folder.glob("events.out.tfevents.*"))
+    seconds = [int(each[3]) for each in parts if each[3].isdecimal()]
+    ahead = max(seconds, default=0) + 1 - time.time()
+    if 0 < ahead <= 1:
+        time.sleep(ahead)

@@ -47,3 +47,14 @@ def test_a_low_rank_hessian_shows_its_spectrum(tmp_path: Path) -> None:
     assert found == pytest.approx([6, 5, 4, 3], rel=1e-3)
     assert events.Scalars("low_rank/rank")[0].value == 6
     assert events.Scalars("low_rank/rank")[0].step == 3
+
+
+def test_what_is_resumed_in_the_same_second_is_read_after_what_was_before(tmp_path: Path) -> None:
+    names = []
+    for first_step in (0, 1):
+        monitor = Monitor(tmp_path, first_step)
+        monitor.config("")
+        monitor.close()
+        names.append({path.name for path in tmp_path.iterdir()})
+    (later,) = names[1] - names[0]
+    assert all(later.split(".")[3] > name.split(".")[3] for name in names[0])
