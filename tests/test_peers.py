@@ -86,6 +86,7 @@ def test_ridge_penalty_of_jaxopts_documentation(estimator):
     assert 2 * loss == pytest.approx(expected.fun, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_weight_decays_of_hypertorchs_and_bettys_documentation():
     """A log penalty for each weight of a logistic regression on twenty Gaussian features.
 
