@@ -287,10 +287,27 @@ def test_arrays_splits_off_a_test_set(tmp_path: Path) -> None:
         ({"images": np.zeros((20, 3, 8, 3), np.uint8)}, "but both have such a size"),
         ({"images": np.zeros((20, 8, 8, 4), np.uint8)}, "but neither has such a size"),
         ({"images": np.zeros((20, 64), np.uint8)}, r"images has shape \(20, 64\); allowed"),
-        ({"images": np.zeros((20, 8, 8), np.int64)}, "images has dtype int64; allowed"),
-        ({"images": np.full((20, 8, 8), 255.0)}, "train_images has values from 255.0"),
-        ({"labels": np.zeros(20)}, "labels has dtype float64"),
-        ({"labels": np.zeros((20, 1), np.int64)}, r"labels has .*shape \(20, 1\)"),
+        ({"images": np.zeros((20, 8, 8), np.int64)}, "images has dtype int64 .* up to 0; say"),
+        ({"images": np.full((20, 8, 8), 70000)}, "images has dtype int64 .* up to 70000; say"),
+        ({"images": np.full((20, 8, 8), "a")}, "images has dtype <U1; allowed"),
+        ({"images": np.full((20, 8, 8), 255.0)}, r"images has values from 255.0 .*white = 255\)"),
+        ({"images": np.full((20, 8, 8), np.nan)}, r"images has values from nan to nan; .* 1\]$"),
+        ({"images": np.full((20, 8, 8), np.inf)}, "images has values from inf to inf"),
+        ({"images": np.full((20, 8, 8), -1)}, "images has dtype int64 .* up to -1"),
+        ({"images": np.zeros((0, 8, 8), np.uint8), "labels": np.zeros(0)}, "labels has dtype"),
+        ({"labels": np.arange(20) % 2 + 0.5}, "labels has .* no whole numbers"),
+        ({"labels": np.full(20, np.nan)}, "labels has .* no whole numbers"),
+        ({"labels": np.arange(20) % 2 - 1}, "labels from -1 to 0"),
+        ({"labels": np.full((20, 2), 0.5)}, "labels has .* not a single 1 in every row"),
+        ({"labels": np.eye(3)[np.arange(20) % 2]}, "no image of 1 of the 3 classes"),
+        ({"labels": np.zeros((20, 2, 2))}, "labels has .* whole numbers or strings"),
+        ({"train_images": np.zeros((20, 8, 8, 3), np.uint8)}, "both 'images' and 'train_images'"),
+        ({"Images": np.zeros((20, 8, 8, 3), np.uint8)}, "both 'images' and 'Images'"),
+        ({"val_images": np.zeros((2, 8, 8, 3), np.uint8)}, "'val_labels' is missing"),
+        (
+            {"test_images": np.zeros((2, 8, 8, 3)), "test_labels": np.array(["a", "b"])},
+            "test_labels has the class 'a', which is none",
+        ),
         ({"labels": np.zeros(19, np.int64)}, r"labels has shape \(19,\); for 20 images"),
         ({"labels": np.arange(20) % 2 * 10**12}, "labels goes up to 1000000000000"),
         ({"labels": np.arange(20) % 2 * 2}, "no image of 1 of the 3 classes"),
@@ -305,6 +322,76 @@ def test_an_npz_that_makes_no_dataset_is_refused(
     path = write_npz(tmp_path / "mine.npz", **content)
     with pytest.raises(ValueError, match=rf"mine\.npz.*{message}"):
         arrays(path)
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+LABELS = np.arange(20) % 2
+
+
+@pytest.mark.parametrize(
+    ("content", "options"),
+    [
+        ({}, {}),
+        ({"labels": LABELS[:, None]}, {}),
+        ({"labels": LABELS > 0}, {}),
+        ({"labels": LABELS.astype(np.float32)}, {}),
+        ({"labels": LABELS.astype(np.uint64)}, {}),
+        ({"labels": np.eye(2)[LABELS]}, {}),
+        ({"labels": np.eye(2, dtype=bool)[LABELS]}, {}),
+        ({"labels": np.array(["cat", "dog"])[LABELS]}, {}),
+        ({"labels": np.array([b"cat", b"dog"])[LABELS]}, {}),
+        ({"images": PIXELS.transpose(0, 3, 1, 2)}, {}),
+        ({"images": PIXELS.astype(np.int64)}, {}),
+        ({"images": PIXELS.astype(np.uint16) * 257}, {}),
+        ({"images": PIXELS.astype(np.uint16) * 257}, {"white": 65535}),
+        ({"images": PIXELS.astype(np.int16) * 16 + 15}, {}),
+        ({"images": PIXELS / 255}, {}),
+        ({"images": (PIXELS / 255).astype(np.float32)}, {}),
+        ({"images": PIXELS.astype(np.float64)}, {"white": 255}),
+        ({"images": PIXELS, "names": np.array([None])}, {}),
+        ({"images": PIXELS, "labels": LABELS}, {"white": 255, "channels": "last"}),
+    ],
+)
+def test_arrays_takes_the_forms_that_people_have(
+    content: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_npz(tmp_path / "mine.npz", **{"images": PIXELS, "labels": LABELS} | content)
+    plain = arrays(write_npz(tmp_path / "plain.npz", images=PIXELS, labels=LABELS))
+    data = arrays(path, **options)
+    expected = to_unit_range(plain.train_images)
+    torch.testing.assert_close(to_unit_range(data.train_images), expected, rtol=0, atol=1e-6)
+    assert torch.equal(data.train_labels, plain.train_labels)
+    assert torch.equal(data.test_labels, plain.test_labels)
+    named = content.get("labels", LABELS).dtype.kind in "SU"
+    assert data.class_names == (("cat", "dog") if named else ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train_images", "train_labels", "val_images", "val_labels", "test_images", "test_labels"),
+        ("x_train", "y_train", "x_valid", "y_valid", "x_test", "y_test"),
+        ("X_train", "y_train", "X_val", "y_val", "X_test", "y_test"),
+        ("images", "labels", "validation_images", "validation_labels", "test_x", "test_y"),
+        ("X", "y", "val_x", "val_y", "test_images", "test_labels"),
+    ],
+)
+def test_arrays_knows_the_names_that_people_give(names: tuple[str, ...], tmp_path: Path) -> None:
+    parts = (PIXELS[:12], LABELS[:12], PIXELS[12:16], LABELS[12:16], PIXELS[16:], LABELS[16:])
+    content = {"images": None, "labels": None} | dict(zip(names, parts, strict=True))
+    data = arrays(write_npz(tmp_path / "mine.npz", **content))
+    train, validation = data.split_validation(0.1, seed=0)
+    assert (train.tolist(), validation.tolist()) == (list(range(12)), list(range(12, 16)))
+    everything = torch.cat([data.train_images, data.test_images])
+    assert np.array_equal(everything.permute(0, 2, 3, 1).numpy(), PIXELS)
+    assert torch.cat([data.train_labels, data.test_labels]).tolist() == LABELS.tolist()
+
+
+def test_arrays_is_told_where_the_channels_are(tmp_path: Path) -> None:
+    images = PIXELS[:, :3]
+    path = write_npz(tmp_path / "mine.npz", images=images)
+    assert arrays(path, channels="last").image_shape == (3, 3, 8)
+    assert arrays(path, channels="first").image_shape == (3, 8, 3)
 
 
 def damaged_files() -> dict[str, bytes]:

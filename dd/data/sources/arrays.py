@@ -2,150 +2,169 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from bilevel.checks import check_choice, check_integer, check_number
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
+from dd.data.pictures import summary
+from dd.data.sources.array_forms import (
+    CLASS_NAMES,
+    Array,
+    as_classes,
+    as_pixels,
+    find_parts,
+    is_known,
+)
 from dd.runtime.changes import Judging
 
-_CHANNEL_COUNTS = (1, 3)
-_REQUIRED = ("images", "labels")
-_OPTIONAL = ("test_images", "test_labels", "class_names")
+_log = logging.getLogger(__name__)
 
 
-def arrays(path: Judging[str | Path], test_fraction: float = 0.1, seed: int = 0) -> ImageDataset:
+def arrays(
+    path: Judging[str | Path],
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    white: float | None = None,
+    channels: str | None = None,
+) -> ImageDataset:
     """Images and labels from an `.npz` file, as written by `numpy.savez`.
 
     The file holds
 
-    - `images`: [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, uint8, or floating
-      point in [0, 1];
-    - `labels`: integers [N], 0 … K−1;
+    - `images`: [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels; uint8, integers of
+      up to 16 bits, or floating point in [0, 1], or in [0, white];
+    - `labels`: whole numbers [N] or [N, 1], 0 … K−1; or one-hot [N, K]; or strings [N], whose
+      sorted different ones are the classes;
     - optionally `test_images` and `test_labels`, in the same form; without them a stratified
       part of the images becomes the test set;
+    - optionally `val_images` and `val_labels`, which are used as the validation split;
     - optionally `class_names`: strings [K].
+
+    `train_images` and `train_labels`, `x_train` and `y_train`, `x_test`, `y_val` and so on are
+    understood as well, in any case. Other arrays are left out, and that is said.
 
     Args:
         path: The file; its stem becomes the dataset's name.
         test_fraction: Share held out as test set if the file has none, in (0, 1).
         seed: The same seed gives the same split.
+        white: The value of white, such as 255 for floating point in [0, 255]; default: 255 in
+            uint8, 1 in floating point, in other integers the least of 255, 4095 and 65535 that
+            no image exceeds.
+        channels: "first" or "last", for images whose shape allows both; default: by the shape.
 
     Raises:
         DatasetNotFoundError: There is no such file.
         ValueError: The file is damaged, pickled or incomplete, or its contents do not make a
             dataset; the message names the file and what is wrong.
     """
-    path = Path(path)
+    check_integer("seed", seed, 0)
+    if white is not None:
+        check_number("white", white, above=0)
+    if channels is not None:
+        check_choice("channels", channels, ("first", "last"))
+    path = Path(path).expanduser()
     if not path.is_file():
         raise DatasetNotFoundError.looked_in(
             path.parent, f"the file {path.name}", "write it with numpy.savez, or correct path"
         )
     content = _read(path)
     try:
-        return _build(path.stem, content, test_fraction, seed)
+        return _build(path.stem, content, test_fraction, seed, white, channels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> dict[str, NDArray[np.generic]]:
+def _read(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
             with archive:
-                return {key: archive[key] for key in (*_REQUIRED, *_OPTIONAL) if key in archive}
+                content = {name: archive[name] for name in archive.files if is_known(name)}
+                others = sorted(set(archive.files) - content.keys())
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} cannot be read as an .npz file of plain arrays (object arrays and pickles "
             f"are refused): {error}"
         ) from error
+    if others and content:
+        _log.warning("note: of %s these arrays are left out: %s", path, summary(others))
+    return content
 
 
 def _build(
-    name: str, content: dict[str, NDArray[np.generic]], test_fraction: float, seed: int
+    name: str,
+    content: dict[str, Array],
+    test_fraction: float,
+    seed: int,
+    white: float | None,
+    channels: str | None,
 ) -> ImageDataset:
-    for key in _REQUIRED:
-        if key not in content:
-            raise ValueError(f"the array {key!r} is missing; images and labels are required")
-    if ("test_images" in content) != ("test_labels" in content):
-        missing = "test_labels" if "test_images" in content else "test_images"
-        raise ValueError(f"the array {missing!r} is missing; give both test arrays or neither")
-
-    images = _images("images", content["images"])
-    labels = _labels("labels", content["labels"])
-    if labels.shape != images.shape[:1]:
+    class_names = content.pop(CLASS_NAMES, None)
+    parts = find_parts(content)
+    pixels = as_pixels({images: content[images] for images, _ in parts.values()}, white, channels)
+    images = {part: pixels[name] for part, (name, _) in parts.items()}
+    found = {part: as_classes(name, content[name]) for part, (_, name) in parts.items()}
+    label_name = parts["train"][1]
+    if found["train"][0].shape != images["train"].shape[:1]:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}; "
-            f"for {images.shape[0]} images it must be ({images.shape[0]},)"
+            f"{label_name} has shape {found['train'][0].shape}; "
+            f"for {len(images['train'])} images it must be ({len(images['train'])},)"
         )
-    class_names = _class_names(content.get("class_names"), labels)
-    if "test_images" in content:
-        test_images = _images("test_images", content["test_images"])
-        test_labels = _labels("test_labels", content["test_labels"])
-    else:
-        train, test = stratified_split(labels, test_fraction, seed, "test_fraction")
-        test_images, test_labels = images[test], labels[test]
-        images, labels = images[train], labels[train]
-    return ImageDataset(name, images, labels, test_images, test_labels, class_names)
-
-
-def _images(name: str, array: NDArray[np.generic]) -> Tensor:
-    if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise ValueError(
-            f"{name} has dtype {array.dtype}; allowed are uint8 and floating point in [0, 1]"
-        )
-    if array.dtype != np.uint8:
-        array = array.astype(np.float32)
-    if array.ndim == 3:
-        array = array[:, None]
-    elif _channel_axis(name, array.shape) == 3:
-        array = array.transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _channel_axis(name: str, shape: tuple[int, ...]) -> int:
-    if len(shape) != 4:
-        raise ValueError(
-            f"{name} has shape {shape}; allowed are [N, H, W], [N, H, W, C] and [N, C, H, W]"
-        )
-    candidates = [axis for axis in (1, 3) if shape[axis] in _CHANNEL_COUNTS]
-    if len(candidates) == 1:
-        return candidates[0]
-    problem = "both have" if candidates else "neither has"
-    raise ValueError(
-        f"{name} has shape {shape}; the channels must be on axis 1 or axis 3, whichever has size "
-        f"1 or 3, but {problem} such a size"
+    names = _class_names(class_names, label_name, *found["train"])
+    labels = {part: _numbered(parts[part][1], values, names) for part, (values, _) in found.items()}
+    if "test" not in parts:
+        train, test = stratified_split(labels["train"], test_fraction, seed, "test_fraction")
+        for each in (images, labels):
+            each["test"], each["train"] = each["train"][test], each["train"][train]
+    rows = None
+    if "validation" in parts:
+        count = len(images["train"])
+        rows = torch.arange(count, count + len(images["validation"]))
+        for each in (images, labels):
+            each["train"] = torch.cat([each["train"], each["validation"]])
+    return ImageDataset(
+        name, images["train"], labels["train"], images["test"], labels["test"], names, rows
     )
 
 
-def _labels(name: str, array: NDArray[np.generic]) -> Tensor:
-    if array.dtype.kind not in "iu" or array.ndim != 1 or array.size == 0:
-        raise ValueError(
-            f"{name} has dtype {array.dtype} and shape {array.shape}; it must be integers [N]"
-        )
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _class_names(array: NDArray[np.generic] | None, labels: Tensor) -> tuple[str, ...]:
-    if array is not None:
-        if array.dtype.kind != "U" or array.ndim != 1:
+def _class_names(
+    given: Array | None, label_name: str, labels: Array, count: int
+) -> tuple[str, ...]:
+    """Those that the file gives, or those of the labels, of which there are at least `count`."""
+    if given is not None:
+        if given.dtype.kind != "U" or given.ndim != 1:
             raise ValueError(
-                f"class_names has dtype {array.dtype} and shape {array.shape}; "
+                f"class_names has dtype {given.dtype} and shape {given.shape}; "
                 "it must be strings [number of classes]"
             )
-        return tuple(str(name) for name in array)
+        return tuple(str(name) for name in given)
+    if labels.dtype.kind == "U":
+        return tuple(str(name) for name in np.unique(labels))
     highest = int(labels.max())
     # Checked before the names are made: a stray label must not allocate that many of them.
     if highest >= len(labels):
         raise ValueError(
-            f"labels goes up to {highest} with {len(labels)} images; labels must be 0 … K−1 and "
-            "every class needs a training image"
+            f"{label_name} goes up to {highest} with {len(labels)} images; labels must be "
+            "0 … K−1 and every class needs a training image"
         )
-    return tuple(str(label) for label in range(highest + 1))
+    return tuple(str(label) for label in range(max(highest + 1, count)))
+
+
+def _numbered(name: str, labels: Array, class_names: tuple[str, ...]) -> Tensor:
+    """int64 [N]; strings by their place among the class names."""
+    if labels.dtype.kind != "U":
+        return torch.from_numpy(labels)
+    number = {class_name: index for index, class_name in enumerate(class_names)}
+    unknown = sorted(set(labels.tolist()) - number.keys())
+    if unknown:
+        raise ValueError(f"{name} has the class {unknown[0]!r}, which is none of the training set")
+    return torch.tensor([number[label] for label in labels.tolist()])
