@@ -33,6 +33,7 @@ from dd.gin_text import (
     parse_text,
     place_in,
     registered,
+    registered_names,
     saved_text,
 )
 from dd.runtime.changes import WHEN_JUDGED
@@ -123,19 +124,19 @@ def network(name: str, experiment: Experiment) -> nn.Module:
     Raises:
         ConfigError: There is none of that name, or it cannot take these images.
     """
-    classes = {
-        name: target
-        for name, target in CONFIGURABLES.items()
-        if isinstance(target, type) and issubclass(target, nn.Module)
-    }
-    own = registered(name)
-    if name not in classes and not (isinstance(own, type) and issubclass(own, nn.Module)):
-        raise ConfigError(f"there is no architecture {name!r}{nearest(name, classes)}")
+    if not _is_network(name):
+        networks_there = [name for name in registered_names() if _is_network(name)]
+        raise ConfigError(f"there is no architecture {name!r}{nearest(name, networks_there)}")
     try:
         made: nn.Module = gin.get_configurable(name)(**experiment.image_format)
     except (ValueError, TypeError) as error:
         raise ConfigError(one_line(error)) from error
     return made
+
+
+def _is_network(name: str) -> bool:
+    target = registered(name)
+    return isinstance(target, type) and issubclass(target, nn.Module)
 
 
 def load(
@@ -263,7 +264,7 @@ def _gist(message: str) -> str:
     selector = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message)
     if selector:
         name = selector[1].split(".")[0]
-        return f"there is nothing called {name!r} to configure{nearest(name, CONFIGURABLES)}"
+        return f"there is nothing called {name!r} to configure{nearest(name, registered_names())}"
     macro = re.search(r"No bindings specified for '([\w./]+)/gin\.macro'", message)
     if macro:
         others = [name for name in _places if "." not in name]

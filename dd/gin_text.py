@@ -202,6 +202,13 @@ def registered(selector: str) -> Any:
         return None
 
 
+def registered_names() -> list[str]:
+    """Every name that a configuration can use, those from modules of one's own among them."""
+    # gin lists what is registered nowhere else.
+    known = [selector for selector, _ in gin.config._REGISTRY.items()]
+    return [name.rpartition(".")[2] for name in known if not name.startswith("gin.")]
+
+
 def parameters(configuration: str) -> dict[str, str]:
     """The bindings in a configuration's text, by name."""
     joined = re.sub(r"\\?\n[ \t]+", " ", configuration).replace("=  ", "= ")

@@ -1,5 +1,6 @@
 """Distilled sets that others made: tensors in a `.pt` file, or a folder of images."""
 
+import logging
 import pickle
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import torch
 from torch import Tensor
 
 from dd.data import ImageDataset, PixelTransform, apply_in_chunks
-from dd.data.checks import check_finite, check_images, check_shape
+from dd.data.checks import check_finite, check_images, check_shape, warn_of_degenerate
 from dd.data.pictures import decode_image
 from dd.data.sources.image_files import list_class_folders
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.names import PIXELS
 from dd.runtime.files import DamagedFileError
+
+_log = logging.getLogger(__name__)
 
 
 def load_foreign_set(
@@ -20,9 +23,9 @@ def load_foreign_set(
 ) -> DistilledSet:
     """A set for a dataset, from a `.pt` file or a folder.
 
-    A `.pt` file holds a dict with `images` [N, C, H, W] and, optionally, `labels` ([N] or [N, K]),
-    or a pair of the two, or images alone; without labels the images are ordered by class, as many
-    of each. It is read without running anything that it contains. A folder holds one sub-folder of
+    A `.pt` file holds a dict with `images` [N, C, H, W] and, optionally, `labels` ([N], [N, 1] or
+    [N, K]), or a pair of the two, or images alone; without labels the images are ordered by class,
+    as many of each. It is read without running anything that it contains. A folder holds one sub-folder of
     image files for each class, called as the dataset calls them.
 
     Args:
@@ -51,6 +54,7 @@ def load_foreign_set(
                 "classes, and they must be as many of each"
             )
         labels = torch.arange(classes).repeat_interleave(len(images) // classes)
+    labels = _one_a_row(labels, classes)
     hard = labels.dim() == 1 and not labels.is_floating_point()
     soft = labels.is_floating_point() and labels.shape[1:] == (classes,)
     if len(labels) != len(images) or not (hard or soft):
@@ -62,6 +66,10 @@ def load_foreign_set(
         raise ValueError(f"{path} holds labels outside 0 … {classes - 1}")
     if soft:
         check_finite(f"labels of {path}", labels)
+    warn_of_degenerate(path.name, images, classes)
+    present = len(labels.unique())
+    if hard and present < classes:
+        _log.warning("warning: %s has images of %d of the %d classes", path.name, present, classes)
     if values == PIXELS or path.is_dir():
         images = apply_in_chunks(transform, images)
     return DistilledSet(
@@ -71,6 +79,15 @@ def load_foreign_set(
         class_names=dataset.class_names,
         provenance={"foreign": path.name},
     )
+
+
+def _one_a_row(labels: Tensor, classes: int) -> Tensor:
+    """Labels [N, 1] as [N], and whole numbers in floating point as integers."""
+    if labels.dim() == 2 and labels.shape[1] == 1 != classes:
+        labels = labels[:, 0]
+    is_float_list = labels.dim() == 1 and labels.is_floating_point()
+    # NaN and infinity are no whole numbers: their remainder is NaN.
+    return labels.long() if is_float_list and bool((labels % 1 == 0).all()) else labels
 
 
 def _check_values(path: Path, images: Tensor, values: str) -> None:

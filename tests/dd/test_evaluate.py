@@ -248,6 +248,25 @@ def test_tensors_of_others_are_read(form: str, values: str, tmp_path: Path) -> N
     assert found.class_names == ("no", "yes")
 
 
+@pytest.mark.parametrize("labels", [[[0], [0], [1], [1]], [0.0, 0.0, 1.0, 1.0], [[0.0]] * 4])
+def test_labels_of_others_are_whole_numbers_of_any_type(
+    labels: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save((torch.rand(4, 1, 2, 2), torch.tensor(labels)), tmp_path / "set.pt")
+    found = load_foreign_set(tmp_path / "set.pt", DATASET, TRANSFORM, "pixels")
+    assert torch.equal(found.labels, torch.tensor(labels).flatten().long())
+    one_class = bool((found.labels == 0).all())
+    assert ("set.pt has images of 1 of the 2 classes" in caplog.text) == one_class
+
+
+def test_pictures_of_others_that_show_nothing_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(torch.ones(4, 1, 2, 2), tmp_path / "set.pt")
+    load_foreign_set(tmp_path / "set.pt", DATASET, TRANSFORM, "pixels")
+    assert "4 of 4 images of set.pt that were looked at are of one colour" in caplog.text
+
+
 def test_a_folder_of_images_is_read(tmp_path: Path) -> None:
     for name, value in (("yes", 255), ("no", 0)):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -277,6 +296,8 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (torch.rand(3, 1, 2, 2), "3 images without labels"),
         ((torch.rand(2, 1, 2, 2), torch.tensor([0, 2])), "labels outside 0 … 1"),
         ((torch.rand(2, 1, 2, 2), torch.rand(2, 3)), r"labels of shape \(2, 3\)"),
+        ((torch.rand(2, 1, 2, 2), torch.tensor([0.0, 0.5])), r"float32 labels of shape \(2,\)"),
+        ((torch.rand(2, 1, 2, 2), torch.tensor([0.0, torch.nan])), r"labels of shape \(2,\)"),
         ({"image": torch.rand(2, 1, 2, 2)}, "must hold a dict with tensors images"),
     ],
 )

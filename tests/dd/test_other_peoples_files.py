@@ -92,6 +92,9 @@ def test_a_module_of_the_users_own_is_imported_when_asked_for(
     capsys.readouterr()
     assert evaluate.main([str(run), *own, f"--gin_param={name}.hiden = 5"]) == 2
     assert "did you mean 'hidden'?" in one_error(capsys)
+    for flag in ("--architectures=", "--gin_param=Experiment.network = @"):
+        assert evaluate.main([str(run), *own, f"{flag}{name}s"]) == 2
+        assert f"did you mean {name!r}?" in one_error(capsys)
 
 
 def test_escape_sequences_are_shown_not_obeyed(
