@@ -25,8 +25,8 @@ def load_foreign_set(
 
     A `.pt` file holds a dict with `images` [N, C, H, W] and, optionally, `labels` ([N], [N, 1] or
     [N, K]), or a pair of the two, or images alone; without labels the images are ordered by class,
-    as many of each. It is read without running anything that it contains. A folder holds one sub-folder of
-    image files for each class, called as the dataset calls them.
+    as many of each. It is read without running anything that it contains. A folder holds one
+    sub-folder of image files for each class, called as the dataset calls them.
 
     Args:
         path: The file or folder.
