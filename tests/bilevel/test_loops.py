@@ -231,6 +231,36 @@ def test_a_loop_that_cannot_be_compiled_is_made_step_by_step():
     assert relative_error(found.grads, expected.grads) < 1e-12
 
 
+def grow(rate, carry, x):
+    return carry * rate + x, carry.sum()
+
+
+@pytest.mark.parametrize(("wrong_calls", "refused"), [(2, 0), (1000, 1)])
+def test_a_loop_is_compared_at_other_steps_before_it_is_refused(wrong_calls, refused):
+    calls = []
+
+    def wrong_at_first(graph, example_inputs):
+        def call(*inputs):
+            calls.append(inputs)
+            factor = 1.1 if len(calls) <= wrong_calls else 1.0
+            return [factor * output for output in graph(*inputs)]
+
+        return call
+
+    compiler = Compiler(wrong_at_first)
+    start, xs = torch.ones(2, dtype=torch.float64), torch.arange(6.0, dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        carry, sums = compiler.scan(grow, (0.5,), start, xs, 6)
+    assert sum("is run step by step" in str(each.message) for each in caught) == refused
+    expected, seen = start, []
+    for x in xs:
+        seen.append(expected.sum())
+        expected = expected * 0.5 + x
+    torch.testing.assert_close(carry, expected)
+    torch.testing.assert_close(sums, torch.stack(seen))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["data_cleaning", "learned_start", "convnet_distillation"])
 @pytest.mark.parametrize("keep_every", [None, 3])
