@@ -38,7 +38,8 @@ class MatchFeatures(Objective):
     Raises:
         ValueError: An argument outside its range; from `check`, if labels are to be learned.
 
-    Source: Zhao and Bilen, arXiv 2110.04181 (DM), whose rate for images is 1.
+    Source: Zhao and Bilen, arXiv 2110.04181 (DM), whose rate for images is 1, for images that have
+    the norm of real ones: where they are projected to norm 1, a thousandth of it.
     """
 
     metrics = ("loss", "progress")
