@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
-from bilevel.errors import ConfigurationError, ProblemError
+from bilevel.errors import ProblemError
 from bilevel.tree import is_differentiable, named_leaves
 
 
@@ -59,21 +58,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
-
-
-def settle(transformation: Any, device: torch.device, *, check: bool) -> None:
-    if not getattr(transformation.update, "__module__", "").startswith("torchopt"):
-        return
-    probe = torch.ones(1, device=device)
-    state = transformation.init(probe)
-    with torch.no_grad():
-        first, *again = (
-            transformation.update(probe.clone(), state, params=probe, inplace=False)[0]
-            for _ in range(2 if check else 1)
-        )
-    if check and not torch.equal(first, again[0]):
-        raise ConfigurationError(
-            "this TorchOpt optimizer keeps a first-call flag outside its state that changes its "
-            "first step (momentum with dampening does), so an inner run could not be repeated: "
-            "use dampening=0"
-        )
