@@ -70,10 +70,14 @@ def run(command: Callable[[], int]) -> int:
     That is, when Ctrl-C comes outside the parts that handle it, when another process is gone, or
     when there is an error that nobody expected: its traceback goes to a file.
     """
+    from bilevel.distributed import given_up
+
     keep_freed_memory()
     with redirect_stderr(HeardOrNot(sys.stderr)):
         status = _guarded(command)
     _flush()
+    if given_up():
+        os._exit(status)  # the interpreter's own end would wait for the process that is silent
     return status
 
 

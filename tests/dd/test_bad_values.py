@@ -185,6 +185,7 @@ def check(base: Path, name: str, value: str) -> None:
         is_named = parameter.removesuffix("s") in message or (
             owner in message and value.strip("'") in message
         )
+        is_named |= value == f"@{owner}()" and "refers to itself" in message
         assert is_named, f"{name} = {value}: {message}"
     else:
         assert value[0] == "@" or fits(eval(value), ANNOTATIONS[name]), f"{name} = {value}"
