@@ -25,6 +25,7 @@ from dd.augmentation import Augmentation
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
 from dd.distillation.loop import begin
+from dd.distillation.memory import advice
 from dd.distillation.recorder import DISTILLED, record
 from dd.distillation.settings import Distiller
 from dd.evaluation.distilled_set import DistilledSet
@@ -38,7 +39,7 @@ from dd.runtime.cache import checksum
 from dd.runtime.changes import Judging
 from dd.runtime.devices import chosen_device, device_name
 from dd.runtime.files import write_json, write_sealed
-from dd.runtime.memory import check_fits
+from dd.runtime.memory import NotEnoughMemoryError, check_fits, ran_out
 from dd.runtime.plain import one_line
 from dd.runtime.run_folder import RunFolder
 from dd.runtime.sizes import LARGEST_SEED
@@ -227,6 +228,8 @@ class Experiment:
                 failed = replace(report, outer_steps=steps, skipped_steps=skipped, reason=reason)
                 with suppress(OSError):  # such as a full disk, which may be what is wrong
                     write(replace(failed, status="failed"))
+            if ran_out(error):
+                raise NotEnoughMemoryError(advice(self.distiller, task)) from error
             raise
         report = replace(report, status="interrupted")
         write(report)

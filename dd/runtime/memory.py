@@ -11,6 +11,10 @@ from bilevel import ConfigurationError
 _SAID = ("allocate memory", "Storage size calculation overflowed", "out of memory")
 
 
+class NotEnoughMemoryError(MemoryError):
+    """Memory ran out; the message says what to lower, and by how much."""
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that there was not enough memory, on a CPU or a GPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
