@@ -5,7 +5,6 @@ The parameters are those that gin knows, so one that is new is tested by itself.
 
 import functools
 import inspect
-import shutil
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -13,87 +12,18 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
-import torchopt
-from fake_data import write_image, write_tiny_imagenet
+from gin_places import everything, in_its_place, made_by, write_data
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny_runs import GIN, bindings
+from tiny_runs import bindings
 from torch import nn
 from torchvision import datasets
 
-import bilevel
-from dd import augmentation, config, data, objectives, synthetic
+from dd import config, data
 from dd.data.sources import digits
-from dd.distillation.settings import Distiller
-from dd.evaluation.evaluator import Evaluator
-from dd.evaluation.protocols import Protocol
-from dd.experiment import Experiment
 from dd.gin_text import registered
-from dd.runtime.precision import Precision
 
-STAGES = "Distiller.truncation = @StageAware()"
-#: What makes something of a kind part of an experiment: the first that fits.
-PLACES: dict[type, list[str]] = {
-    Experiment: [],
-    Distiller: [],
-    Evaluator: [],
-    synthetic.SyntheticDataset: [],
-    Precision: ["RealImages.precision = @{}()"],
-    Protocol: ["Evaluator.protocol = @{}()"],
-    objectives.Experts: [
-        "RealImages.alignment = @PrototypeAlignment()",
-        "PrototypeAlignment.experts = @{}()",
-    ],
-    objectives.MatchExperts: [
-        "Distiller.objective = @{}()",
-        "Distiller.optimizer = @sgd",
-        "Distiller.truncation = @MinimumDistance()",
-    ],
-    objectives.Objective: ["Distiller.objective = @{}()"],
-    objectives.DifficultyPacing: ["RealImages.pacing = @{}()"],
-    objectives.PrototypeAlignment: ["RealImages.alignment = @{}()"],
-    synthetic.Parameterisation: ["SyntheticDataset.parameterisation = @{}()"],
-    data.ImageDataset: ["Experiment.dataset = @{}()"],
-    data.PixelTransform: ["Experiment.transform = @{}"],
-    augmentation.Augmentation: ["Experiment.augmentation = @{}()"],
-    nn.Module: ["Experiment.dataset = @image_folder()", "Experiment.network = @{}"],
-    bilevel.truncation.Truncation: ["Distiller.truncation = @{}()"],
-    bilevel.truncation.Transition: [STAGES, "StageAware.transition = @{}()"],
-    bilevel.truncation.StepDistribution: [STAGES, "StageAware.distribution = @{}()"],
-    bilevel.estimators.Estimator: ["Distiller.estimator = @{}()"],
-    bilevel.basis.Basis: ["Distiller.estimator = @LowRank()", "LowRank.basis = @{}()"],
-    bilevel.clip.Clip: ["Distiller.clip = @{}()"],
-    torchopt.base.GradientTransformation: ["Distiller.optimizer = @{}()"],
-}
-#: What has no default, or one for real data; {} is the folder of `base`.
-NEEDED = """
-include '{gin}/digits.gin'
-window = 3
-width_range = 2
-Experts.folder = '{folder}/experts'
-Experts.snapshots = 5
-Experts.steps_between_snapshots = 1
-MatchExperts.experts = @Experts()
-MatchExperts.max_start = 1
-Patches.patches_per_side = 1
-EffectiveSteps.fraction = 0.5
-sgd.lr = 0.1
-ByMetric.metric = 'loss'
-RealImages.held_out_batch = 20
-arrays.path = '{folder}/arrays.npz'
-image_folder.root = '{folder}/classes'
-image_folder.image_size = 32
-imagenet.root = '{folder}/imagenet'
-imagenet.image_size = 16
-tiny_imagenet.root = '{folder}/tiny'
-tiny_imagenet.image_size = 16
-cifar10.root = '{folder}'
-cifar100.root = '{folder}'
-cifar10.download = False
-cifar100.download = False
-"""
 #: As gin has them. What begins with @ refers to something.
 VALUES = [
     *("None", "True", "False", "'text'", "''", r"'a\0b'", "b'x'", "1j"),
@@ -107,15 +37,6 @@ drawn = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(inner, inner),
     max_leaves=3,
 ).map(lambda value: repr(value).replace("inf", "1e400"))
-
-
-def made_by(name: str) -> type:
-    """The class of what a name stands for."""
-    target = registered(name)
-    if isinstance(target, type):
-        return target
-    made = inspect.signature(target, eval_str=True).return_annotation
-    return target.__self__ if made is typing.Self else made
 
 
 def parameters_of(name: str) -> dict[str, Any]:
@@ -146,16 +67,8 @@ class NoCIFAR:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A gin file with which everything can be built from small data."""
     folder = tmp_path_factory.mktemp("values")
-    write_tiny_imagenet(folder / "tiny")
-    for part in ("train", "val"):
-        shutil.copytree(folder / "tiny" / "train", folder / "imagenet" / part)
-    for label in (0, 1):
-        for index in range(20):
-            write_image(folder / "classes" / str(label) / f"{index}.png", 100 * label, (32, 32))
-    images = numpy.random.default_rng(0).integers(0, 255, (40, 8, 8), numpy.uint8)
-    numpy.savez(folder / "arrays.npz", images=images, labels=numpy.arange(40) % 2)
-    lines = [NEEDED.replace("{gin}", str(GIN)).replace("{folder}", str(folder)), *bindings()]
-    (folder / "base.gin").write_text("\n".join(lines) + "\n")
+    write_data(folder)
+    (folder / "base.gin").write_text(everything(folder, *bindings()))
     with pytest.MonkeyPatch.context() as patch:
         module = inspect.getmodule(digits)
         patch.setattr(module, "load_digits", functools.cache(module.load_digits))
@@ -165,18 +78,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "base.gin"
 
 
-def lines_for(name: str, value: str) -> list[str]:
-    owner = name.partition(".")[0]
-    places = [lines for kind, lines in PLACES.items() if issubclass(made_by(owner), kind)]
-    assert places, f"say in PLACES where a {made_by(owner)} stands in an experiment"
-    return [*(line.format(owner) for line in places[0]), f"{name} = {value}"]
-
-
 def check(base: Path, name: str, value: str) -> None:
     """Build an experiment with this value, and prepare its data: in vain, or rightly so."""
     owner, _, parameter = name.partition(".")
     try:
-        config.load([str(base)], lines_for(name, value)).prepare()
+        config.load([str(base)], [*in_its_place(owner), f"{name} = {value}"]).prepare()
     except (config.ConfigError, ValueError) as error:
         message = config.one_line(error)
         assert len(message.splitlines()) == 1, message
