@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils import backend_registration
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
+_Generator = torch.Generator
+_generators: dict[int, torch.Generator] = {}
 #: What waits on CUDA for what it computes, for its result is a number or has a size that depends.
 WAITS = {
     aten._local_scalar_dense.default,
@@ -66,6 +69,26 @@ class Elsewhere(torch.Tensor):
         return self.here.tolist()
 
 
+class GeneratorElsewhere(torch.Generator):
+    """Draws what one of the host draws, for the device."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("pretend", 0)
+
+
+class _EitherGenerator(torch.Generator):
+    """Stands for `torch.Generator`, as a class, since annotations name it."""
+
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:  # type: ignore[misc]
+        if torch.device(device).type != "pretend":
+            return _Generator(device)
+        made = GeneratorElsewhere()
+        # PyTorch hands on what it wraps anew, so they are known by their address, and kept.
+        _generators[made._cdata] = made  # type: ignore[attr-defined]
+        return made
+
+
 class Module(backend_registration._DummyBackendModule):
     """What PyTorch asks of a device."""
 
@@ -100,7 +123,8 @@ _counts: Counter[str] = Counter()
 def pretended() -> Iterator[tuple[torch.device, Counter[str]]]:
     """The device, and how often it was waited for, by operation."""
     _counts.clear()
-    with Pretending():
+    _generators.clear()
+    with Pretending(), mock.patch.object(torch, "Generator", _EitherGenerator):
         yield torch.device("pretend", 0), _counts
 
 
@@ -115,7 +139,7 @@ def _run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         for each in flat:
             if isinstance(each, torch.Tensor) and not isinstance(each, Elsewhere) and each.dim():
                 raise RuntimeError(f"{op}: tensors on pretend:0 and on {each.device}")
-    if any(isinstance(each, torch.Generator) for each in flat):
+    if any(isinstance(x, _Generator) and x._cdata not in _generators for x in flat):  # type: ignore[attr-defined]
         raise RuntimeError(f"{op}: a generator of the host draws on pretend:0")
     from_device = bool(elsewhere) and asked is not None and not to_device
     if op in WAITS or from_device or (op is aten.copy_.default and type(args[0]) is not Elsewhere):

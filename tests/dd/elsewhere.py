@@ -17,6 +17,7 @@ import bilevel
 from dd import augmentation, config, data, objectives, synthetic
 from dd.distillation.loop import Distillation, begin, outer_step
 from dd.experiment import Experiment
+from dd.runtime.files import read_tensors
 from dd.runtime.stopping import StopRequest
 
 #: Of each kind, all that gin can name.
@@ -63,6 +64,11 @@ SMALL = [
     "DifficultyPacing.epochs = 1",
     "DifficultyPacing.over_steps = 2",
     "Bases.number = 2",
+    "ResNet18.width = 4",
+    "VGG11.width = 4",
+    "AlexNet.width = 4",
+    "ViT.width = 8",
+    "ViT.depth = 1",
 ]
 
 
@@ -105,3 +111,53 @@ def check_same(base: Path, *lines: str) -> Counter[str]:
 def test_everything_runs_where_it_is_put(name: str, base: Path) -> None:
     waited = check_same(base, *in_its_place(name))
     assert waited.total() <= MOST_WAITS, waited
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Distiller.keep_on = 'cpu'", "Distiller.keep_every = 2"],
+        ["Experiment.images_on = 'host'"],
+        ["SyntheticDataset.learn_labels = True", "SyntheticDataset.classes_per_step = 3"],
+        ["RealImages.precision = @Precision()", "Precision.channels_last = True"],
+        ["Distiller.inner_replicas = 2"],
+    ],
+)
+def test_settings_run_elsewhere(lines: list[str], base: Path) -> None:
+    check_same(base, *lines)
+
+
+@pytest.mark.parametrize("name", ["RandomWindow", "StageAware"])
+def test_inner_steps_are_not_waited_for(name: str, base: Path) -> None:
+    """Of CUDA: they are queued, however many there are, and looked at once, when all are done."""
+    place = in_its_place(name)
+    few, many = (check_same(base, *place, f"Distiller.inner_steps = {steps}") for steps in (6, 18))
+    assert few == many
+
+
+def test_a_run_is_kept_resumed_and_judged_elsewhere(base: Path, tmp_path: Path) -> None:
+    found = {}
+    for kind in ("cpu", "pretend"):
+        folder = tmp_path / kind
+        with pretended() as (elsewhere, _):
+            device = elsewhere if kind == "pretend" else torch.device("cpu")
+            for outer_steps in (2, 4):
+                made = made_on(device, base, f"Distiller.outer_steps = {outer_steps}")
+                report = made.train(made.prepare(), folder, StopRequest(), "")
+                assert report.told_status == "complete"
+        found[kind] = read_tensors(folder / "checkpoint.safetensors")[0]
+    assert read_tensors(tmp_path / "pretend" / "checkpoint.safetensors")[1]["step"] == 4
+    torch.testing.assert_close(found["pretend"], found["cpu"], **ALMOST)
+
+
+def test_what_a_device_refuses_is_refused_here() -> None:
+    with pretended() as (device, counts):
+        there, here = torch.ones(3, device=device), torch.ones(3)
+        with pytest.raises(RuntimeError, match="on pretend:0 and on cpu"):
+            there + here
+        with pytest.raises(RuntimeError, match="a generator of the host draws on pretend:0"):
+            there.normal_(generator=torch.Generator())
+        assert counts.total() == 0
+        assert torch.equal((there + here.sum()).cpu(), torch.full((3,), 4.0))
+        assert float(there[0]) == 1
+        assert counts.total() == 2
