@@ -1,5 +1,18 @@
 """One report from one GPU: is it right, how fast is it, what memory does it take, what accuracy.
 
+Look at these first. All else runs, with each mix of devices refused and each wait for the device
+counted, on one that `tests/pretend_device.py` pretends; these it cannot imitate:
+
+-   Compiled steps and their CUDA graphs: that a replay reads this step's inputs (part 1, compiled).
+-   Kernels that differ from the CPU's, and atomic additions in no fixed order: how far a step that
+    is run again may be from the first, which is 0 on a CPU (part 1).
+-   Streams and pinned memory: with `Experiment.images_on = 'host'` a batch is copied while the
+    device computes (part 6, with that setting; the losses must be those of 'device').
+-   What is made of the size of the device's memory: iterates and graphs that are kept (parts 2, 5).
+-   Allocations in a steady state, and what is said when memory runs out (part 5).
+-   TensorFloat-32 and bfloat16 (part 3), and attention and normalisation under them.
+-   Several processes: their own devices, and NCCL (`torchrun --nproc_per_node=2 -m dd.train`).
+
 In this order, each part in the report as soon as it is there:
 
 1.  Exactness: hypergradients by `Adjoint` in float32 on the device, eager and compiled, and in

@@ -1,6 +1,7 @@
 """One vocabulary of checking: what is a number, what is in range, and what the error says."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bilevel.checks import (
     check_instance,
     check_integer,
     check_number,
+    check_path,
 )
 from bilevel.errors import ConfigurationError
 
@@ -124,3 +126,14 @@ def test_callables():
     assert check_callable("network", Fraction, "ConvNet") is Fraction
     with pytest.raises(ConfigurationError, match=r"network=3: it must be .*, for example ConvNet"):
         check_callable("network", 3, "ConvNet")
+
+
+@pytest.mark.parametrize("value", ["", "a\0b", b"data", 5, None, ["data"]])
+def test_what_can_be_no_path_is_refused(value):
+    with pytest.raises(ConfigurationError, match="root=.*must be the path of a file or folder"):
+        check_path("root", value)
+
+
+def test_a_path_may_begin_at_home():
+    assert check_path("root", "data/x") == check_path("root", Path("data/x")) == Path("data/x")
+    assert check_path("root", "~/x") == Path.home() / "x"

@@ -492,3 +492,17 @@ def test_macros_and_scopes_have_an_effect() -> None:
     )
     assert experiment.seed == 5
     assert config.unused() == []
+
+
+def test_a_parameter_that_nothing_ever_refers_to_is_refused(tmp_path: Path) -> None:
+    """Of a file too, with its line; where some other file refers to it, that is enough."""
+    mine = tmp_path / "mine.gin"
+    mine.write_text("\nLast.window = 3\n")
+    config.load([DIGITS, str(mine)], [])
+    with pytest.raises(config.ConfigError, match=r"Last\.window \(.*mine\.gin, line 2\) is set"):
+        config.check_used()
+    config.load([str(mine), DIGITS], ["Distiller.truncation = @Last()"])
+    assert config.check_used() == []
+    mine.write_text("RandomWindow.window = 3\nDistiller.truncation = @Full()\n")
+    config.load([DIGITS, str(mine)], [])
+    assert [note.split(" (")[0] for note in config.check_used()] == ["note: RandomWindow.window"]
