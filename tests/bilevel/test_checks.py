@@ -130,7 +130,7 @@ def test_callables():
 
 @pytest.mark.parametrize("value", ["", "a\0b", b"data", 5, None, ["data"]])
 def test_what_can_be_no_path_is_refused(value):
-    with pytest.raises(ConfigurationError, match="root=.*must be the path of a file or folder"):
+    with pytest.raises(ConfigurationError, match=r"root=.*must be the path of a file or folder"):
         check_path("root", value)
 
 
