@@ -92,7 +92,7 @@ def holdings(folder: Path) -> list[str]:
     ("kind", "shares"),
     [
         ("bit flipped", [0.5]),
-        ("deleted", [0.0]),
+        pytest.param("deleted", [0.0], marks=pytest.mark.slow),
         # Near the beginning, and the last byte.
         pytest.param("bit flipped", [0.02, 0.2, 0.8, 1.0], marks=pytest.mark.slow),
         pytest.param("truncated", [0.0, 0.02, 0.5, 1.0], marks=pytest.mark.slow),
