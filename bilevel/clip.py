@@ -11,7 +11,6 @@ from torch import Tensor
 from bilevel.checks import check_number
 from bilevel.errors import ConfigurationError, NonFiniteError
 
-
 __all__ = ["Clip", "MovingAverageClip", "MovingAverageRowClip"]
 
 
