@@ -129,6 +129,14 @@ class Hypergradient:
                 f"steps={steps}: {type(self.truncation).__name__} needs at least "
                 f"{self.truncation.minimum_steps}, the width of its window"
             )
+        if self.inner_replicas > 1 and (
+            self.estimator.carries_over and not self.estimator.carries_over_by_replica
+        ):
+            raise ConfigurationError(
+                f"inner_replicas={inner_replicas}: {type(self.estimator).__name__} takes over "
+                f"{self.estimator.carries_over} from the call before, and each replica would take "
+                "over another one's"
+            )
         for name, module in modules_held_by(problem):
             refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
         self.inner = InnerLoop(problem, optimizer, compile=compile)

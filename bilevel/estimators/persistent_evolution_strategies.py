@@ -64,6 +64,7 @@ class PersistentEvolutionStrategies(Estimator):
     differentiates_optimizer = False
     leaves_out = "the gradient is that of a smoothed outer loss, and sampled"
     carries_over = "its particles"
+    carries_over_by_replica = True
 
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
         self.sigma = check_number("sigma", sigma, above=0)
