@@ -9,6 +9,7 @@ from bilevel.errors import (
     NonFiniteError,
     ProblemError,
     ProcessError,
+    SilentProcessError,
     SolverError,
     UnusedOuterVariableError,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "ProblemError",
     "ProcessError",
     "Replicas",
+    "SilentProcessError",
     "SolverError",
     "SolverStats",
     "Stats",

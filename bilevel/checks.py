@@ -8,6 +8,8 @@ are.
 from collections.abc import Hashable, Mapping, Sequence
 from math import inf, isfinite
 from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import optree
@@ -90,6 +92,13 @@ def check_instance(name: str, value: T, wanted: type, hint: str) -> T:
             f"{name} is {found}, not {_article(wanted)}: write for example {hint}"
         )
     return value
+
+
+def check_path(name: str, value: Any) -> Path:
+    """`value` as a path: one, or a string, that can be a file's; "~" is the user's home."""
+    if not isinstance(value, (str, PathLike)) or not str(value) or "\0" in str(value):
+        raise ConfigurationError(f"{name}={value!r}: it must be the path of a file or folder")
+    return Path(value).expanduser()
 
 
 def check_callable(name: str, value: T, hint: str) -> T:

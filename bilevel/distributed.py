@@ -4,90 +4,43 @@ They are those of `torch.distributed`'s default group, which the program initial
 under `torchrun`. Without a group, or with one process in it, everything here is the identity.
 """
 
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import optree
 import torch
-from torch import Tensor, distributed
 
 from bilevel.checks import check_instance
 from bilevel.errors import NonFiniteError, ProcessError
 from bilevel.hypergradient import Hypergradient
+from bilevel.processes import (
+    average,
+    broadcast_,
+    gather,
+    given_up,
+    hurry,
+    rank,
+    side_by_side,
+    watched,
+    world_size,
+)
 from bilevel.result import HypergradientResult, as_float
 from bilevel.variables import add_to_grad, leaves_with_grad
 
-T = TypeVar("T")
-
-
-def rank() -> int:
-    """The number of this process, 0 … world_size() − 1."""
-    return distributed.get_rank() if _initialised() else 0
-
-
-def world_size() -> int:
-    """How many processes there are."""
-    return distributed.get_world_size() if _initialised() else 1
-
-
-def gather(value: T) -> list[T]:
-    """What every process gives, ordered by rank; none goes on before all have given theirs.
-
-    Args:
-        value: Anything small that can be pickled, its tensors on the CPU.
-
-    Raises:
-        ProcessError: Another process is gone.
-    """
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    with _lost_processes_named():
-        distributed.all_gather_object(values, value)
-    return values
-
-
-def average(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """(1/N) Σ_r tensor_r for each of `tensors`, new tensors with the same bits in every process.
-
-    One all-reduce for each dtype and device that occurs.
-
-    Args:
-        tensors: Of floating point; of the same shapes, dtypes and order in every process.
-
-    Raises:
-        ProcessError: Another process is gone.
-    """
-    averaged = [tensor.detach().clone() for tensor in tensors]
-    if world_size() == 1:
-        return averaged
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in averaged:
-        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in alike.values():
-        flat = torch.cat([tensor.flatten() for tensor in group])
-        with _lost_processes_named():
-            distributed.all_reduce(flat)
-        flat /= world_size()
-        for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-    return averaged
-
-
-@torch.no_grad()
-def broadcast_(tensors: Iterable[Tensor]) -> None:
-    """Overwrite `tensors` with those of process 0, so that all start from the same bits.
-
-    Raises:
-        ProcessError: Another process is gone.
-    """
-    if world_size() > 1:
-        with _lost_processes_named():
-            for tensor in tensors:
-                distributed.broadcast(tensor.detach(), src=0)
+__all__ = [
+    "AveragedHypergradient",
+    "average",
+    "broadcast_",
+    "gather",
+    "given_up",
+    "hurry",
+    "rank",
+    "side_by_side",
+    "watched",
+    "world_size",
+]
 
 
 @final
@@ -209,18 +162,3 @@ def _check(reports: Sequence[_Report]) -> None:
                 f"process {number} has other metrics or outer variables (names, shapes, dtypes) "
                 f"than process 0: {report.layout}, not {reports[0].layout}"
             )
-
-
-@contextmanager
-def _lost_processes_named() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # what torch.distributed raises when a connection is closed
-        raise ProcessError(
-            f"process {rank()} of {world_size()} cannot reach another one, which was killed or "
-            f"has failed and says why itself ({textwrap.shorten(str(error), 160)})"
-        ) from error
-
-
-def _initialised() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

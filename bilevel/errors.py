@@ -1,5 +1,7 @@
 """What `bilevel` raises. Every message names the thing, its value and what is allowed."""
 
+from collections.abc import Sequence
+
 
 class BilevelError(Exception):
     """Base of every error raised on purpose by `bilevel`."""
@@ -27,6 +29,14 @@ class CompileWarning(UserWarning):
 
 class ProcessError(BilevelError, RuntimeError):
     """Another process of the group has failed, is gone, or does something else than this one."""
+
+
+class SilentProcessError(ProcessError):
+    """Another process of the group is stopped, hangs or is out of reach; `ranks` are such ones."""
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class SolverError(BilevelError, ArithmeticError):

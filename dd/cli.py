@@ -70,10 +70,14 @@ def run(command: Callable[[], int]) -> int:
     That is, when Ctrl-C comes outside the parts that handle it, when another process is gone, or
     when there is an error that nobody expected: its traceback goes to a file.
     """
+    from bilevel.distributed import given_up
+
     keep_freed_memory()
     with redirect_stderr(HeardOrNot(sys.stderr)):
         status = _guarded(command)
     _flush()
+    if given_up():
+        os._exit(status)  # the interpreter's own end would wait for the process that is silent
     return status
 
 
@@ -119,16 +123,15 @@ def unexpected(error: Exception) -> int:
 
 def memory_advice(error: BaseException) -> str | None:
     """What to lower where memory ran out; None for other errors."""
-    from torch import OutOfMemoryError
+    from dd.runtime.memory import NotEnoughMemoryError, ran_out
 
-    text = str(error)
-    if not isinstance(error, (MemoryError, OutOfMemoryError)) and "allocate memory" not in text:
+    if isinstance(error, NotEnoughMemoryError):
+        return f"out of memory: {error} ({error.__cause__ or 'no more is known'})"
+    if not ran_out(error):
         return None
     return (
-        "out of memory: lower RealImages.real_micro_batch (the outer loss), "
-        "SyntheticDataset.classes_per_step and batch_per_class (an inner step), the window or "
-        "Distiller.keep_every (iterates that are kept), set Distiller.keep_on = 'cpu', or "
-        f"Experiment.images_on = 'host' (the dataset) ({text})"
+        "out of memory: lower what is made of many images at once, or set Experiment.images_on = "
+        f"'host' for the dataset ({error})"
     )
 
 

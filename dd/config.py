@@ -22,14 +22,11 @@ from dd.gin_text import (
     MOVED,
     RECIPES,
     ConfigError,
-    Place,
     check_is_data,
     differences,
     find,
-    names_set,
     nearest,
     parameters,
-    parse,
     parse_text,
     place_in,
     registered,
@@ -37,7 +34,18 @@ from dd.gin_text import (
     saved_text,
 )
 from dd.runtime.changes import WHEN_JUDGED
+from dd.runtime.memory import ran_out
 from dd.runtime.precision import Precision
+from dd.written import (
+    begin,
+    check_all_is_known,
+    check_used,
+    macros_set,
+    place_of,
+    read_binding,
+    read_file,
+    unused,
+)
 
 #: Every name a gin file can use, with what it stands for.
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
@@ -109,13 +117,15 @@ for _name, _target in CONFIGURABLES.items():
 
 #: What a set is judged by: all its parameters may change when that is done again.
 JUDGES = (Evaluator, protocols.Protocol, augmentation.Augmentation, nn.Module)
-
-__all__ = ["CONFIGURABLES", "RECIPES", "ConfigError", "differences", "parameters"]
-
-#: Where parameters and macros are set.
-_places: dict[str, Place] = {}
-#: The files that the user named, not those they include, and the command line.
-_by_user: set[str] = set()
+__all__ = [
+    "CONFIGURABLES",
+    "RECIPES",
+    "ConfigError",
+    "check_used",
+    "differences",
+    "parameters",
+    "unused",
+]
 
 
 def network(name: str, experiment: Experiment) -> nn.Module:
@@ -161,22 +171,18 @@ def load(
         ConfigError: A file is missing, a name is misspelt, or a value cannot work.
     """
     gin.clear_config()
-    _places.clear()
-    _by_user.clear()
+    begin()
     try:
         for module in modules:
             importlib.import_module(module)
         if run is not None:
             parse_text(check_is_data(saved_text(run), str(run), modules), str(run))
-        paths = [find(name, Path()) for name in files]
-        _by_user.update([*map(str, paths), COMMAND_LINE])
-        for path in paths:
-            _places.update(parse(path))
+        for path in [find(name, Path()) for name in files]:
+            read_file(path)
         for binding in bindings:
-            parse_text(binding, COMMAND_LINE)
-            _places.update(names_set(binding, COMMAND_LINE))
+            read_binding(binding)
         gin.finalize()
-        _check_all_is_known()
+        check_all_is_known()
         return _EXPERIMENT()
     except RecursionError as error:
         raise ConfigError("the configuration refers to itself, or is nested too deeply") from error
@@ -190,43 +196,10 @@ def load(
         bilevel.BilevelError,
     ) as error:
         raise ConfigError(one_line(error)) from error
-
-
-def _check_all_is_known() -> None:
-    """Refuse macros and scopes of the user's to which nothing refers: they are misspelt."""
-    bindings = parameters(gin.config_str())
-    values = " ".join(bindings.values())
-    macros = set(re.findall(r"%([\w./]+)", values))
-    scopes = set(re.findall(r"@([\w./]+)/\w", values))
-    for name, place in _places.items():
-        if place.file not in _by_user:
-            continue
-        scope = name.rpartition("/")[0]
-        if "." not in name and name not in macros:
-            raise ConfigError(f"{place}: nothing refers to {name}{nearest(name, sorted(macros))}")
-        if scope and "." in name and scope not in scopes:
-            raise ConfigError(
-                f"{place}: {name} is set, but nothing refers to the scope {scope!r}, as "
-                f"@{name.rpartition('.')[0]} would"
-            )
-
-
-def unused() -> list[str]:
-    """Parameters that are set on something which nothing refers to, so they have no effect.
-
-    Those of an included file are left out: they let one line switch back to what it describes.
-    """
-    bindings = parameters(gin.config_str())
-    references = " ".join(bindings.values())
-    return [
-        name
-        for name in bindings
-        if name in _places
-        and _places[name].file in _by_user
-        and not name.startswith("Experiment.")
-        and "." in name
-        and not re.search(rf"@(\w+/)*{re.escape(name.rsplit('.', 1)[0])}\b", references)
-    ]
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise ConfigError(f"out of memory: this is too large: {one_line(error)}") from error
 
 
 def text() -> str:
@@ -234,15 +207,11 @@ def text() -> str:
     return str(gin.operative_config_str())
 
 
-def place_of(name: str) -> str:
-    """Where a parameter is set, to be put behind its name; empty if that is not known."""
-    return f" ({_places[name]})" if name in _places else ""
-
-
 def one_line(error: BaseException) -> str:
     """The gist of an error, with a suggestion for a misspelt name, and the place if it has one."""
     message = str(error).strip()
     gist, place = _gist(message) or type(error).__name__, place_in(message)
+    gist = re.sub(r"(\d{40})\d+", r"\1…", gist)  # nobody reads a number of four hundred digits
     if place is None or place.file == COMMAND_LINE or f"{place.file}, line" in gist:
         return gist
     return f"{place}: {gist}"
@@ -267,7 +236,7 @@ def _gist(message: str) -> str:
         return f"there is nothing called {name!r} to configure{nearest(name, registered_names())}"
     macro = re.search(r"No bindings specified for '([\w./]+)/gin\.macro'", message)
     if macro:
-        others = [name for name in _places if "." not in name]
+        others = macros_set()
         return f"%{macro[1]} is not set" + (nearest(macro[1], others) if others else "")
     missing = re.search(r"Required bindings for `(\w+)` not provided.*: (\[.*\])", message)
     if missing:
@@ -276,9 +245,9 @@ def _gist(message: str) -> str:
     where = [line for line in lines if line.startswith("In call to configurable")]
     inside = re.search(r"In call to configurable '([\w.]+)'", where[0]) if where else None
     gist = lines[0] if lines else ""
-    argument = re.search(r"missing \d+ required .*arguments?: (.*)", gist)
-    if argument:
-        gist = f"it needs a value for {argument[1]}"
+    gist = re.sub(
+        r"[\w.]+\(\) missing \d+ required .*arguments?: (.*)", r"it needs a value for \1", gist
+    )
     if inside is None:
         return gist
     # Our messages begin with the parameter.

@@ -1,5 +1,6 @@
 """One experiment as a gin file describes it: the parts, and what is done with them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import bilevel
+from bilevel import ConfigurationError
 from bilevel.checks import (
     check_callable,
     check_choice,
@@ -23,6 +25,7 @@ from dd.augmentation import Augmentation
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
 from dd.distillation.loop import begin
+from dd.distillation.memory import advice
 from dd.distillation.recorder import DISTILLED, record
 from dd.distillation.settings import Distiller
 from dd.evaluation.distilled_set import DistilledSet
@@ -36,8 +39,10 @@ from dd.runtime.cache import checksum
 from dd.runtime.changes import Judging
 from dd.runtime.devices import chosen_device, device_name
 from dd.runtime.files import write_json, write_sealed
+from dd.runtime.memory import NotEnoughMemoryError, check_fits, ran_out
 from dd.runtime.plain import one_line
 from dd.runtime.run_folder import RunFolder
+from dd.runtime.sizes import LARGEST_SEED
 from dd.runtime.stopping import StopRequest
 from dd.synthetic.dataset import SyntheticDataset
 
@@ -96,7 +101,7 @@ class Experiment:
         self.synthetic = synthetic
         self.distiller = distiller
         self.evaluator = evaluator
-        self.seed = check_integer("seed", seed, 0, 2**63 - 1)
+        self.seed = check_integer("seed", seed, 0, LARGEST_SEED)
         self.validation_fraction = check_number(
             "validation_fraction", validation_fraction, above=0, below=1
         )
@@ -111,8 +116,15 @@ class Experiment:
             "channels": channels,
             "image_size": height,
         }
-        self.network = network(**self.image_format)
+        try:
+            made = network(**self.image_format)
+        except TypeError as error:
+            raise ConfigurationError(f"network: {error}") from error
+        self.network = check_instance("network", made, nn.Module, "@ConvNet without ()")
         distiller.objective.check(self.network, dataset.image_shape, synthetic)
+        # A set has a gradient and Adam's two moments.
+        size = 16 * dataset.num_classes * math.prod(dataset.image_shape)
+        check_fits("images_per_class", synthetic.images_per_class, size, self.device)
         # On the CPU, so that a seed means the same on every device.
         self.key = bilevel.Key(seed)
 
@@ -216,6 +228,8 @@ class Experiment:
                 failed = replace(report, outer_steps=steps, skipped_steps=skipped, reason=reason)
                 with suppress(OSError):  # such as a full disk, which may be what is wrong
                     write(replace(failed, status="failed"))
+            if ran_out(error):
+                raise NotEnoughMemoryError(advice(self.distiller, task)) from error
             raise
         report = replace(report, status="interrupted")
         write(report)

@@ -70,14 +70,14 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with one_first():
             experiment = config.load(options.gin_file, options.gin_param, modules=options.modules)
+            notes = config.check_used()
     except config.ConfigError as error:
         return fail(str(error))
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(options.gin_file[0]).stem}-{started}"
     folder = Path(from_first_process(options.run_dir or default))
-    for name in config.unused():
-        owner = name.rsplit(".", 1)[0]
-        say(f"note: {name}{config.place_of(name)} is set, but nothing refers to {owner}")
+    for note in notes:
+        say(note)
     print(f"preparing {experiment.dataset!r}", flush=True)
     try:
         with one_first():  # The others find the whitening that it fitted.

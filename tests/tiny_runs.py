@@ -20,16 +20,17 @@ GIN = Path(__file__).parents[1] / "gin"
 OUTER_STEPS, INNER_STEPS, WINDOW = 6, 6, 3
 #: A snapshot after the first outer step.
 SNAPSHOT = Path("snapshots") / "0.0001_minutes.safetensors"
+#: Of these, what only a recipe with real images in its outer loss and random windows refers to.
+REAL_IMAGES: dict[str, Any] = {"RealImages.real_batch": 50, "RandomWindow.window": WINDOW}
 #: What makes a distillation of digits one of a second.
 TINY: dict[str, Any] = {
+    **REAL_IMAGES,
     "Distiller.outer_steps": OUTER_STEPS,
     "Distiller.minutes": None,
     "Distiller.inner_steps": INNER_STEPS,
     "Distiller.compile": False,
     "Distiller.image_every": 2,
     "Distiller.snapshot_minutes": [1e-4],
-    "RealImages.real_batch": 50,
-    "RandomWindow.window": WINDOW,
     "ConvNet.width": 8,
     "ConvNet.depth": 1,
     "Evaluator.networks": 2,
@@ -55,7 +56,12 @@ def arguments(
     run_dir: Path | str | None, *lines: str, file: str = "digits.gin", **changes: Any
 ) -> list[str]:
     """The arguments of a command for a tiny run."""
-    words = [f"--gin_param={binding}" for binding in bindings(*lines, **changes)]
+    without = () if file == "digits.gin" else tuple(REAL_IMAGES)
+    words = [
+        f"--gin_param={binding}"
+        for binding in bindings(*lines, **changes)
+        if not binding.startswith(without)
+    ]
     where = [] if run_dir is None else [f"--run_dir={run_dir}"]
     return [f"--gin_file={GIN / file}", *where, *words]
 

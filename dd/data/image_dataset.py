@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.checks import check_integer, check_number
 from dd.data.checks import check_images, check_labels, check_unit_range, warn_of_degenerate
+from dd.runtime.sizes import LARGEST_SEED
 
 
 @final
@@ -177,11 +178,14 @@ def stratified_split(
     """
     check_number(parameter, fraction, above=0, below=1)
     # Without one, each load would have another test set.
-    check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0, LARGEST_SEED)
     targets = labels.cpu().numpy()
     try:
         kept, held_out = train_test_split(
-            np.arange(len(targets)), test_size=fraction, random_state=seed, stratify=targets
+            np.arange(len(targets)),
+            test_size=fraction,
+            random_state=seed % 2**32,  # NumPy's generators take no larger one
+            stratify=targets,
         )
     except ValueError as error:
         raise ValueError(

@@ -13,7 +13,13 @@ from typing import Any, final
 import torch
 
 import bilevel
-from bilevel.distributed import AveragedHypergradient, broadcast_, gather, world_size
+from bilevel.distributed import (
+    AveragedHypergradient,
+    broadcast_,
+    gather,
+    side_by_side,
+    world_size,
+)
 from bilevel.tree import to_device
 from dd.distillation.events import (
     Event,
@@ -163,7 +169,8 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
         began, sentence = time.perf_counter(), None
         event: Event
         try:
-            event, sentence = outer_step(run)
+            with side_by_side(settings.patience_seconds):
+                event, sentence = outer_step(run)
             state.skipped_in_a_row = 0
         except bilevel.NonFiniteError as error:
             state.skipped += 1

@@ -9,6 +9,7 @@ from typing import final
 
 from torch import Tensor
 
+import bilevel
 from bilevel.distributed import world_size
 from dd.distillation.events import (
     Event,
@@ -61,10 +62,10 @@ def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str)
                 break
         recorder.save()
         recorder.show()
-    except BaseException:
+    except BaseException as error:
         # Whatever it is, it is told as itself, and the checkpoint before stays if this fails.
         with suppress(Exception):
-            recorder.rescue()
+            recorder.rescue(error)
         raise
     finally:
         with suppress(OSError):
@@ -83,7 +84,7 @@ class Recorder(ABC):
         """Bring the checkpoint and the sets up to date."""
 
     @abstractmethod
-    def rescue(self) -> None:
+    def rescue(self, error: BaseException) -> None:
         """Save what is whole after an error, without which it would be lost."""
 
     @abstractmethod
@@ -97,7 +98,7 @@ class Recorder(ABC):
 
 @final
 class SilentRecorder(Recorder):
-    """Shows nothing, and keeps a checkpoint only if the first process is gone.
+    """Shows nothing, and keeps a checkpoint only if the first process is gone, or silent.
 
     Args:
         run: The distillation.
@@ -114,9 +115,11 @@ class SilentRecorder(Recorder):
     def save(self) -> None:
         pass
 
-    def rescue(self) -> None:
+    def rescue(self, error: BaseException) -> None:
+        # The lock of a first process that is stopped is this program's own.
+        first_is_silent = isinstance(error, bilevel.SilentProcessError) and 0 in error.ranks
         lock = None if self.run.half_done else orphaned(self.folder)
-        if lock is None:
+        if self.run.half_done or (lock is None and not first_is_silent):
             return
         try:
             state, path = self.run.state, self.folder / CHECKPOINT
@@ -124,7 +127,8 @@ class SilentRecorder(Recorder):
                 state.truncation.load_state_dict(self.run.schedule)
                 state.save(path, previous=self.folder / PREVIOUS)
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     def show(self) -> None:
         pass
@@ -197,7 +201,7 @@ class FolderRecorder(Recorder):
             self.run.candidate("average").save(self.folder / AVERAGE)
         self._saved_step = state.step
 
-    def rescue(self) -> None:
+    def rescue(self, error: BaseException) -> None:
         self._reserve = b""
         gc.collect()
         state = self.run.state

@@ -56,6 +56,8 @@ class Distiller:
         back_off: How often a run that diverges (ten outer steps in a row have no finite
             hypergradient, or one makes the set non-finite) goes back to its last checkpoint and
             goes on with half the outer learning rates. 0: it ends, and the checkpoint stays.
+        patience_seconds: Of several processes, for how long one may not be heard of, or be late in
+            an outer step, until the others give it up, save and end; at least 10.
 
     Raises:
         ConfigurationError: An argument outside its range.
@@ -84,6 +86,7 @@ class Distiller:
         snapshot_minutes: Resumable[Sequence[float]] = (),
         checkpoint_seconds: Resumable[float] = 60.0,
         back_off: Resumable[int] = 0,
+        patience_seconds: Resumable[float] = 120.0,
     ) -> None:
         self.outer_steps = check_integer("outer_steps", outer_steps)
         self.inner_steps = check_integer("inner_steps", inner_steps)
@@ -128,6 +131,7 @@ class Distiller:
         )
         self.checkpoint_seconds = check_number("checkpoint_seconds", checkpoint_seconds, minimum=0)
         self.back_off = check_integer("back_off", back_off, 0, 50)
+        self.patience_seconds = check_number("patience_seconds", patience_seconds, minimum=10)
 
     @property
     def compiles(self) -> bool:

@@ -5,6 +5,7 @@ from typing import final
 from torch import Tensor, nn
 
 from bilevel.checks import check_integer
+from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_WIDTH
 
 
 @final
@@ -24,7 +25,7 @@ class AlexNet(nn.Module):
         width: Channels of the first convolution; the others have 3/2, 2, 3/2 and 3/2 of it.
 
     Raises:
-        ValueError: An argument is too small.
+        ValueError: An argument is too small, or too large to be meant.
     """
 
     def __init__(
@@ -33,8 +34,8 @@ class AlexNet(nn.Module):
         super().__init__()
         check_integer("num_classes", num_classes)
         check_integer("channels", channels)
-        check_integer("image_size", image_size, 8)
-        check_integer("width", width)
+        check_integer("image_size", image_size, 8, LARGEST_IMAGE)
+        check_integer("width", width, 1, LARGEST_WIDTH)
         middle = width * 3 // 2
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 5, padding=2),

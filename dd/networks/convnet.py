@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bilevel import ConfigurationError
 from bilevel.checks import check_integer
+from dd.runtime.sizes import LARGEST_DEPTH, LARGEST_IMAGE, LARGEST_WIDTH
 
 
 @final
@@ -32,7 +33,8 @@ class ConvNet(nn.Module):
         width: Channels of every block.
 
     Raises:
-        ValueError: An argument is below 1, or `image_size` is below 2**depth.
+        ValueError: An argument is below 1 or too large to be meant, or `image_size` is below
+            2**depth.
     """
 
     def __init__(
@@ -46,9 +48,9 @@ class ConvNet(nn.Module):
         super().__init__()
         check_integer("num_classes", num_classes)
         check_integer("channels", channels)
-        check_integer("depth", depth)
-        check_integer("width", width)
-        if check_integer("image_size", image_size) < 2**depth:
+        check_integer("depth", depth, 1, LARGEST_DEPTH)
+        check_integer("width", width, 1, LARGEST_WIDTH)
+        if check_integer("image_size", image_size, 1, LARGEST_IMAGE) < 2**depth:
             raise ConfigurationError(
                 f"image_size={image_size}: with depth={depth} it must be at least {2**depth}"
             )

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bilevel.checks import check_integer
+from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_WIDTH
 
 
 @final
@@ -24,7 +25,7 @@ class ResNet18(nn.Module):
         width: Channels of the first stage; each of the others doubles them.
 
     Raises:
-        ValueError: An argument is too small.
+        ValueError: An argument is too small, or too large to be meant.
     """
 
     def __init__(
@@ -33,8 +34,8 @@ class ResNet18(nn.Module):
         super().__init__()
         check_integer("num_classes", num_classes)
         check_integer("channels", channels)
-        check_integer("image_size", image_size, 16)
-        check_integer("width", width)
+        check_integer("image_size", image_size, 16, LARGEST_IMAGE)
+        check_integer("width", width, 1, LARGEST_WIDTH)
         # GroupNorm needs more than one pixel to take a variance over.
         self.stem = nn.Sequential(*_convolution(channels, width, 3, 1), nn.ReLU())
         blocks: list[nn.Module] = []

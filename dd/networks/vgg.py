@@ -5,6 +5,7 @@ from typing import final
 from torch import Tensor, nn
 
 from bilevel.checks import check_integer
+from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_WIDTH
 
 #: Channels of every convolution, in units of the first; None is 2×2 max-pooling.
 _LAYERS = (1, None, 2, None, 4, 4, None, 8, 8, None, 8, 8, None)
@@ -24,7 +25,7 @@ class VGG11(nn.Module):
         width: Channels of the first convolution; the last has 8 times as many.
 
     Raises:
-        ValueError: An argument is too small.
+        ValueError: An argument is too small, or too large to be meant.
     """
 
     def __init__(
@@ -33,8 +34,8 @@ class VGG11(nn.Module):
         super().__init__()
         check_integer("num_classes", num_classes)
         check_integer("channels", channels)
-        check_integer("image_size", image_size, 32)
-        check_integer("width", width)
+        check_integer("image_size", image_size, 32, LARGEST_IMAGE)
+        check_integer("width", width, 1, LARGEST_WIDTH)
         layers: list[nn.Module] = []
         for factor in _LAYERS:
             if factor is None:

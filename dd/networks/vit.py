@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bilevel import ConfigurationError
 from bilevel.checks import check_integer
+from dd.runtime.sizes import LARGEST_DEPTH, LARGEST_IMAGE, LARGEST_WIDTH
 
 
 @final
@@ -28,7 +29,8 @@ class ViT(nn.Module):
         heads: Attention heads of a block.
 
     Raises:
-        ValueError: An argument is too small, or does not divide what it has to.
+        ValueError: An argument is too small, too large to be meant, or does not divide what it
+            has to.
     """
 
     def __init__(
@@ -42,16 +44,13 @@ class ViT(nn.Module):
         heads: int = 4,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_classes", num_classes),
-            ("channels", channels),
-            ("image_size", image_size),
-            ("patch", patch),
-            ("width", width),
-            ("depth", depth),
-            ("heads", heads),
-        ):
-            check_integer(name, value)
+        check_integer("num_classes", num_classes)
+        check_integer("channels", channels)
+        check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+        check_integer("patch", patch)
+        check_integer("width", width, 1, LARGEST_WIDTH)
+        check_integer("depth", depth, 1, LARGEST_DEPTH)
+        check_integer("heads", heads)
         if image_size % patch:
             raise ConfigurationError(f"patch={patch}: it must divide image_size={image_size}")
         if width % heads:

@@ -116,6 +116,13 @@ class Objective(ABC):
             ValueError: Naming what does not fit.
         """
 
+    def real_images_at_once(self, num_classes: int) -> tuple[str, int, int] | None:
+        """The option for how many real images' graphs are kept, what it comes to, and that number.
+
+        None: the outer loss looks at no real images.
+        """
+        return None
+
     def variables(self, device: torch.device) -> Outer:
         """Outer variables that are learned beside those of the synthetic set, as leaves."""
         return {}

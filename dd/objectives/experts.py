@@ -1,6 +1,5 @@
 """Training expert networks on the real images, and keeping their trajectories."""
 
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import bilevel
-from bilevel.checks import check_choice, check_instance, check_integer, check_number
+from bilevel.checks import check_choice, check_instance, check_integer, check_number, check_path
 from dd.augmentation import DSA, Augmentation
 from dd.data.prepared import PreparedData, RealBatches
 from dd.evaluation.evaluator import accuracy
@@ -55,9 +54,7 @@ class Experts:
         augmentation: Augmentation | None = None,
         storage: str = "float32",
     ) -> None:
-        if not isinstance(folder, str) or not folder:
-            raise bilevel.ConfigurationError(f"folder={folder!r}: it must be the name of a folder")
-        self.folder = Path(folder)
+        self.folder = check_path("folder", folder)
         self.count = check_integer("count", count)
         self.snapshots = check_integer("snapshots", snapshots)
         self.steps_between_snapshots = steps_between_snapshots

@@ -62,6 +62,10 @@ class MatchFeatures(Objective):
                 "learn_labels=True: MatchFeatures looks at no labels, so it must be False"
             )
 
+    def real_images_at_once(self, num_classes: int) -> tuple[str, int, int]:
+        classes = min(self.classes_per_step or num_classes, num_classes)
+        return "MatchFeatures.real_per_class", self.real_per_class, classes * self.real_per_class
+
     def optimizer(self, outer: Outer, rates: Mapping[str, float]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             [{"params": [value], "lr": rates[name]} for name, value in outer.items()],

@@ -78,6 +78,10 @@ class RealImages(Objective):
         if self.alignment is not None:
             self.alignment.check(network, image_shape, synthetic.patches_per_side)
 
+    def real_images_at_once(self, num_classes: int) -> tuple[str, int, int]:
+        images = min(self.real_micro_batch, self.real_batch)
+        return "RealImages.real_micro_batch", images, images
+
     def optimizer(self, outer: Outer, rates: Mapping[str, float]) -> torch.optim.Optimizer:
         return torch.optim.Adam(
             [{"params": [value], "lr": rates[name]} for name, value in outer.items()]

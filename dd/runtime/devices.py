@@ -2,6 +2,7 @@
 
 import torch
 
+from bilevel.checks import check_instance
 from bilevel.distributed import world_size
 from dd.runtime.processes import local_rank
 
@@ -14,11 +15,12 @@ def chosen_device(name: str) -> torch.device:
     Raises:
         ValueError: There is no such device here, or several processes would share it.
     """
+    check_instance("device", name, str, "'cpu'")
     if name == "auto":
         return _own_cuda_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device={name!r}: it must be 'auto', 'cpu' or 'cuda'") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={name!r}: it must be 'auto', 'cpu' or 'cuda'")

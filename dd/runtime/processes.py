@@ -12,13 +12,15 @@ from torch import distributed
 from tqdm import tqdm
 
 from bilevel import Key
-from bilevel.distributed import gather, rank, world_size
+from bilevel.distributed import gather, given_up, rank, watched, world_size
 
 T = TypeVar("T")
 
-#: How long one process may wait for another. Some wait while others train whole networks; a
-#: process that is gone is noticed at once, by its closed connection.
+#: How long one process may wait for another that is alive. Some wait while others train whole
+#: networks; a process that is gone is noticed at once, by its closed connection.
 PATIENCE = timedelta(hours=12)
+#: For how many seconds a process may not be heard of, until a run says otherwise.
+SILENCE = 120.0
 
 
 @contextmanager
@@ -35,12 +37,14 @@ def joined() -> Iterator[None]:
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
-    if is_first_process():
-        yield
-    else:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with watched(SILENCE):
+        if is_first_process():
             yield
-    distributed.destroy_process_group()
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                yield
+    if not given_up():
+        distributed.destroy_process_group()
 
 
 def _stay_on_this_machine() -> None:

@@ -7,8 +7,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-from bilevel.distributed import gather
+from bilevel.distributed import gather, hurry
 from dd.runtime.processes import is_first_process
+
+#: Seconds for which a process that is asked to stop waits for another; `torchrun` kills after 30.
+LAST_WAIT = 10.0
 
 
 @dataclass
@@ -44,6 +47,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
     def handle(number: int, frame: FrameType | None) -> None:
         at_once = request.requested or request.at_once
         request.signal_number = number
+        hurry(LAST_WAIT)
         if at_once:
             raise KeyboardInterrupt
         # Not print: the signal may arrive while the bar is being written.

@@ -85,7 +85,12 @@ def test_average_of_any_tensors(kinds, seed):
 
 def test_there_is_one_message_for_each_dtype(monkeypatch):
     sent, send = [], distributed.all_reduce
-    monkeypatch.setattr(distributed, "all_reduce", lambda flat: sent.append(flat) or send(flat))
+
+    def all_reduce(flat, **how):
+        sent.append(flat)
+        return send(flat, **how)
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     average([torch.ones(2), torch.ones(3, 4).double(), torch.ones(()), torch.ones(5)])
     assert [(flat.dtype, flat.numel()) for flat in sent] == [
         (torch.float32, 8),

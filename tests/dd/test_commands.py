@@ -338,14 +338,17 @@ def test_a_run_directory_that_is_a_file_is_one_line(
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_a_parameter_without_effect_is_noted(
+def test_a_parameter_without_effect_is_noted_or_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"Distiller__outer_steps": 1, "DSA__strategy": "flip"}
+    """Where another setting is why; where nothing ever referred to it, it is a mistake."""
+    changes = {"Distiller__outer_steps": 1, "Distiller__truncation": "@Full()"}
     assert train.main(arguments(tmp_path / "run", **changes)) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
-    assert "DSA.strategy" in notes[0]
+    assert "RandomWindow.window" in notes[0]
+    assert train.main(arguments(tmp_path / "run", DSA__strategy="flip")) == 2
+    assert "DSA.strategy (--gin_param) is set, but nothing refers to DSA" in one_error(capsys)
 
 
 @pytest.mark.parametrize("module", [train, evaluate, experts], ids=lambda module: module.__name__)

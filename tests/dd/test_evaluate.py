@@ -185,7 +185,7 @@ def test_progress_counts_the_steps_of_training_and_the_networks_that_are_tested(
     ("words", "message"),
     [
         (["--architectures=ResNet"], "'ResNet'; did you mean 'ResNet18'?"),
-        (["--architectures=VGG11"], "image_size=8: it must be an integer of at least 32"),
+        (["--architectures=VGG11"], "image_size=8: it must be an integer in [32, "),
         (["--scores", "--gin_param=Evaluator.full_data_networks = 0"], "full_data_networks"),
     ],
 )

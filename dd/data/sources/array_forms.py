@@ -137,6 +137,7 @@ def _scaled(name: str, array: Array, white: float | None) -> Array:
     # False for NaN, which both are if one value is.
     if not (low >= 0 and high <= scale):
         wrong = f"{name} has values from {low} to {high}; they must lie in [0, {scale:g}]"
+        wrong += "" if white is None else ", as white says"
         is_byte_scale = white is None and low >= 0 and high <= 255
         raise ValueError(wrong + (" (or say arrays.white = 255)" if is_byte_scale else ""))
     if array.dtype.kind in "iu" and scale in (255, 4095, 65535):

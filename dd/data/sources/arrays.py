@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_choice, check_integer, check_number
+from bilevel.checks import check_choice, check_integer, check_number, check_path
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
 from dd.data.pictures import summary
 from dd.data.sources.array_forms import (
@@ -23,6 +23,7 @@ from dd.data.sources.array_forms import (
     is_known,
 )
 from dd.runtime.changes import Judging
+from dd.runtime.sizes import LARGEST_SEED
 
 _log = logging.getLogger(__name__)
 
@@ -64,12 +65,12 @@ def arrays(
         ValueError: The file is damaged, pickled or incomplete, or its contents do not make a
             dataset; the message names the file and what is wrong.
     """
-    check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0, LARGEST_SEED)
     if white is not None:
-        check_number("white", white, above=0)
+        check_number("white", white, above=0, maximum=2**32)
     if channels is not None:
         check_choice("channels", channels, ("first", "last"))
-    path = Path(path).expanduser()
+    path = check_path("path", path)
     if not path.is_file():
         raise DatasetNotFoundError.looked_in(
             path.parent, f"the file {path.name}", "write it with numpy.savez, or correct path"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
+from bilevel.checks import check_flag, check_path
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.runtime.changes import Judging
 
@@ -25,7 +26,7 @@ def cifar10(root: Judging[str | Path] = "data", download: Judging[bool] = True) 
     Raises:
         DatasetNotFoundError: The data is not there, or is damaged, and was not downloaded.
     """
-    return _cifar("cifar10", datasets.CIFAR10, "cifar-10-batches-py", Path(root), download)
+    return _cifar("cifar10", datasets.CIFAR10, "cifar-10-batches-py", root, download)
 
 
 def cifar100(root: Judging[str | Path] = "data", download: Judging[bool] = True) -> ImageDataset:
@@ -40,10 +41,12 @@ def cifar100(root: Judging[str | Path] = "data", download: Judging[bool] = True)
     Raises:
         DatasetNotFoundError: The data is not there, or is damaged, and was not downloaded.
     """
-    return _cifar("cifar100", datasets.CIFAR100, "cifar-100-python", Path(root), download)
+    return _cifar("cifar100", datasets.CIFAR100, "cifar-100-python", root, download)
 
 
-def _cifar(name: str, source: Any, folder: str, root: Path, download: bool) -> ImageDataset:
+def _cifar(name: str, source: Any, folder: str, root: str | Path, download: bool) -> ImageDataset:
+    root = check_path("root", root)
+    check_flag("download", download)
     train = _open_training_set(source, folder, root, download)
     test = source(root=str(root), train=False, download=False)
     return ImageDataset(

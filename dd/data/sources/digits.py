@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from sklearn.datasets import load_digits
 
+from bilevel.checks import check_integer
 from dd.data.image_dataset import ImageDataset, stratified_split
+from dd.runtime.sizes import LARGEST_SEED
 
 
 def digits(test_fraction: float = 0.2, seed: int = 0) -> ImageDataset:
@@ -19,8 +21,10 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> ImageDataset:
         seed: The same seed gives the same split.
 
     Raises:
-        ValueError: `test_fraction` is outside (0, 1) or leaves a part without some class.
+        ValueError: `test_fraction` is outside (0, 1) or leaves a part without some class, or
+            `seed` is outside [0, 2**63).
     """
+    check_integer("seed", seed, 0, LARGEST_SEED)
     data = load_digits()
     images = torch.from_numpy(data.images).to(torch.float32).div_(16).unsqueeze(1)
     labels = torch.from_numpy(data.target).to(torch.int64)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel.checks import check_integer
+from bilevel.checks import check_integer, check_path
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
 from dd.data.pictures import decode_image, say_about_files
 from dd.data.sources.image_files import check_same_classes, list_class_folders
 from dd.runtime.changes import Judging
+from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_SEED
 
 _LAYOUT = "train/<class>/<image files> and test/<class>/<image files>, or <class>/<image files>"
 _SPLITS = {
@@ -49,9 +50,9 @@ def image_folder(
         ValueError: `image_size` is not positive, the classes of the splits differ, a split is
             impossible, or an image cannot be decoded (the message names it).
     """
-    check_integer("image_size", image_size)
-    check_integer("seed", seed, 0)
-    root = Path(root).expanduser()
+    check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+    check_integer("seed", seed, 0, LARGEST_SEED)
+    root = check_path("root", root)
     folders = _split_folders(root)
     directory = root / folders["train"] if folders else root
     paths, labels, class_names = list_class_folders(directory, root, _LAYOUT)

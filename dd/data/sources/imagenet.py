@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bilevel.checks import check_integer
+from bilevel.checks import check_integer, check_path
 from dd.data.image_dataset import ImageDataset
 from dd.data.sources.decoded_images import decoded_images
 from dd.data.sources.image_files import check_same_classes, list_class_folders
 from dd.runtime.changes import Anytime, Judging
+from dd.runtime.sizes import LARGEST_IMAGE
 
 _LAYOUT = "train/<class>/<image files> and val/<class>/<image files>"
 
@@ -40,8 +41,10 @@ def imagenet(
             differ, or an image cannot be decoded (the message names it).
         OSError: The cache cannot be written.
     """
-    check_integer("image_size", image_size)
-    root = Path(root)
+    check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+    root = check_path("root", root)
+    if cache_folder is not None:
+        check_path("cache_folder", cache_folder)
     train_paths, train_labels, class_names = list_class_folders(root / "train", root, _LAYOUT)
     test_paths, test_labels, test_names = list_class_folders(root / "val", root, _LAYOUT)
     check_same_classes(root, class_names, test_names, "val")

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_integer
+from bilevel.checks import check_integer, check_path
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.pictures import is_picture
 from dd.data.sources.decoded_images import decoded_images
 from dd.runtime.changes import Anytime, Judging
+from dd.runtime.sizes import LARGEST_IMAGE
 
 _URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _LAYOUT = "wnids.txt, train/<wnid>/images/ and val/ with val_annotations.txt of Tiny-ImageNet"
@@ -43,8 +44,10 @@ def tiny_imagenet(
             sense, or an image cannot be decoded (the message names it).
         OSError: The cache cannot be written.
     """
-    check_integer("image_size", image_size)
-    root = Path(root)
+    check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+    root = check_path("root", root)
+    if cache_folder is not None:
+        check_path("cache_folder", cache_folder)
     wnids = _lines(root, "wnids.txt")
     repeated = sorted({wnid for wnid in wnids if wnids.count(wnid) > 1})
     if repeated or not wnids:

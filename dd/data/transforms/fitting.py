@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from bilevel.checks import check_integer, check_number, check_path
 from dd.data.transforms.base import PixelTransform
 from dd.data.transforms.kip import KIPWhitening
 from dd.data.transforms.moments import MAX_DIMENSION
@@ -47,6 +48,8 @@ def zca_whitening(
     Raises:
         ValueError: An argument is not allowed.
     """
+    epsilon = check_number("epsilon", epsilon, above=0)
+    _check(chunk, max_dimension, cache_folder)
 
     def fit() -> ZCAWhitening:
         return ZCAWhitening.fit(images, epsilon=epsilon, chunk=chunk, max_dimension=max_dimension)
@@ -75,6 +78,8 @@ def kip_whitening(
     Raises:
         ValueError: An argument is not allowed.
     """
+    regularization = check_number("regularization", regularization, above=0)
+    _check(chunk, max_dimension, cache_folder)
 
     def fit() -> KIPWhitening:
         return KIPWhitening.fit(
@@ -83,6 +88,14 @@ def kip_whitening(
 
     parameters = {"regularization": regularization}
     return _remembered(KIPWhitening, fit, images, parameters, cache_folder)
+
+
+def _check(chunk: int, max_dimension: int, folder: str | Path | None) -> None:
+    """Also where a fit is found in the cache, which needs none of these."""
+    check_integer("chunk", chunk)
+    check_integer("max_dimension", max_dimension)
+    if folder is not None:
+        check_path("cache_folder", folder)
 
 
 def _remembered(

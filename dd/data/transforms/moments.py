@@ -41,6 +41,7 @@ def check_dimension(images: Tensor, max_dimension: int) -> None:
     Raises:
         ValueError: Images [N, C, H, W] have C·H·W > `max_dimension`.
     """
+    check_integer("max_dimension", max_dimension)
     dimension = images[0].numel() if len(images) else 0
     if dimension > max_dimension:
         raise ValueError(

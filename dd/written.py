@@ -1,0 +1,109 @@
+"""What a user's configuration says, and where; and what of it says nothing to anybody."""
+
+import re
+from pathlib import Path
+
+import gin
+from dd.gin_text import (
+    COMMAND_LINE,
+    ConfigError,
+    Place,
+    names_set,
+    nearest,
+    parameters,
+    parse,
+    parse_text,
+    registered,
+)
+
+#: Where parameters and macros are set.
+_places: dict[str, Place] = {}
+#: What some file, or the command line, refers to, in force or overridden.
+_referred: set[str] = set()
+#: The files that the user named, not those they include, and the command line.
+_by_user: set[str] = set()
+
+
+def begin() -> None:
+    """Forget the configuration before."""
+    _places.clear()
+    _referred.clear()
+    _by_user.clear()
+
+
+def read_file(path: Path) -> None:
+    """Have gin parse a file that the user named."""
+    _by_user.add(str(path))
+    _places.update(parse(path, _referred))
+
+
+def read_binding(binding: str) -> None:
+    """Have gin parse a binding of the command line."""
+    _by_user.add(COMMAND_LINE)
+    parse_text(binding, COMMAND_LINE)
+    _places.update(names_set(binding, COMMAND_LINE, _referred))
+
+
+def macros_set() -> list[str]:
+    """The names of all macros."""
+    return [name for name in _places if "." not in name]
+
+
+def place_of(name: str) -> str:
+    """Where a parameter is set, to be put behind its name; empty if that is not known."""
+    return f" ({_places[name]})" if name in _places else ""
+
+
+def check_all_is_known() -> None:
+    """Refuse macros and scopes of the user's to which nothing refers: they are misspelt."""
+    bindings = parameters(gin.config_str())
+    values = " ".join(bindings.values())
+    macros = set(re.findall(r"%([\w./]+)", values))
+    scopes = set(re.findall(r"@([\w./]+)/\w", values))
+    for name, place in _places.items():
+        if place.file not in _by_user:
+            continue
+        scope = name.rpartition("/")[0]
+        if "." not in name and name not in macros:
+            raise ConfigError(f"{place}: nothing refers to {name}{nearest(name, sorted(macros))}")
+        if scope and "." in name and scope not in scopes:
+            raise ConfigError(
+                f"{place}: {name} is set, but nothing refers to the scope {scope!r}, as "
+                f"@{name.rpartition('.')[0]} would"
+            )
+
+
+def unused() -> list[str]:
+    """Parameters that are set on something which nothing refers to, so they have no effect.
+
+    Those of an included file are left out: they let one line switch back to what it describes.
+    """
+    bindings = parameters(gin.config_str())
+    references = " ".join(bindings.values())
+    return [
+        name
+        for name in bindings
+        if name in _places
+        and _places[name].file in _by_user
+        and not name.startswith("Experiment.")
+        and "." in name
+        and not re.search(rf"@(\w+/)*{re.escape(name.rsplit('.', 1)[0])}\b", references)
+    ]
+
+
+def check_used() -> list[str]:
+    """What is to be said of parameters without effect, where another setting may be why.
+
+    Raises:
+        ConfigError: Nothing ever referred to what the parameter is of, in no file, so it must
+            have been meant otherwise.
+    """
+    known = {registered(name) for name in _referred if not name.startswith("%")}
+    notes = []
+    for name in unused():
+        owner = name.rpartition("/")[2].rpartition(".")[0]
+        said = f"{name}{place_of(name)} is set, but nothing refers to {owner}"
+        if registered(owner) not in known:
+            raise ConfigError(f"{said}, so it has no effect")
+        notes.append(f"note: {said}")
+    return notes
