@@ -140,13 +140,16 @@ class Experiment:
             self.validation_fraction,
         )
 
-    def task(self, data: PreparedData, folder: Path | None, seed: int | None = None) -> Task:
+    def task(
+        self, data: PreparedData, folder: Path | None, seed: int | None = None, config: str = ""
+    ) -> Task:
         """What the distiller works on, from this experiment's seed or another one.
 
         Args:
             data: What `prepare` returned.
             folder: Where the run is kept; None: nowhere.
             seed: Of the distillation; the split of the data has the experiment's.
+            config: The operative configuration, for the set to carry.
         """
         seed = self.seed if seed is None else seed
         return Task(
@@ -171,6 +174,7 @@ class Experiment:
                 "threads": torch.get_num_threads(),
                 **versions(),
             },
+            config=config,
         )
 
     def train(
@@ -181,7 +185,7 @@ class Experiment:
         Whatever ends it, `results.json` says so.
         """
         report = self._new_report(self.synthetic.images_per_class)
-        task = self.task(data, folder)
+        task = self.task(data, folder, config=config_text)
 
         def write(report: Report) -> None:
             task.folder.write(RESULTS, partial(write_json, content=report.as_dict()))

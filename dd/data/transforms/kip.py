@@ -50,6 +50,16 @@ class KIPWhitening(PixelTransform):
 
     kind: ClassVar[str] = "kip"
     elementwise: ClassVar[bool] = False
+    formula: ClassVar[str] = (
+        "z = x - x.mean((1, 2, 3), keepdim=True)\n"
+        "z = z / (z.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()\n"
+        "W = (eigenvectors * (eigenvalues + ridge).rsqrt()) @ eigenvectors.T\n"
+        "y = (z.flatten(1) @ W).reshape(x.shape)"
+    )
+    inverse_formula: ClassVar[str] = (
+        "W = (eigenvectors * (eigenvalues + ridge).sqrt()) @ eigenvectors.T\n"
+        "x = (y.flatten(1) @ W).reshape(y.shape) * mean_norm + mean_pixel"
+    )
 
     @torch.no_grad()
     def __init__(
