@@ -110,7 +110,7 @@ for _name, _target in CONFIGURABLES.items():
 #: What a set is judged by: all its parameters may change when that is done again.
 JUDGES = (Evaluator, protocols.Protocol, augmentation.Augmentation, nn.Module)
 
-__all__ = ["CONFIGURABLES", "RECIPES", "ConfigError", "differences", "parameters"]
+__all__ = ["CONFIGURABLES", "RECIPES", "ConfigError", "differences", "parameters", "saved_text"]
 
 #: Where parameters and macros are set.
 _places: dict[str, Place] = {}
@@ -144,7 +144,8 @@ def load(
     bindings: Sequence[str],
     *,
     modules: Sequence[str] = (),
-    run: Path | None = None,
+    saved: str | None = None,
+    name: str = "config.gin",
 ) -> Experiment:
     """Build the experiment that gin files and bindings describe.
 
@@ -155,7 +156,8 @@ def load(
         files: Gin files of the user's. They may import modules, which runs them.
         bindings: Of single parameters, after the files.
         modules: Imported first: what they register can be named.
-        run: The saved configuration of a run, before the files. It is data: it runs nothing.
+        saved: The configuration of a run, before the files. It is data: it runs nothing.
+        name: What messages call it.
 
     Raises:
         ConfigError: A file is missing, a name is misspelt, or a value cannot work.
@@ -166,8 +168,8 @@ def load(
     try:
         for module in modules:
             importlib.import_module(module)
-        if run is not None:
-            parse_text(check_is_data(saved_text(run), str(run), modules), str(run))
+        if saved is not None:
+            parse_text(check_is_data(saved, name, modules), name)
         paths = [find(name, Path()) for name in files]
         _by_user.update([*map(str, paths), COMMAND_LINE])
         for path in paths:
