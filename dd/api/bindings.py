@@ -101,7 +101,8 @@ def part_bindings(
     if not name.isidentifier():
         raise ValueError(f"{short}: it must be a class or a function with a name")
     if registered(name) is not part:
-        with gin.interactive_mode():  # a cell of a notebook may have defined it before
+        # A cell of a notebook may have defined it before.
+        with gin.unlock_config(), gin.config.interactive_mode():
             gin.external_configurable(part, name)
     given = [f"{name}.{argument} = {named(value)}" for argument, value in arguments.items()]
     return [f"{parameter} = @{name}{end}", *given]

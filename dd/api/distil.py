@@ -1,12 +1,13 @@
 """Distil from Python, without a gin file: `dd.distil`."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import gin
 from bilevel.checks import check_callable
 from bilevel.truncation import Truncation
 from dd import config
@@ -17,6 +18,7 @@ from dd.distillation.recorder import DISTILLED
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.names import RESULTS
 from dd.exchange.export import with_results
+from dd.gin_text import COMMAND_LINE
 from dd.runtime.stopping import StopRequest, stop_on_signal
 from dd.runtime.writer import only_writer
 
@@ -81,7 +83,7 @@ def distil(
         FileNotFoundError: The dataset is not there.
         bilevel.BilevelError: The run failed, such as by hypergradients that are not finite.
 
-    The configuration that this process has in gin is replaced.
+    What this process had configured in gin is forgotten.
     """
     watchers = [check_callable("callbacks", each, "[print]") for each in callbacks]
     folder = Path(run_dir) if run_dir is not None else _new_folder(dataset)
@@ -99,12 +101,26 @@ def distil(
         bindings.append(f"Distiller.minutes = {minutes!r}")
     bindings += [f"{name} = {named(value)}" for name, value in (settings or {}).items()]
     try:
-        experiment = config.load([str(recipe)], bindings)
+        _run(folder, str(recipe), bindings, watchers, evaluate)
+    finally:
+        gin.clear_config()  # which also lets modules register parts again
+    return with_results(DistilledSet.load(folder / DISTILLED), folder / RESULTS)
+
+
+def _run(
+    folder: Path,
+    recipe: str,
+    bindings: Sequence[str],
+    watchers: Sequence[Callable[[Event], object]],
+    evaluate: bool,
+) -> None:
+    try:
+        experiment = config.load([recipe], bindings)
         data = experiment.prepare()
         text = config.text()
         is_resumed(folder, text)
     except config.ConfigError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).removesuffix(f" ({COMMAND_LINE})")) from error
 
     # Signals can be handled in the main thread alone.
     in_main = threading.current_thread() is threading.main_thread()
@@ -115,7 +131,6 @@ def distil(
             stop.by_caller |= any(told)
 
         experiment.train(data, folder, stop, text, evaluate=evaluate, watch=watch)
-    return with_results(DistilledSet.load(folder / DISTILLED), folder / RESULTS)
 
 
 def _new_folder(dataset: object) -> Path:

@@ -18,7 +18,8 @@ LABELS = {
 }
 #: Parameters that say where something is on one machine, or what it has.
 _OF_A_MACHINE = re.compile(
-    r"^\S*\.(?:root|path|folder|cache_folder|device|images_on) = .*\n?", re.MULTILINE
+    r"^\S*\.(?:root|path|folder|cache_folder|device|images_on) =[^\n]*(?:\n[ \t]+[^\n]*)*\n?",
+    re.MULTILINE,
 )
 
 
