@@ -135,8 +135,12 @@ def network(name: str, experiment: Experiment) -> nn.Module:
 
 
 def _is_network(name: str) -> bool:
+    """Whether a name is that of a network's class, or of a function that makes networks."""
     target = registered(name)
-    return isinstance(target, type) and issubclass(target, nn.Module)
+    if isinstance(target, type):
+        return issubclass(target, nn.Module)
+    sizes = {"num_classes", "channels", "image_size"}
+    return target is not None and sizes <= inspect.signature(target).parameters.keys()
 
 
 def load(
@@ -296,7 +300,8 @@ def changeable(mark: str) -> Callable[[str], bool]:
         target = registered(owner) if owner else None
         if target is None:
             return False
-        if mark == WHEN_JUDGED and isinstance(target, type) and issubclass(target, JUDGES):
+        judges = isinstance(target, type) and issubclass(target, JUDGES)
+        if mark == WHEN_JUDGED and (judges or _is_network(owner)):
             return True
         found = inspect.signature(target, eval_str=True).parameters.get(parameter)
         return found is not None and mark in getattr(found.annotation, "__metadata__", ())

@@ -18,7 +18,7 @@ from dd.gin_text import nearest, registered, registered_names
 Data = str | Path | ImageDataset | tuple[Any, Any] | Dataset[Any]
 
 
-def dataset_bindings(dataset: Data, folder: Path, image_size: int | None) -> list[str]:
+def dataset_bindings(dataset: Data, folder: Path, image_size: int) -> list[str]:
     """Bindings of `Experiment.dataset`; what has no path is first written into `folder`.
 
     Raises:
@@ -28,9 +28,9 @@ def dataset_bindings(dataset: Data, folder: Path, image_size: int | None) -> lis
     if isinstance(dataset, (str, Path)):
         path = Path(dataset).expanduser()
         if path.is_dir():
-            size = [] if image_size is None else [f"image_folder.image_size = {image_size!r}"]
             root = f"image_folder.root = {str(path.absolute())!r}"
-            return ["Experiment.dataset = @image_folder()", root, *size]
+            size = f"image_folder.image_size = {image_size!r}"
+            return ["Experiment.dataset = @image_folder()", root, size]
         if path.is_file():
             return _arrays(path.absolute())
         if isinstance(dataset, str) and registered(dataset) is not None:

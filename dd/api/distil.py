@@ -34,7 +34,7 @@ def distil(
     images_per_class: int = 1,
     minutes: float | None = None,
     outer_steps: int | None = None,
-    image_size: int | None = None,
+    image_size: int = 32,
     seed: int = 0,
     run_dir: str | Path | None = None,
     recipe: str | Path = RECIPE,
@@ -64,7 +64,7 @@ def distil(
         images_per_class: Of the distilled set.
         minutes: Wall clock at most; default: the recipe's, or none if `outer_steps` is given.
         outer_steps: At most.
-        image_size: To which pictures of a folder are scaled; default: the recipe's, 32.
+        image_size: Height and width to which pictures of a folder are scaled.
         seed: Of everything.
         run_dir: Where the run is kept; one that holds a checkpoint is resumed. Default: a new
             folder below `runs/`.

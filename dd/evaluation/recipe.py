@@ -48,10 +48,13 @@ def student_recipe(
     tried = evaluator.protocol.steps(evaluator.steps, count, evaluator.batch_size)
     parameter = torch.zeros(1, requires_grad=True)
     optimizer, schedule = evaluator.protocol.optimizer([parameter], max(tried), learned_rate)
+    # A function may have made it.
+    maker = re.search(r"^Experiment\.network = @(?:\w+[/.])*(\w+)$", config, re.MULTILINE)
+    name = type(network).__name__ if maker is None else maker[1]
     return {
         "network": {
-            "name": type(network).__name__,
-            "arguments": {**made_for, **arguments_of(network, config)},
+            "name": name,
+            "arguments": {**made_for, **arguments_of(name, config)},
             "parameters": sum(value.numel() for value in network.parameters()),
             "layers": str(network),
         },
@@ -67,7 +70,7 @@ def student_recipe(
         "batch_size": evaluator.batch_size,
         "augmentation": {
             "name": type(evaluator.augmentation).__name__,
-            "arguments": arguments_of(evaluator.augmentation, config),
+            "arguments": arguments_of(type(evaluator.augmentation).__name__, config),
         },
         "learned_rate": learned_rate,
         "config": config,
@@ -79,11 +82,10 @@ def portable(config: str) -> str:
     return _OF_A_MACHINE.sub("", config)
 
 
-def arguments_of(part: object, config: str) -> dict[str, Any]:
+def arguments_of(part: str, config: str) -> dict[str, Any]:
     """The arguments of a part that a configuration lists; what is no plain value stays text."""
     lines = re.sub(r"\\?\n[ \t]+", " ", config)
-    name = re.escape(type(part).__name__)
-    found = re.findall(rf"^(?:[\w/.]*[/.])?{name}\.(\w+) = *(.*)$", lines, re.MULTILINE)
+    found = re.findall(rf"^(?:[\w/.]*[/.])?{part}\.(\w+) = *(.*)$", lines, re.MULTILINE)
     return {argument: _value(text) for argument, text in found}
 
 

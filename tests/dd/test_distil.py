@@ -125,14 +125,14 @@ def test_what_has_no_path_is_kept_as_it_is(tmp_path: Path) -> None:
     given = ImageDataset(
         "mine", IMAGES, LABELS, IMAGES[:9], LABELS[:9], ("x", "y", "z"), validation_rows=rows
     )
-    bindings = dataset_bindings(given, tmp_path, None)
+    bindings = dataset_bindings(given, tmp_path, 8)
     found = arrays(tmp_path / "mine.npz", channels="first")
     assert bindings[-1] == "arrays.channels = 'first'"
     assert found.class_names == given.class_names
     for name in ("train_images", "train_labels", "test_images", "test_labels", "validation_rows"):
         assert torch.equal(getattr(found, name), getattr(given, name))
 
-    dataset_bindings(TensorDataset(IMAGES, LABELS), tmp_path / "torch", None)
+    dataset_bindings(TensorDataset(IMAGES, LABELS), tmp_path / "torch", 8)
     content = np.load(tmp_path / "torch" / "dataset.npz")
     assert np.array_equal(content["images"], IMAGES.numpy())
     assert np.array_equal(content["labels"], LABELS.numpy())
