@@ -17,8 +17,8 @@ from torch import Tensor, distributed
 from bilevel.checks import check_instance
 from bilevel.errors import NonFiniteError, ProcessError
 from bilevel.hypergradient import Hypergradient
-from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.result import HypergradientResult, as_float
+from bilevel.variables import add_to_grad, leaves_with_grad
 
 T = TypeVar("T")
 

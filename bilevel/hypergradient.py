@@ -11,23 +11,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel.bridge import Bridge
 from bilevel.checks import check_instance, check_integer
 from bilevel.compiler import constants_of
-from bilevel.derivatives import missing_derivatives_named
+from bilevel.contract.derivatives import missing_derivatives_named
+from bilevel.contract.graph import inside_transform
+from bilevel.contract.held import Snapshot, modules_held_by
+from bilevel.contract.watch import Watch
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.first_call import FirstCall
-from bilevel.graph import inside_transform
-from bilevel.graph_budget import GraphBudget
-from bilevel.held import Snapshot, modules_held_by
-from bilevel.inner import InnerLoop
 from bilevel.module import refuse_running_statistics
-from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.recording import record
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.record import record
+from bilevel.recording.unrolled import GraphBudget
 from bilevel.result import HypergradientResult, check_finite, mean
 from bilevel.tree import named_leaves, tensors_in
 from bilevel.truncation import Full, Truncation
-from bilevel.watch import Watch
+from bilevel.variables import add_to_grad, leaves_with_grad
 
 
 @final

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
-from bilevel.outer import OuterVariables
-from bilevel.outer_gradient import OuterGradient
 from bilevel.random import Key
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.outer_gradient import OuterGradient
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult, Stats
-from bilevel.trajectory import Trajectory
+from bilevel.variables import Iterate, OuterVariables, StepInputs
 
 
 class Estimator(ABC):

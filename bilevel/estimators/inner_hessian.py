@@ -6,8 +6,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.inner import InnerLoop
 from bilevel.linear import LinearOperator
+from bilevel.recording.inner import InnerLoop
 from bilevel.tree import needs_gradient, partition
 
 

@@ -17,11 +17,11 @@ from bilevel.estimators.recursion import (
     gradient_response,
     pull_update,
 )
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult, LowRankStats
-from bilevel.trajectory import Trajectory
 from bilevel.tree import detach, needs_gradient, partition
+from bilevel.variables import Iterate, StepInputs
 from bilevel.window import Window
 
 

@@ -18,11 +18,11 @@ from bilevel.estimators.evolution_strategies import (
     end_of,
     set_to_mean,
 )
-from bilevel.iterate import Iterate
 from bilevel.random import Key
+from bilevel.recording.trajectory import Trace, Trajectory
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import partition
+from bilevel.variables import Iterate
 from bilevel.window import Window
 
 

@@ -10,7 +10,8 @@ from problems import relative_error, seeded
 from torch.func import functional_call
 
 import bilevel
-from bilevel.compiler import GRAPHS_PER_FUNCTION, Compiler
+from bilevel.compiler import Compiler
+from bilevel.compiler.compiler import GRAPHS_PER_FUNCTION
 
 WINDOW = problems.Fixed(2, 5)
 OPTIMIZERS = {

@@ -6,26 +6,26 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bilevel.contract import check_scalar
+from bilevel.checks import check_scalar
 from bilevel.errors import ConfigurationError
-from bilevel.first_call import FirstCall
-from bilevel.graph_budget import GraphBudget, KeptGraphs
-from bilevel.inner import SIGNALS, InnerLoop
-from bilevel.iterate import Iterate
-from bilevel.micro_batches import MicroBatches
-from bilevel.outer import OuterVariables
 from bilevel.random import Key
-from bilevel.rollout import OUTER_LOSS, Rollout
-from bilevel.short_run import MOST_STEPS, ShortRun
-from bilevel.trajectory import Trace, Trajectory
+from bilevel.recording.inner import SIGNALS, InnerLoop
+from bilevel.recording.outer_gradient import MicroBatches
+from bilevel.recording.rollout import OUTER_LOSS, Rollout
+from bilevel.recording.short_run import MOST_STEPS, ShortRun
+from bilevel.recording.trajectory import Trace, Trajectory
+from bilevel.recording.unrolled import GraphBudget, KeptGraphs, Unrolled
 from bilevel.tree import detach, tensors_in
-from bilevel.unrolled import Unrolled
+from bilevel.variables import Iterate, OuterVariables
 from bilevel.window import Window
+
+if TYPE_CHECKING:
+    from bilevel.first_call import FirstCall
 
 
 @torch.no_grad()

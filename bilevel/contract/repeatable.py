@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ProblemError
-from bilevel.outer import OuterVariables
 from bilevel.tree import detach, tensors_in
+from bilevel.variables import OuterVariables
 
 #: Two results of the same computation may differ by so many rounding units, where sums are split
 #: over threads or a device decides their order.

@@ -11,9 +11,9 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
-from bilevel.stacking import InputLayout, NotAlikeError, stack
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.stacking import InputLayout, NotAlikeError, stack
+from bilevel.variables import Iterate, StepInputs
 
 
 @dataclass(frozen=True)

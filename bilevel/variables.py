@@ -1,14 +1,24 @@
-"""The outer variables: private leaves for one call, and the gradients of the user's own."""
+"""The outer variables, what one inner step starts from, and what it takes of them."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
 import optree
 import torch
 from torch import Tensor
 
 from bilevel.errors import ProblemError
-from bilevel.tree import is_differentiable, named_leaves, needs_gradient, partition
+from bilevel.tree import (
+    detach,
+    is_differentiable,
+    named_leaves,
+    needs_gradient,
+    partition,
+    to_device,
+)
 
 
 @final
@@ -87,3 +97,41 @@ def add_to_grad(leaves: Sequence[Tensor], grads: Any) -> None:
             leaf.grad = grad.clone()
         else:
             leaf.grad.add_(grad)
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """One point of the inner run.
+
+    Attributes:
+        params: θ_t ∈ R^p, flat.
+        state: s_t, the optimizer's state.
+        gradient: ∇_θ ℓ(θ_t, b_t) ∈ R^p, where the rollout was asked to keep it.
+    """
+
+    params: Tensor
+    state: Any
+    gradient: Tensor | None = None
+
+    def to(self, device: torch.device) -> Iterate:
+        """The same on another device."""
+        if self.params.device == device:
+            return self
+        gradient = None if self.gradient is None else self.gradient.to(device)
+        return Iterate(self.params.to(device), to_device(self.state, device), gradient)
+
+    def detached(self) -> Iterate:
+        """The same without a graph."""
+        return Iterate(*detach((self.params, self.state, self.gradient)))
+
+
+class StepInputs(NamedTuple):
+    """What inner step t takes of φ.
+
+    Attributes:
+        batch: b_t = B(φ, t), a pytree.
+        hyperparameters: h_t = h(φ, t), by name; each a tensor or a pytree of tensors.
+    """
+
+    batch: Any
+    hyperparameters: dict[str, Any]

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
+from bilevel.checks import check_hyperparameters, check_params, check_scalar
 from bilevel.compiler import Compiler
-from bilevel.contract import check_hyperparameters, check_params, check_scalar
 from bilevel.errors import ConfigurationError, ProblemError
-from bilevel.iterate import Iterate, StepInputs
 from bilevel.optim.base import on_vector
 from bilevel.optim.foreign import check_differentiable, differentiable_form, settle
 from bilevel.problem import Problem, check_signatures, overrides
 from bilevel.random import Key
 from bilevel.tree import Layout, detach
+from bilevel.variables import Iterate, StepInputs
 
 #: Calls a method of the problem in the inner loop's stead: its name, it, its arguments by position
 #: and by name.

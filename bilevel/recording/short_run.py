@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.unrolled import Unrolled
 from bilevel.tree import detach, needs_gradient, partition
-from bilevel.unrolled import Unrolled
+from bilevel.variables import Iterate, StepInputs
 
 #: Of so many steps, at most: compiling takes longer with every one.
 MOST_STEPS = 8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bilevel.decompositions import DECOMPOSITIONS
+from bilevel.compiler.decompositions import DECOMPOSITIONS
 
 #: A compiled function of tensors.
 Compiled = Callable[[Sequence[Tensor]], list[Tensor]]

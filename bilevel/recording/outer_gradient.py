@@ -1,17 +1,51 @@
-"""dF/dφ as it gathers during one estimate."""
+"""dF/dφ as it gathers during one estimate, and outer batches in pieces."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel.errors import ProblemError, UnusedOuterVariableError
-from bilevel.inner import InnerLoop
-from bilevel.micro_batches import MicroBatches
+from bilevel.checks import check_number
+from bilevel.errors import ConfigurationError, ProblemError, UnusedOuterVariableError
 from bilevel.random import Key
-from bilevel.trajectory import Trajectory
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.trajectory import Trajectory
 from bilevel.tree import detach, needs_gradient, partition
+
+
+@final
+class MicroBatches:
+    """Several outer batches that stand for one: F(θ, φ) = Σᵢ wᵢ F(θ, φ; batchᵢ).
+
+    Given to `Hypergradient` as `outer_batch`. Gradients and metrics accumulate with the same
+    weights, so an outer loss that is a mean over examples gives the same hypergradient as the
+    whole batch, with the graph of one piece in memory.
+
+    Args:
+        batches: What `Problem.outer_loss` takes, at least one.
+        weights: One weight for each, such as its share of the examples; default: all equal,
+            adding up to 1.
+
+    Raises:
+        ConfigurationError: There is no batch, or not one finite weight for each.
+    """
+
+    def __init__(self, batches: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+        if not batches:
+            raise ConfigurationError("batches is empty: there must be at least one")
+        if weights is not None and len(weights) != len(batches):
+            raise ConfigurationError(f"{len(weights)} weights for {len(batches)} batches")
+        if weights is None:
+            weights = [1 / len(batches)] * len(batches)
+        self.batches = list(batches)
+        self.weights = [
+            check_number(f"weights[{index}]", weight) for index, weight in enumerate(weights)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[Any, float]]:
+        return iter(zip(self.batches, self.weights, strict=True))
+
 
 #: Cotangents of so many bytes, or of so many steps, are pulled back to φ at once.
 BLOCK_BYTES = 4 * 2**20

@@ -12,10 +12,10 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel import inductor
+from bilevel.compiler import inductor
+from bilevel.compiler.loop import Loop, describe
+from bilevel.contract.held import Snapshot
 from bilevel.errors import CompileWarning
-from bilevel.held import Snapshot
-from bilevel.loop import Loop, describe
 from bilevel.tree import is_differentiable
 
 #: Largest relative error of a compiled result against eager mode, by the result's dtype.

@@ -7,9 +7,9 @@ from typing import Any, final
 
 from torch import Tensor
 
+from bilevel.contract.graph import leaves_behind, leaves_of, nodes_of, nodes_so_far
+from bilevel.contract.held import modules_held_by
 from bilevel.errors import ProblemError
-from bilevel.graph import leaves_behind, leaves_of, nodes_of, nodes_so_far
-from bilevel.held import modules_held_by
 from bilevel.tree import needs_gradient, partition, tensors_in
 
 

@@ -5,26 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel.block import Block, run_forward
 from bilevel.errors import CompileWarning
-from bilevel.first_call import FirstCall
-from bilevel.graph_budget import KeptGraphs
-from bilevel.inner import SIGNALS, InnerLoop
-from bilevel.iterate import Iterate, StepInputs
-from bilevel.micro_batches import MicroBatches
-from bilevel.outer import OuterVariables
-from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
-from bilevel.short_run import ShortRun
-from bilevel.stacking import BLOCK_BYTES, InputLayout, NotAlikeError, varying_bytes
+from bilevel.recording.block import Block, run_forward
+from bilevel.recording.inner import SIGNALS, InnerLoop
+from bilevel.recording.outer_gradient import MicroBatches, outer_loss_value
+from bilevel.recording.short_run import ShortRun
+from bilevel.recording.stacking import BLOCK_BYTES, InputLayout, NotAlikeError, varying_bytes
+from bilevel.recording.unrolled import KeptGraphs, Unrolled
 from bilevel.tree import detach, to_device
-from bilevel.unrolled import Unrolled
+from bilevel.variables import Iterate, OuterVariables, StepInputs
 from bilevel.window import Window
+
+if TYPE_CHECKING:
+    from bilevel.first_call import FirstCall
 
 #: The per-step signal that takes the outer batch: F at θ_{t+1}.
 OUTER_LOSS = "outer_loss"

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.block import Block, run_forward
 from bilevel.errors import ConfigurationError, ProblemError
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
-from bilevel.outer import OuterVariables
 from bilevel.random import Key
-from bilevel.short_run import ShortRun
+from bilevel.recording.block import Block, run_forward
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.short_run import ShortRun
+from bilevel.recording.unrolled import Unrolled
 from bilevel.tree import detach
-from bilevel.unrolled import Unrolled
+from bilevel.variables import Iterate, OuterVariables, StepInputs
 from bilevel.window import Window
 
 
