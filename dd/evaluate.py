@@ -110,6 +110,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     from dd.runtime.processes import one_first
     from dd.runtime.writer import only_writer
 
+    baselines = [name for name in options.baselines.split(",") if name]
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown:
+        return fail(f"--baselines={unknown[0]}: there are {', '.join(BASELINES)}")
     try:
         judged = _find(options.run_dir)
     except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
@@ -119,10 +123,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         keep_tracebacks_in(folder)
     chosen = Path(options.set) if options.set else judged.set_path
     whole = judged.is_run and chosen == judged.set_path and not options.only
-    baselines = [name for name in options.baselines.split(",") if name]
-    unknown = [name for name in baselines if name not in BASELINES]
-    if unknown:
-        return fail(f"--baselines={unknown[0]}: there are {', '.join(BASELINES)}")
     name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
         with one_first():

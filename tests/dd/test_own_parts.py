@@ -14,8 +14,8 @@ OWN = """
 import gin, torch
 from torch import nn
 from bilevel import truncation
-from bilevel.window import Window
-from bilevel.truncation.plan import Plan
+from bilevel import Window
+from bilevel.truncation import Plan
 from dd.augmentation import Augmentation
 from dd.data import ImageDataset, PixelTransform, digits
 
