@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from safetensors.torch import load_file
 
 import dd
 from dd.augmentation import DSA
-from dd.data import KIPWhitening, PixelTransform, Standardize, ZCAWhitening, digits
+from dd.data import (
+    KIPWhitening,
+    LowRankKIP,
+    LowRankZCA,
+    PixelTransform,
+    Standardize,
+    ZCAWhitening,
+    digits,
+)
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.protocols import DCProtocol
@@ -25,10 +34,12 @@ from dd.networks import ConvNet
 from dd.runtime.files import read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[2]
-TRANSFORMS: dict[str, type[Any]] = {
-    "standardize": Standardize,
-    "zca": ZCAWhitening,
-    "kip": KIPWhitening,
+TRANSFORMS: dict[str, Callable[[torch.Tensor], PixelTransform]] = {
+    "standardize": Standardize.fit,
+    "zca": ZCAWhitening.fit,
+    "kip": KIPWhitening.fit,
+    "zca_low_rank": lambda images: LowRankZCA.of(ZCAWhitening.fit(images), 5),
+    "kip_low_rank": lambda images: LowRankKIP.of(KIPWhitening.fit(images), 5),
 }
 
 
@@ -40,7 +51,7 @@ def a_set(transform: PixelTransform, images: torch.Tensor, soft: bool = False) -
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_the_formulas_are_the_transform(kind: str, tmp_path: Path) -> None:
-    transform = TRANSFORMS[kind].fit(torch.rand(40, 3, 4, 4))
+    transform = TRANSFORMS[kind](torch.rand(40, 3, 4, 4))
     a_set(transform, torch.rand(5, 3, 4, 4)).save(tmp_path / "set.safetensors")
     with safe_open(tmp_path / "set.safetensors", "pt") as file:
         formulas = json.loads(file.metadata()["dd"])["formulas"]
