@@ -113,20 +113,25 @@ class DDRanking(Format):
 
     name = "ddranking"
     keeps = (
-        "Images as the network sees them, labels and the learned rate, bit by bit. Everything "
-        "else is in this text. Real images, and the random ones of the baseline, need the same "
-        "transform."
+        "Images as the network sees them, labels and the learned rate, bit by bit; "
+        "`distilled.safetensors` beside them has everything. The package brings test images behind "
+        "the transform by `custom_val_trans`; the random images of its baseline it normalises by "
+        "itself, unless they are given to it by `random_data_path`."
     )
     use = (
-        "import torch\n\n"
-        'images, labels = torch.load("images.pt"), torch.load("labels.pt")\n'
-        "# evaluator.compute_metrics(image_tensor=images, hard_labels=labels), or soft_labels=, "
-        'and syn_lr=torch.load("lr.pt") if there is one'
+        "import dd, torch\n"
+        "from torchvision.transforms.functional import to_tensor\n\n"
+        'transform = dd.load("distilled.safetensors").transform\n'
+        "settings = dict(custom_val_trans=lambda picture: transform(to_tensor(picture)[None])[0])\n"
+        "# for the evaluator of ddranking.metrics, of which compute_metrics is given\n"
+        'tensors = dict(image_tensor=torch.load("images.pt"), hard_labels=torch.load("labels.pt"))\n'
+        '# and syn_lr=torch.load("lr.pt"), if there is one'
     )
 
     def write(self, distilled: DistilledSet, folder: Path) -> None:
         torch.save(distilled.images.cpu().clone(), folder / "images.pt")
         torch.save(distilled.labels.cpu().clone(), folder / "labels.pt")
+        distilled.save(folder / "distilled.safetensors")
         rate = distilled.provenance.get("learning_rate")
         if rate is not None:
             torch.save(torch.tensor(float(rate)), folder / "lr.pt")
