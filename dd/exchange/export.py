@@ -15,6 +15,7 @@ from dd.exchange.formats import Arrays, DDRanking, Format, Safetensors, Tensors
 from dd.exchange.picture_formats import Folder, HuggingFace
 from dd.exchange.shipped import find_set
 from dd.runtime.files import read_json, write_bytes, write_text
+from dd.runtime.plain import plain
 
 FORMATS: dict[str, Format] = {
     each.name: each
@@ -124,7 +125,7 @@ def card(distilled: DistilledSet, form: Format, name: str) -> str:
         + "".join(f"- {key}: {value}\n" for key, value in known.items())
         + f"\nThe images are derived from {dataset}; its licence and terms hold for them.\n",
     ]
-    return "\n".join(parts)
+    return plain("\n".join(parts))
 
 
 def _told(recipe: Mapping[str, Any]) -> str:
@@ -132,9 +133,10 @@ def _told(recipe: Mapping[str, Any]) -> str:
     if not recipe:
         return "The set does not say how a network is to be trained on it.\n"
     told = {name: value for name, value in recipe.items() if name not in ("config", "measured")}
-    network = dict(told.pop("network"))
-    network.pop("layers", None)
-    return "".join(f"- {name}: {value}\n" for name, value in {"network": network, **told}.items())
+    network = told.get("network")
+    if isinstance(network, dict):
+        told["network"] = {name: value for name, value in network.items() if name != "layers"}
+    return "".join(f"- {name}: {value}\n" for name, value in told.items())
 
 
 def _check_free(target: Path, overwrite: bool) -> None:

@@ -124,7 +124,7 @@ class DDRanking(Format):
         'transform = dd.load("distilled.safetensors").transform\n'
         "settings = dict(custom_val_trans=lambda picture: transform(to_tensor(picture)[None])[0])\n"
         "# for the evaluator of ddranking.metrics, of which compute_metrics is given\n"
-        'tensors = dict(image_tensor=torch.load("images.pt"), hard_labels=torch.load("labels.pt"))\n'
+        'inputs = dict(image_tensor=torch.load("images.pt"), hard_labels=torch.load("labels.pt"))\n'
         '# and syn_lr=torch.load("lr.pt"), if there is one'
     )
 
