@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,20 @@ def test_a_set_that_ships_is_judged_by_its_own_recipe(
     assert "does not say how it was distilled" in one_error(capsys)
     assert evaluate.main(["digits-ipc1", "--gin_param=SyntheticDataset.start = 'real'"]) == 2
     assert "another configuration" in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "line", ["import os", "Experiment.network = @os.system", "Experiment.seed = open('x')"]
+)
+def test_the_configuration_of_a_set_runs_nothing(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "set.safetensors"
+    found = dd.load("digits-ipc1")
+    config = f"{line}\n{found.recipe['config']}{line}\n"
+    replace(found, recipe={**found.recipe, "config": config}).save(path)
+    assert evaluate.main([str(path), "--only=distilled"]) == 2
+    assert f"the recipe of {path}" in one_error(capsys)
 
 
 def test_what_is_asked_for_is_all_that_is_imported() -> None:
