@@ -11,6 +11,8 @@ from torch import Tensor
 from bilevel.checks import check_number
 from bilevel.errors import ConfigurationError, NonFiniteError
 
+__all__ = ["Clip", "MovingAverageClip", "MovingAverageRowClip"]
+
 
 class Clip(ABC):
     """Clips gradients to a bound that follows a moving average of their norm n.

@@ -148,6 +148,7 @@ class Hypergradient:
         self.graph_budget = GraphBudget(budget)
         self._calls = 0
         self._constants: Snapshot | None = None
+        self._watch: Watch | None = None
         self.keep_on = None if keep_on is None else torch.device(keep_on)
 
     def __call__(
@@ -188,8 +189,7 @@ class Hypergradient:
         keep_from, window = plan.earliest_start, plan.window
         results = []
         for replica in range(self.inner_replicas):
-            # The second call shows what was kept from the first.
-            watch = Watch(problem, self.inner.optimizer, outer) if self._calls < 2 else None
+            watch = self._watch_over(outer)
             first_call = None
             if watch is not None and self._calls == 0:
                 first_call = FirstCall(self.inner, self.estimator, watch)
@@ -266,7 +266,17 @@ class Hypergradient:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: everything but what belongs to this object's own calls."""
-        return {**self.__dict__, "_constants": None}
+        return {**self.__dict__, "_constants": None, "_watch": None}
+
+    def _watch_over(self, outer: Any) -> Watch | None:
+        """Of the first call and the second, which shows what was kept from the first."""
+        if self._calls > 1:
+            self._watch = None
+        elif self._watch is None:
+            self._watch = Watch(self.inner.problem, self.inner.optimizer)
+        if self._watch is not None:
+            self._watch.begin(outer)
+        return self._watch
 
     def backward(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import optree
@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from bilevel.compiler import inductor
+from bilevel.compiler.comparison import DifferenceError, compare
 from bilevel.compiler.loop import Loop, describe
 from bilevel.contract.held import Snapshot
 from bilevel.errors import CompileWarning
-from bilevel.tree import is_differentiable
-
-#: Largest relative error of a compiled result against eager mode, by the result's dtype.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 #: Compiled graphs of one function after which new argument shapes are run in eager mode.
 GRAPHS_PER_FUNCTION = 8
@@ -38,15 +35,11 @@ class Compiler:
     (`scan`) is one graph for any number of steps. Tensors that a function reaches other than
     through its arguments are constants of the graph; `depends_on` says when they change.
 
-    The first call of every graph is checked against eager mode; of a loop, its first steps, and if
-    these differ its last ones, before it is refused. An output may be off by
-
-        TOLERANCE · ‖eager‖ + 10 · ‖eager at arguments off by one unit in the last place − eager‖
-
-    where the second term allows for what rounding does to an ill-conditioned output. If one is off
-    by more than that, and more than twice as far as eager mode's from the same function of float64
-    arguments, or if the graph cannot be traced or compiled, a `CompileWarning` says so, and from
-    then on this function is run in eager mode, or the loop step by step.
+    A graph is compared with eager mode before it is used (`compare`); of a loop, its first steps,
+    and if these differ its last ones. Where they differ the call is made in eager mode, and the
+    next one is compared too. If that differs again, or if the graph cannot be traced or compiled, a
+    `CompileWarning` says so, and from then on this function is run in eager mode, or the loop step
+    by step.
 
     Functions must be pure: no random draws, no branches on the values of tensors, no writing in
     place to their arguments.
@@ -63,12 +56,19 @@ class Compiler:
         self.backend = backend
         self.seconds = 0.0
         self._graphs: dict[tuple[Hashable, ...], Callable[[Any], Any]] = {}
+        self._doubted: dict[tuple[Hashable, ...], _Graph] = {}
         self._eager: set[Hashable] = set()
         self._context: Hashable = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy compiles its own graphs: those of this one belong to its functions."""
-        return {**self.__dict__, "_graphs": {}, "_eager": set(), "_context": None}
+        return {
+            **self.__dict__,
+            "_graphs": {},
+            "_doubted": {},
+            "_eager": set(),
+            "_context": None,
+        }
 
     @property
     def refused(self) -> int:
@@ -86,6 +86,7 @@ class Compiler:
         graph = self._graph(
             (function, "is run in eager mode"),
             (spec, *map(describe, leaves)),
+            leaves,
             lambda: self._compile(function, leaves, spec),
         )
         if graph is None:
@@ -100,6 +101,7 @@ class Compiler:
         graph = self._graph(
             (function, "is run step by step"),
             loop.description(),
+            loop,
             lambda: self._compile_loop(loop),
         )
         return loop.step_by_step(self) if graph is None else graph(loop)
@@ -108,9 +110,15 @@ class Compiler:
         self,
         kind: tuple[Callable[..., Any], str],
         described: Sequence[Hashable],
-        make: Callable[[], Callable[[Any], Any]],
+        given: Any,
+        make: Callable[[], _Graph],
     ) -> Callable[[Any], Any] | None:
-        """The graph for such arguments, made if need be; None where there shall be none."""
+        """The graph for such arguments, made if need be; None where there shall be none.
+
+        Before it is used it is compared with eager mode, for what is `given`. Where they differ it
+        is compared again at the next call, another step perhaps: one step may be singular, as
+        Adam's first is.
+        """
         if kind in self._eager:
             return None
         key = (kind, self._context, *described)
@@ -131,8 +139,17 @@ class Compiler:
                 )
             started = time.perf_counter()
             try:
-                self._graphs[key] = make()
-            except _RefusalError as refusal:
+                doubted = self._doubted.pop(key, None)
+                graph = make() if doubted is None else doubted
+                try:
+                    graph.check(given)
+                except DifferenceError:
+                    if doubted is not None:
+                        raise
+                    self._doubted[key] = graph
+                    return None
+                self._graphs[key] = graph.run
+            except (_RefusalError, DifferenceError) as refusal:
                 return self._refused(kind, str(refusal))
             finally:
                 self.seconds += time.perf_counter() - started
@@ -146,9 +163,7 @@ class Compiler:
         return None
 
     @torch.no_grad()
-    def _compile(
-        self, function: Callable[..., Any], leaves: list[Any], spec: Any
-    ) -> Callable[[Sequence[Any]], Any]:
+    def _compile(self, function: Callable[..., Any], leaves: list[Any], spec: Any) -> _Graph:
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         needs_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
         structure: Any = None
@@ -172,14 +187,19 @@ class Compiler:
         def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
             return [x.detach() for x, chosen in zip(arguments, is_tensor, strict=True) if chosen]
 
-        tensors = tensors_of(leaves)
-        compiled = self._traced(flat, tensors)
-        _check(compiled(tensors), flat, tensors)
-        return lambda arguments: optree.tree_unflatten(
-            structure, list(compiled(tensors_of(arguments)))
-        )
+        compiled = self._traced(flat, tensors_of(leaves))
 
-    def _compile_loop(self, loop: Loop) -> Callable[[Loop], tuple[Any, Any]]:
+        @torch.no_grad()
+        def check(arguments: Sequence[Any]) -> None:
+            tensors = tensors_of(arguments)
+            compare(compiled(tensors), flat, tensors)
+
+        def run(arguments: Sequence[Any]) -> Any:
+            return optree.tree_unflatten(structure, list(compiled(tensors_of(arguments))))
+
+        return _Graph(run, check)
+
+    def _compile_loop(self, loop: Loop) -> _Graph:
         first = [*loop.carry, *(x[0] for x in loop.xs), *loop.more]
         if self.backend != "inductor":
             step = self._traced(loop.step, first)
@@ -193,22 +213,24 @@ class Compiler:
             def compiled(tensors: Sequence[Tensor], length: int) -> list[Tensor]:
                 return whole(tensors)
 
-        count = min(loop.length, STEPS_COMPARED)
+        def check(other: Loop) -> None:
+            count = min(other.length, STEPS_COMPARED)
 
-        def check(few: Sequence[Tensor]) -> None:
-            _check(compiled(few, count), lambda *args: loop.run(loop.step, args, count), few)
+            def few(tensors: Sequence[Tensor]) -> None:
+                compare(compiled(tensors, count), lambda *x: loop.run(loop.step, x, count), tensors)
 
-        try:
-            check([*loop.carry, *(x[:count] for x in loop.xs), *loop.more])
-        except _RefusalError:
-            # The first steps may be singular, as Adam's is; the last ones are then the judge.
-            before = loop.length - count
-            if not before:
-                raise
-            until = [*loop.carry, *(x[:before] for x in loop.xs), *loop.more]
-            carry = loop.run(loop.step, until, before)[: len(loop.carry)]
-            check([*carry, *(x[before:] for x in loop.xs), *loop.more])
-        return lambda other: loop.arranged(compiled(other.tensors, other.length))
+            try:
+                few([*other.carry, *(x[:count] for x in other.xs), *other.more])
+            except DifferenceError:
+                # The first steps of every run may be singular; the last ones are then the judge.
+                before = other.length - count
+                if not before:
+                    raise
+                until = [*other.carry, *(x[:before] for x in other.xs), *other.more]
+                carry = loop.run(loop.step, until, before)[: len(loop.carry)]
+                few([*carry, *(x[before:] for x in other.xs), *other.more])
+
+        return _Graph(lambda other: loop.arranged(compiled(other.tensors, other.length)), check)
 
     def _traced(
         self, function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]
@@ -222,6 +244,15 @@ class Compiler:
             return lambda args: list(called(*args, *constants))
 
         return _or_refuse(make)
+
+
+@final
+@dataclass(frozen=True)
+class _Graph:
+    """A compiled graph: how it is run, and how it is compared with eager mode, for arguments."""
+
+    run: Callable[[Any], Any]
+    check: Callable[[Any], None]
 
 
 @final
@@ -247,58 +278,6 @@ def _or_refuse(make: Callable[[], inductor.Compiled]) -> inductor.Compiled:
 def constants_of(*holders: Any) -> Snapshot:
     """What functions that are traced for these objects take from them as constants: all of it."""
     return Snapshot(*holders)
-
-
-def _perturbed(tensor: Tensor) -> Tensor:
-    """The tensor with every entry off by one unit in the last place, up and down in turn."""
-    if not is_differentiable(tensor):
-        return tensor
-    signs = torch.ones(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    signs[::2] = -1
-    return tensor * (1 + signs.view(tensor.shape) * torch.finfo(tensor.dtype).eps)
-
-
-def _check(
-    found: Sequence[Tensor],
-    function: Callable[..., list[Tensor]],
-    tensors: Sequence[Tensor],
-) -> None:
-    """Raise unless the compiled outputs are those of the function."""
-    expected, perturbed = function(*tensors), function(*map(_perturbed, tensors))
-
-    @functools.cache
-    def in_double() -> list[Tensor] | None:
-        try:
-            return function(*map(_in_float64, tensors))
-        except (RuntimeError, TypeError):  # It has constants of another dtype.
-            return None
-
-    def distance(value: Tensor, other: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(value.double() - other.double())
-
-    for index, (got, wanted, moved) in enumerate(zip(found, expected, perturbed, strict=True)):
-        if not is_differentiable(wanted):
-            if not torch.equal(got, wanted):
-                raise _RefusalError(f"output {index} of its graph differs from eager mode")
-            continue
-        error, rounding = distance(got, wanted), distance(moved, wanted)
-        size = torch.linalg.vector_norm(wanted.double())
-        tolerance = TOLERANCE.get(wanted.dtype, 1e-3)
-        if bool(torch.isfinite(size)) and not bool(error <= tolerance * size + 10 * rounding):
-            exact = in_double()
-            if exact is not None and bool(
-                distance(got, exact[index]) <= 2 * distance(wanted, exact[index])
-            ):
-                continue
-            raise _RefusalError(
-                f"output {index} of the compiled graph differs from eager mode by a relative "
-                f"{float(error / size):.1e} where at most {tolerance:.0e} is allowed (rounding of "
-                f"the arguments alone changes it by {float(rounding / size):.1e})"
-            )
-
-
-def _in_float64(tensor: Tensor) -> Tensor:
-    return tensor.double() if is_differentiable(tensor) else tensor
 
 
 def _first_line(error: Exception) -> str:

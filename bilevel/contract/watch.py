@@ -20,19 +20,21 @@ class Watch:
     Args:
         problem: The problem; parameters of modules that it holds are taken for constants.
         optimizer: The optimizer, of which the same holds.
-        outer: φ, as the user holds it.
 
     Attributes:
         remarks: Sentences for the status: modules whose parameters are held constant.
     """
 
-    def __init__(self, problem: object, optimizer: object, outer: Any) -> None:
+    def __init__(self, problem: object, optimizer: object) -> None:
         self.remarks: list[str] = []
         self._problem, self._optimizer = problem, optimizer
+        self._modules = dict(modules_held_by(problem))
+
+    def begin(self, outer: Any) -> None:
+        """A run begins; `outer` is φ as the user holds it."""
         given = tensors_in(outer)
         self._outer = {id(leaf) for leaf in (*given, *leaves_of(given))}
         self._addresses = {leaf.data_ptr() for leaf in given if leaf.numel()}
-        self._modules = dict(modules_held_by(problem))
         #: The private leaves that methods were given.
         self._variables: set[int] = set()
         self._versions = self._versions_of_buffers()
