@@ -45,8 +45,8 @@ def zca_whitening(
         max_dimension: Largest C·H·W to accept.
         cache_folder: Where fitted transforms are kept; default: see
             `dd.runtime.cache.cache_folder`.
-        rank: How many directions are whitened each by its own factor, all others by their mean
-            one, so that the transform is small enough to travel with a set; default: all.
+        rank: How many directions are whitened each by its own factor, all others by
+            a common one, so that the transform is small enough to travel with a set; default: all.
 
     Raises:
         ValueError: An argument is not allowed.
@@ -77,8 +77,8 @@ def kip_whitening(
         max_dimension: Largest C·H·W to accept.
         cache_folder: Where fitted transforms are kept; default: see
             `dd.runtime.cache.cache_folder`.
-        rank: How many directions are whitened each by its own factor, all others by their mean
-            one, so that the transform is small enough to travel with a set; default: all.
+        rank: How many directions are whitened each by its own factor, all others by
+            a common one, so that the transform is small enough to travel with a set; default: all.
 
     Raises:
         ValueError: An argument is not allowed.

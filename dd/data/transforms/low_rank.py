@@ -22,9 +22,9 @@ _INVERSE = "(1 / scales - 1 / rest)) @ vectors.T"
 class LowRankKIP(PixelTransform):
     """`KIPWhitening` with W = a·I + V_k (D_k − a·I) V_kᵀ, where z is the image with norm 1.
 
-    V_k are the k directions of the largest eigenvalues, D_k = diag(λ + r)^(−1/2) their own factors,
-    and a is the mean factor of all others, which makes W the nearest in the Frobenius norm that
-    keeps these. Where λ is far below r, factors are near r^(−1/2) anyway. It takes k·d floats, not
+    V_k are the k directions of the largest eigenvalues λ, and D_k = diag(λ + r)^(−1/2) their own
+    factors. All others share a = Σ λ_i (λ_i + r)^(−1/2) / Σ λ_i: of all multiples of the identity
+    the nearest to whitening in the mean square over the training images. It takes k·d floats, not
     d².
 
     Args:
@@ -71,13 +71,8 @@ class LowRankKIP(PixelTransform):
             ConfigurationError: `rank` is below 1, or not below d.
         """
         state = full.state()
-        scales = (state["eigenvalues"] + state["ridge"]).rsqrt()
-        return cls(
-            state["image_shape"],
-            state["mean_pixel"],
-            state["mean_norm"],
-            *_largest(state["eigenvectors"], scales, rank),
-        )
+        parts = _largest(state["eigenvectors"], state["eigenvalues"], state["ridge"], rank)
+        return cls(state["image_shape"], state["mean_pixel"], state["mean_norm"], *parts)
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `PixelTransform.__call__`."""
@@ -130,7 +125,7 @@ class LowRankZCA(PixelTransform):
         mean: X̄, float32 [C, H, W].
         vectors: U_k, float32 [d, k] with d = C·H·W.
         scales: 1 / √(S_k + ε), float32 [k].
-        rest: A, the mean of the other factors, float32 [].
+        rest: A, float32 [].
     """
 
     kind: ClassVar[str] = "zca_low_rank"
@@ -155,8 +150,8 @@ class LowRankZCA(PixelTransform):
             ConfigurationError: `rank` is below 1, or not below d.
         """
         state = full.state()
-        scales = (state["eigenvalues"] + state["epsilon"]).rsqrt()
-        return cls(state["mean"], *_largest(state["eigenvectors"], scales, rank))
+        parts = _largest(state["eigenvectors"], state["eigenvalues"], state["epsilon"], rank)
+        return cls(state["mean"], *parts)
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `PixelTransform.__call__`."""
@@ -187,15 +182,20 @@ class LowRankZCA(PixelTransform):
         return cls(**state)
 
 
-def _largest(vectors: Tensor, scales: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """V_k, the factors of its directions, and the mean of all others; eigenvalues ascend."""
+def _largest(
+    vectors: Tensor, eigenvalues: Tensor, ridge: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """V_k, the factors of its directions, and that of all others; eigenvalues ascend."""
     check_integer("rank", rank)
-    if rank >= len(scales):
+    if rank >= len(eigenvalues):
         raise ConfigurationError(
-            f"rank={rank}: images of {len(scales)} values have that many directions; it must be "
-            "below, or None for all of them"
+            f"rank={rank}: images of {len(eigenvalues)} values have that many directions; it must "
+            "be below, or None for all of them"
         )
-    return vectors[:, -rank:].contiguous(), scales[-rank:].clone(), scales[:-rank].mean()
+    scales = (eigenvalues + ridge).rsqrt()
+    others = eigenvalues[:-rank].double().clamp_min(1e-30)  # where all are 0, each counts alike
+    rest = (others * scales[:-rank]).sum() / others.sum()
+    return vectors[:, -rank:].contiguous(), scales[-rank:].clone(), rest.float()
 
 
 def _product(images: Tensor, vectors: Tensor, scales: Tensor, rest: Tensor) -> Tensor:
