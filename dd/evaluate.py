@@ -3,7 +3,9 @@
 import argparse
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 from dd.cli import add_gin_arguments, fail, keep_tracebacks_in, print_results, run, say
 from dd.evaluation.names import BASELINES, PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
@@ -16,6 +18,7 @@ examples:
   python -m dd.evaluate runs/cpu --gin_param='Evaluator.protocol = @DCProtocol()'
   python -m dd.evaluate runs/cpu --architectures=ResNet18,VGG11,AlexNet,ViT
   python -m dd.evaluate runs/cpu --baselines=random,herding,k_center,el2n
+  python -m dd.evaluate digits-ipc1 --only=distilled
   python -m dd.evaluate runs/cpu --set=theirs.pt --values=transformed
   python -m dd.evaluate runs/mtt --compare=runs/att --plot=mtt_att.png
 
@@ -32,7 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="what python -m dd.train wrote")
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        help="what python -m dd.train wrote; or a set that says how it was distilled: its file, "
+        "or its name if it comes with dd, such as digits-ipc1",
+    )
     parser.add_argument(
         "--set",
         metavar="FILE",
@@ -80,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--json",
         metavar="FILE",
         help="where the results go (default: results.json of the run, "
-        "or results-NAME.json for another --set)",
+        "or results-NAME.json for another set)",
     )
     parser.add_argument(
         "--only",
@@ -97,30 +105,33 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from dd import config
-    from dd.distillation.recorder import DISTILLED
-    from dd.experiment import CONFIG
     from dd.runtime.changes import WHEN_JUDGED
     from dd.runtime.files import DamagedFileError
     from dd.runtime.processes import one_first
     from dd.runtime.writer import only_writer
 
-    folder = Path(options.run_dir)
-    configuration = folder / CONFIG
-    if not configuration.is_file():
-        return fail(f"{folder} is no run directory: it has no {CONFIG}")
-    keep_tracebacks_in(folder)
-    chosen = Path(options.set) if options.set else folder / DISTILLED
-    whole = chosen == folder / DISTILLED and not options.only
     baselines = [name for name in options.baselines.split(",") if name]
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
         return fail(f"--baselines={unknown[0]}: there are {', '.join(BASELINES)}")
+    try:
+        judged = _find(options.run_dir)
+    except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
+        return fail(str(error))
+    folder, saved = judged.folder, judged.config
+    if judged.is_run:
+        keep_tracebacks_in(folder)
+    chosen = Path(options.set) if options.set else judged.set_path
+    whole = judged.is_run and chosen == judged.set_path and not options.only
     name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
-        saved = config.saved_text(configuration)
         with one_first():
             experiment = config.load(
-                options.gin_file, options.gin_param, modules=options.modules, run=configuration
+                options.gin_file,
+                options.gin_param,
+                modules=options.modules,
+                saved=saved,
+                name=judged.config_name,
             )
         # What the transform was fitted with is known only in training.
         changed = config.differences(
@@ -151,6 +162,55 @@ def _evaluate(options: argparse.Namespace) -> int:
         return fail(str(error))
     print_results(report.as_dict())
     return 0
+
+
+@final
+@dataclass(frozen=True)
+class _Judged:
+    """A run, or a set that brings its own configuration.
+
+    Attributes:
+        folder: Where results go.
+        set_path: The file of the set.
+        config: How it was distilled.
+        config_name: Where that is from.
+        is_run: Whether the folder is a run's.
+    """
+
+    folder: Path
+    set_path: Path
+    config: str
+    config_name: str
+    is_run: bool
+
+
+def _find(run_dir: str) -> _Judged:
+    """What is to be judged: a run's folder, a set's file, or the name of one that comes with dd.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: The set does not say how it was distilled.
+    """
+    from dd.config import saved_text
+    from dd.distillation.recorder import DISTILLED
+    from dd.evaluation.distilled_set import DistilledSet
+    from dd.exchange.shipped import find_set
+    from dd.experiment import CONFIG
+
+    folder = Path(run_dir)
+    path = folder / CONFIG
+    if path.is_file():
+        return _Judged(folder, folder / DISTILLED, saved_text(path), str(path), True)
+    if folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no run directory: it has no {CONFIG}")
+    set_path = find_set(run_dir)
+    text = DistilledSet.load(set_path).recipe.get("config")
+    if not text:
+        raise ValueError(
+            f"{set_path} does not say how it was distilled; judge it as a set of a run that it "
+            "fits: dd-evaluate RUN_DIR --set=FILE"
+        )
+    return _Judged(Path(), set_path, str(text), f"the recipe of {set_path}", False)
 
 
 def _compare(options: argparse.Namespace) -> int:

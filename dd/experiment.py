@@ -24,6 +24,7 @@ from bilevel.distributed import world_size
 from dd.augmentation import Augmentation
 from dd.data import ImageDataset, PixelTransform
 from dd.data.prepared import PreparedData, prepare
+from dd.distillation.events import Event
 from dd.distillation.loop import begin
 from dd.distillation.memory import advice
 from dd.distillation.recorder import DISTILLED, record
@@ -152,13 +153,16 @@ class Experiment:
             self.validation_fraction,
         )
 
-    def task(self, data: PreparedData, folder: Path | None, seed: int | None = None) -> Task:
+    def task(
+        self, data: PreparedData, folder: Path | None, seed: int | None = None, config: str = ""
+    ) -> Task:
         """What the distiller works on, from this experiment's seed or another one.
 
         Args:
             data: What `prepare` returned.
             folder: Where the run is kept; None: nowhere.
             seed: Of the distillation; the split of the data has the experiment's.
+            config: The operative configuration, for the set to carry.
         """
         seed = self.seed if seed is None else seed
         return Task(
@@ -183,17 +187,25 @@ class Experiment:
                 "threads": torch.get_num_threads(),
                 **versions(),
             },
+            config=config,
         )
 
     def train(
-        self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
+        self,
+        data: PreparedData,
+        folder: Path,
+        stop: StopRequest,
+        config_text: str,
+        *,
+        evaluate: bool = True,
+        watch: Callable[[Event], object] = lambda event: None,
     ) -> Report:
-        """Distil into `folder`, then evaluate unless asked to stop.
+        """Distil into `folder`, then evaluate, if that is wanted, unless asked to stop.
 
-        Whatever ends it, `results.json` says so.
+        Whatever ends it, `results.json` says so. `watch` is called with every event of the loop.
         """
         report = self._new_report(self.synthetic.images_per_class)
-        task = self.task(data, folder)
+        task = self.task(data, folder, config=config_text)
 
         def write(report: Report) -> None:
             task.folder.write(RESULTS, partial(write_json, content=report.as_dict()))
@@ -204,7 +216,7 @@ class Experiment:
             report = report.of_size(run.candidate("images"))
             task.folder.write(CONFIG, partial(write_sealed, text=config_text))
             write(report)
-            record(run, folder, stop, config_text)
+            record(run, folder, stop, config_text, watch)
             report = replace(
                 report,
                 outer_steps=run.state.step,
@@ -215,6 +227,10 @@ class Experiment:
                 stop.at_once = True
                 distilled = DistilledSet.load(folder / DISTILLED)
                 report = report.of_set(DISTILLED, distilled)
+                if not evaluate:
+                    report = replace(report, status="complete")
+                    write(report)
+                    return report
                 for measured in self._assessment(distilled, data).measured(report):
                     report = measured
                     write(report)

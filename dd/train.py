@@ -96,25 +96,16 @@ def _train(options: argparse.Namespace) -> int:
 def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> int:
     from bilevel import BilevelError
     from dd import config
+    from dd.api.runs import is_resumed
     from dd.distillation.recorder import DISTILLED, PICTURE
-    from dd.distillation.resuming import CHECKPOINT, PREVIOUS
     from dd.evaluation.names import RESULTS
-    from dd.experiment import CONFIG
-    from dd.runtime.changes import WHEN_RESUMED
     from dd.runtime.files import DamagedFileError
     from dd.runtime.stopping import stop_on_signal
 
     keep_tracebacks_in(folder)
     text = config.text()
     try:
-        if (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists():
-            saved = config.saved_text(folder / CONFIG)
-            differences = config.differences(saved, text, config.changeable(WHEN_RESUMED))
-            if differences:
-                return fail(
-                    f"{folder} holds a run with another configuration ({'; '.join(differences)}): "
-                    "choose another --run_dir, or repeat the command that started it"
-                )
+        if is_resumed(folder, text):
             print(f"resuming the run in {folder}")
     except (config.ConfigError, DamagedFileError) as error:
         return fail(str(error))

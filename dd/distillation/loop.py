@@ -41,6 +41,7 @@ from dd.distillation.resuming import (
 from dd.distillation.settings import Distiller
 from dd.distillation.state import TrainingState
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.recipe import student_recipe
 from dd.objectives.base import HELD_OUT, Task
 from dd.runtime.precision import allow_tf32
 from dd.runtime.processes import from_first_process, is_first_process, own_key
@@ -103,14 +104,16 @@ class Distillation:
         if not parameterisation.lossless:
             kept = {name: value.detach() for name, value in stored.items()}
             coded = {"parameterisation": str(parameterisation)}
+        images = parameterisation.decode(stored).detach()
+        learned = self.settings.objective.provenance(state.outer)
         return DistilledSet(
-            images=parameterisation.decode(stored).detach(),
+            images=images,
             labels=task.synthetic.labels(state.outer).detach(),
             transform=task.data.transform,
             class_names=task.data.class_names,
             provenance={
                 **task.provenance,
-                **self.settings.objective.provenance(state.outer),
+                **learned,
                 **coded,
                 "outer_step": state.step,
                 "seconds": state.seconds,
@@ -118,6 +121,14 @@ class Distillation:
                 **({"outer_rates": state.rates} if len(state.rates) > 1 else {}),
             },
             stored=kept,
+            recipe=student_recipe(
+                task.network,
+                task.evaluator,
+                images,
+                task.data.num_classes,
+                learned.get("learning_rate"),
+                task.config,
+            ),
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from bilevel import HypergradientResult
 from dd.runtime.plain import plain

@@ -3,6 +3,7 @@
 import gc
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import final
@@ -39,7 +40,13 @@ AVERAGE = Path("snapshots") / "average.safetensors"
 SHOWN_AS = {"images": "validation/accuracy", "average": "validation/accuracy_of_average"}
 
 
-def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str) -> None:
+def record(
+    run: Distillation,
+    folder: Path,
+    stop: StopRequest,
+    config_text: str,
+    watch: Callable[[Event], object] = lambda event: None,
+) -> None:
     """Distil until all is done or `stop` is requested; the files are then up to date.
 
     Args:
@@ -47,6 +54,7 @@ def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str)
         folder: Where the files go.
         stop: Looked at after every outer step, in every process.
         config_text: Shown in TensorBoard.
+        watch: Called with every event, once it is recorded.
 
     Raises:
         bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
@@ -58,6 +66,7 @@ def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str)
     try:
         for event in outer_loop(run):
             recorder.take(event)
+            watch(event)
             if isinstance(event, Ready) and stop.agreed():
                 break
         recorder.save()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from bilevel import Key
 from bilevel.distributed import gather, given_up, rank, watched, world_size
