@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -12,7 +14,13 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from bilevel.checks import check_integer, check_number
-from dd.data.checks import check_images, check_labels, check_unit_range, warn_of_degenerate
+from dd.data.checks import (
+    check_images,
+    check_labels,
+    check_unit_range,
+    warn_of_degenerate,
+    warn_of_few,
+)
 
 
 @final
@@ -108,6 +116,10 @@ class ImageDataset:
                 f"({shown}); every class needs a training image"
             )
         warn_of_degenerate(self.name, self.train_images, self.num_classes)
+        warn_of_few(f"the test set of {self.name}", self.test_labels, self.class_names)
+        if self.validation_rows is not None:
+            rows = self.train_labels[self.validation_rows]
+            warn_of_few(f"the validation split of {self.name}", rows, self.class_names)
 
     def _check_part(self, part: str, images: Tensor, labels: Tensor) -> None:
         check_images(f"{part}_images", images)
@@ -147,7 +159,7 @@ class ImageDataset:
         if self.validation_rows is not None:
             check_number("fraction", fraction, above=0, below=1)
             return self._rows_to_train_on(), self.validation_rows
-        return stratified_split(self.train_labels, fraction, seed, "fraction")
+        return stratified_split(self.train_labels, fraction, seed, "fraction", self.class_names)
 
     def _rows_to_train_on(self) -> Tensor:
         everything = torch.arange(len(self.train_labels))
@@ -157,7 +169,11 @@ class ImageDataset:
 
 
 def stratified_split(
-    labels: Tensor, fraction: float, seed: int, parameter: str
+    labels: Tensor,
+    fraction: float,
+    seed: int,
+    parameter: str,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Split indices in two parts with the class proportions of `labels`.
 
@@ -166,6 +182,7 @@ def stratified_split(
         fraction: Share of the second part, in (0, 1).
         seed: The same seed gives the same split.
         parameter: Name of the caller's fraction argument, for error messages.
+        class_names: For them, too; default: the labels.
 
     Returns:
         The indices of the first and of the second part, each int64 and ascending. Every class is
@@ -179,20 +196,35 @@ def stratified_split(
     # Without one, each load would have another test set.
     check_integer("seed", seed, 0)
     targets = labels.cpu().numpy()
-    try:
-        kept, held_out = train_test_split(
-            np.arange(len(targets)), test_size=fraction, random_state=seed, stratify=targets
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{parameter} = {fraction} cannot split {len(targets)} images of "
-            f"{len(np.unique(targets))} classes: {error}"
-        ) from error
+    found, counts = np.unique(targets, return_counts=True)
+
+    def name(label: int) -> str:
+        return str(label) if class_names is None else class_names[label]
+
+    described = (
+        f"{parameter} = {fraction} cannot split {len(targets)} images of {len(found)} classes"
+    )
+    if not len(found) or counts.min() < 2:
+        few = f"class {name(found[counts.argmin()])} has one" if len(found) else "there are none"
+        raise ValueError(f"{described}: every class needs two, and {few}")
+    held = math.ceil(fraction * len(targets))
+    for part, size, remedy in (
+        ("hold out", held, "larger"),
+        ("keep", len(targets) - held, "smaller"),
+    ):
+        if size < len(found):
+            raise ValueError(
+                f"{described}: it would {part} {size}, and every class needs one; use a {remedy} "
+                "fraction, or more images"
+            )
+    kept, held_out = train_test_split(
+        np.arange(len(targets)), test_size=held, random_state=seed, stratify=targets
+    )
     # scikit-learn balances the two parts, and may leave nothing of a rare class in the first one.
     missing = np.setdiff1d(targets, targets[kept])
     if missing.size:
         raise ValueError(
-            f"{parameter} = {fraction} leaves no image of class {missing[0]} to train on; "
-            "use a smaller fraction"
+            f"{parameter} = {fraction} leaves no image of class {name(missing[0])} to train "
+            "on; use a smaller fraction"
         )
     return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held_out))

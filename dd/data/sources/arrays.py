@@ -38,8 +38,9 @@ def arrays(
 
     The file holds
 
-    - `images`: [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels; uint8, integers of
-      up to 16 bits, or floating point in [0, 1], or in [0, white];
+    - `images`: [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, or with 4, of which
+      the last is opacity and is composited on white; uint8, integers of up to 16 bits, or floating
+      point in [0, 1], or in [0, white];
     - `labels`: whole numbers [N] or [N, 1], 0 … K−1; or one-hot [N, K]; or strings [N], whose
       sorted different ones are the classes;
     - optionally `test_images` and `test_labels`, in the same form; without them a stratified
@@ -122,7 +123,7 @@ def _build(
     names = _class_names(class_names, label_name, *found["train"])
     labels = {part: _numbered(parts[part][1], values, names) for part, (values, _) in found.items()}
     if "test" not in parts:
-        train, test = stratified_split(labels["train"], test_fraction, seed, "test_fraction")
+        train, test = stratified_split(labels["train"], test_fraction, seed, "test_fraction", names)
         for each in (images, labels):
             each["test"], each["train"] = each["train"][test], each["train"][train]
     rows = None
