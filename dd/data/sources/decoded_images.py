@@ -150,9 +150,7 @@ def _decode(paths: Sequence[str], array: Path, shape: tuple[int, ...], name: str
         with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
             for start in range(0, len(paths), _FILES_AT_A_TIME):
                 part = paths[start : start + _FILES_AT_A_TIME]
-                decoded = threads.map(
-                    lambda path: decode_image(path, shape[-1], **options).numpy(), part
-                )
+                decoded = threads.map(lambda path: read(path, shape[-1]).numpy(), part)
                 for index, image in enumerate(decoded, start):
                     images[index] = image
                     bar.update()
