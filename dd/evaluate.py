@@ -37,13 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--set",
         metavar="FILE",
         help="evaluate this set of the run (default: its final one); or a set that others made: "
-        "tensors in a .pt file, or a folder of images",
+        "tensors in a .pt file, arrays in an .npz file, or a folder of images",
     )
     parser.add_argument(
         "--values",
         choices=(PIXELS, TRANSFORMED),
         default=PIXELS,
-        help="what the tensors in a .pt file are: pixels in [0, 1], to which the run's transform "
+        help="what a .pt or .npz file holds: pixels in [0, 1], to which the run's transform "
         "is applied (default), or already transformed",
     )
     parser.add_argument(
@@ -110,6 +110,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
     keep_tracebacks_in(folder)
     chosen = Path(options.set) if options.set else folder / DISTILLED
+    if not chosen.exists():
+        return fail(
+            f"--set={options.set}: there is no such file or folder"
+            if options.set
+            else f"{folder} holds no {DISTILLED}, which python -m dd.train writes"
+        )
     whole = chosen == folder / DISTILLED and not options.only
     baselines = [name for name in options.baselines.split(",") if name]
     unknown = [name for name in baselines if name not in BASELINES]

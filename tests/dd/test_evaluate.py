@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_runs import SNAPSHOT, arguments, command, contents, one_error, results_of
 
-from dd import evaluate, train
+from dd import config, evaluate, train
 from dd.data import Standardize
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.foreign_set import load_foreign_set
@@ -246,6 +247,61 @@ def test_tensors_of_others_are_read(form: str, values: str, tmp_path: Path) -> N
     torch.testing.assert_close(found.images, expected)
     assert torch.equal(found.labels, labels)
     assert found.class_names == ("no", "yes")
+
+
+@pytest.mark.parametrize("values", ["pixels", "transformed"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"labels": np.array([0, 0, 1, 1])},
+        {"labels": np.array(["no", "no", "yes", "yes"])},
+        {"labels": np.array([1, 1, 0, 0]), "class_names": np.array(["yes", "no"])},
+        {"labels": np.eye(2, dtype=np.uint8)[[0, 0, 1, 1]]},
+        {"labels": np.eye(2, dtype=np.float32)[[0, 0, 1, 1]]},
+    ],
+)
+def test_arrays_of_others_are_read(
+    content: dict[str, Any], last: bool, values: str, tmp_path: Path
+) -> None:
+    images = torch.rand(4, 1, 2, 2)
+    held = images.movedim(1, 3) if last else images
+    np.savez(tmp_path / "set.npz", images=held.numpy(), **content)
+    found = load_foreign_set(tmp_path / "set.npz", DATASET, TRANSFORM, values)
+    torch.testing.assert_close(found.images, TRANSFORM(images) if values == "pixels" else images)
+    hard = found.labels.argmax(1) if found.labels.is_floating_point() else found.labels
+    assert hard.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"labels": np.array(["no", "no", "maybe", "yes"])}, "there is no class 'maybe'"),
+        ({"labels": np.arange(4) % 2, "class_names": np.array(["a", "b"])}, "its classes are"),
+        ({"labels": np.array([0, 0, 1, 2])}, "labels outside"),
+        ({"images": np.full((4, 2, 2), 255.0)}, "must lie in"),
+        ({"images": np.full((4, 2, 2), "a")}, "images has dtype"),
+        ({"images": None, "labels": np.arange(4)}, "'images' is missing"),
+        ({"images": np.zeros((4, 3, 3))}, r"has \(1, 2, 2\)"),
+    ],
+)
+def test_arrays_of_others_that_do_not_fit_are_named(
+    content: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    held = {"images": np.zeros((4, 2, 2)), **content}
+    np.savez(tmp_path / "set.npz", **{name: v for name, v in held.items() if v is not None})
+    with pytest.raises(ValueError, match=rf"set\.npz.*{message}"):
+        load_foreign_set(tmp_path / "set.npz", DATASET, TRANSFORM, "pixels")
+
+
+def test_a_set_that_is_not_there_is_said_before_anything_is_read(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "load", lambda *_, **__: pytest.fail("it is read"))
+    for name in ("absent.pt", "absent.safetensors", "absent"):
+        assert evaluate.main([str(run_dir), f"--set={name}"]) == 2
+        assert f"--set={name}: there is no such file or folder" in one_error(capsys)
 
 
 @pytest.mark.parametrize("labels", [[[0], [0], [1], [1]], [0.0, 0.0, 1.0, 1.0], [[0.0]] * 4])

@@ -40,37 +40,63 @@ def is_known(name: str) -> bool:
     return name == CLASS_NAMES or name.lower() in known
 
 
+def find_part(names: Iterable[str], part: str) -> tuple[str, str | None]:
+    """The names of the images of a part, and of its labels if there are any.
+
+    Raises:
+        ValueError: There are no images, or two arrays could be meant.
+    """
+    spelled = _spelled(names)
+    found = _find(spelled, part)
+    if found is None or found[0] not in spelled:
+        raise ValueError(f"the array 'images' is missing; it holds {sorted(spelled.values())}")
+    return spelled[found[0]], spelled.get(found[1])
+
+
 def find_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """From each part that is there to the names of its images and labels; case does not matter.
 
     Raises:
         ValueError: An array is missing, or two could be meant.
     """
-    spelled: dict[str, str] = {}
-    for name in names:
-        if spelled.setdefault(name.lower(), name) != name:
-            raise ValueError(f"it holds both {spelled[name.lower()]!r} and {name!r}; keep one")
+    spelled = _spelled(names)
     parts = {}
     for part in _PREFIXES:
-        found = [pair for pair in _name_pairs(part) if any(name in spelled for name in pair)]
-        if len(found) > 1:
-            both = [next(spelled[name] for name in pair if name in spelled) for pair in found]
+        pair = _find(spelled, part)
+        if pair is None:
+            continue
+        missing = [name for name in pair if name not in spelled]
+        if missing:
             raise ValueError(
-                f"it holds both {both[0]!r} and {both[1]!r} for the {part} images; keep one"
+                f"the array {missing[0]!r} is missing; {pair[0]} and {pair[1]} belong together"
             )
-        for pair in found:
-            missing = [name for name in pair if name not in spelled]
-            if missing:
-                raise ValueError(
-                    f"the array {missing[0]!r} is missing; {pair[0]} and {pair[1]} belong together"
-                )
-            parts[part] = spelled[pair[0]], spelled[pair[1]]
+        parts[part] = spelled[pair[0]], spelled[pair[1]]
     if "train" not in parts:
         raise ValueError(
             "the array 'images' is missing; it must hold images and labels, or train_images and "
             f"train_labels, or x_train and y_train, and it holds {sorted(spelled.values())}"
         )
     return parts
+
+
+def _spelled(names: Iterable[str]) -> dict[str, str]:
+    """From names in lower case to how they are spelled."""
+    spelled: dict[str, str] = {}
+    for name in names:
+        if spelled.setdefault(name.lower(), name) != name:
+            raise ValueError(f"it holds both {spelled[name.lower()]!r} and {name!r}; keep one")
+    return spelled
+
+
+def _find(spelled: Mapping[str, str], part: str) -> tuple[str, str] | None:
+    """The pair of names of a part of which at least one is there."""
+    found = [pair for pair in _name_pairs(part) if any(name in spelled for name in pair)]
+    if len(found) > 1:
+        both = [next(spelled[name] for name in pair if name in spelled) for pair in found]
+        raise ValueError(
+            f"it holds both {both[0]!r} and {both[1]!r} for the {part} images; keep one"
+        )
+    return found[0] if found else None
 
 
 def as_pixels(

@@ -75,14 +75,19 @@ def arrays(
         raise DatasetNotFoundError.looked_in(
             path.parent, f"the file {path.name}", "write it with numpy.savez, or correct path"
         )
-    content = _read(path)
+    content = read_npz(path)
     try:
         return _build(path.stem, content, test_fraction, seed, white, channels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Array]:
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an `.npz` file whose names are known; what is left out is said.
+
+    Raises:
+        ValueError: It is damaged, or holds pickles; the message names it.
+    """
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
