@@ -62,6 +62,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "digits": data.digits,
     "arrays": data.arrays,
     "image_folder": data.image_folder,
+    "torchvision": data.torchvision,
+    "hugging_face": data.hugging_face,
     "tiny_imagenet": data.tiny_imagenet,
     "imagenet": data.imagenet,
     "standardize": data.Standardize.fit,

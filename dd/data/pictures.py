@@ -110,14 +110,43 @@ def decode_image(
             raise ValueError("it is no regular file")
         with Image.open(path, formats=_FORMATS) as file:
             file.load()
-            turn = _turn(file)
-            image = _opaque(file, background, white).convert("RGB" if channels == 3 else "L")
-        if turn is not None:
-            image = image.transpose(turn)
-        return functional.pil_to_tensor(as_square(image, image_size, fit, background))
+            return to_pixels(file, image_size, channels, fit, background, white)
     except _DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot decode the image {path}: {reason}") from error
+
+
+def to_pixels(
+    image: Image.Image,
+    image_size: int | None,
+    channels: int | None = None,
+    fit: str = "crop",
+    background: str = "white",
+    white: int | None = None,
+) -> Tensor:
+    """An open picture, uint8 [channels, H, W], as `decode_image` has it.
+
+    Args:
+        image: The picture.
+        image_size: H and W; None: as it is.
+        channels: 3 for RGB, 1 for greyscale; None: as it is.
+        fit: As for `decode_image`, as for the next two.
+        background: A colour.
+        white: The value of white where a channel has 16 bits.
+
+    Raises:
+        ValueError: Its pixels are no integers of 8 or 16 bits, exceed `white`, or cannot be made
+            square.
+    """
+    turn = _turn(image)
+    if channels is None:
+        channels = 1 if image.mode.startswith(("1", "L", "I")) else 3
+    shown = _opaque(image, background, white).convert("RGB" if channels == 3 else "L")
+    if turn is not None:
+        shown = shown.transpose(turn)
+    if image_size is not None:
+        shown = as_square(shown, image_size, fit, background)
+    return functional.pil_to_tensor(shown)
 
 
 def as_square(

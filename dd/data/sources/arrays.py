@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_choice, check_integer, check_number
-from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
+from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.pictures import summary
 from dd.data.sources.array_forms import (
     CLASS_NAMES,
@@ -22,6 +22,7 @@ from dd.data.sources.array_forms import (
     find_parts,
     is_known,
 )
+from dd.data.sources.parts import assembled
 from dd.runtime.changes import Judging
 
 _log = logging.getLogger(__name__)
@@ -127,19 +128,7 @@ def _build(
         )
     names = _class_names(class_names, label_name, *found["train"])
     labels = {part: _numbered(parts[part][1], values, names) for part, (values, _) in found.items()}
-    if "test" not in parts:
-        train, test = stratified_split(labels["train"], test_fraction, seed, "test_fraction", names)
-        for each in (images, labels):
-            each["test"], each["train"] = each["train"][test], each["train"][train]
-    rows = None
-    if "validation" in parts:
-        count = len(images["train"])
-        rows = torch.arange(count, count + len(images["validation"]))
-        for each in (images, labels):
-            each["train"] = torch.cat([each["train"], each["validation"]])
-    return ImageDataset(
-        name, images["train"], labels["train"], images["test"], labels["test"], names, rows
-    )
+    return assembled(name, images, labels, names, test_fraction, seed)
 
 
 def _class_names(
