@@ -130,10 +130,9 @@ def network(name: str, experiment: Experiment) -> nn.Module:
         networks_there = [name for name in registered_names() if _is_network(name)]
         raise ConfigError(f"there is no architecture {name!r}{nearest(name, networks_there)}")
     try:
-        made: nn.Module = gin.get_configurable(name)(**experiment.image_format)
+        return networks.network_for(gin.get_configurable(name), experiment.image_format)
     except (ValueError, TypeError) as error:
         raise ConfigError(one_line(error)) from error
-    return made
 
 
 def _is_network(name: str) -> bool:

@@ -110,17 +110,17 @@ def _evaluate(options: argparse.Namespace) -> int:
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
     keep_tracebacks_in(folder)
     chosen = Path(options.set) if options.set else folder / DISTILLED
+    whole = chosen == folder / DISTILLED and not options.only
+    baselines = [name for name in options.baselines.split(",") if name]
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown:
+        return fail(f"--baselines={unknown[0]}: there are {', '.join(BASELINES)}")
     if not chosen.exists():
         return fail(
             f"--set={options.set}: there is no such file or folder"
             if options.set
             else f"{folder} holds no {DISTILLED}, which python -m dd.train writes"
         )
-    whole = chosen == folder / DISTILLED and not options.only
-    baselines = [name for name in options.baselines.split(",") if name]
-    unknown = [name for name in baselines if name not in BASELINES]
-    if unknown:
-        return fail(f"--baselines={unknown[0]}: there are {', '.join(BASELINES)}")
     name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
         saved = config.saved_text(configuration)

@@ -25,17 +25,19 @@ from dd.data.prepared import PreparedData, prepare
 from dd.distillation.loop import begin
 from dd.distillation.recorder import DISTILLED, record
 from dd.distillation.settings import Distiller
+from dd.evaluation.assessment import Assessment
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.evaluation.names import RESULTS, TRAINING_SETS, TRANSFORMED
-from dd.evaluation.report import Assessment, Report, new_report, versions
+from dd.evaluation.report import Report, new_report, versions, write_results
+from dd.networks import network_for
 from dd.objectives.base import DATA, Task
 from dd.objectives.expert_buffer import describe
 from dd.runtime.cache import checksum
 from dd.runtime.changes import Judging
 from dd.runtime.devices import chosen_device, device_name
-from dd.runtime.files import write_json, write_sealed
+from dd.runtime.files import write_sealed
 from dd.runtime.plain import one_line
 from dd.runtime.run_folder import RunFolder
 from dd.runtime.stopping import StopRequest
@@ -111,7 +113,7 @@ class Experiment:
             "channels": channels,
             "image_size": height,
         }
-        self.network = network(**self.image_format)
+        self.network = network_for(network, self.image_format)
         distiller.objective.check(self.network, dataset.image_shape, synthetic)
         # On the CPU, so that a seed means the same on every device.
         self.key = bilevel.Key(seed)
@@ -128,6 +130,17 @@ class Experiment:
                 f"the dataset cannot be prepared with validation_fraction="
                 f"{self.validation_fraction} and this transform: {error}"
             ) from error
+
+    def notes(self, data: PreparedData) -> list[str]:
+        """What one should know before the first outer step."""
+        counts = torch.bincount(data.train_labels, minlength=data.num_classes)
+        least, wanted = int(counts.min()), self.synthetic.images_per_class
+        if wanted <= least:
+            return []
+        return [
+            f"images_per_class={wanted} is more than the {least} training images of class "
+            f"{data.class_names[int(counts.argmin())]}: random real images are then all of them"
+        ]
 
     def describe(self, data: PreparedData) -> dict[str, Any]:
         """What expert networks must agree with this experiment in."""
@@ -184,7 +197,7 @@ class Experiment:
         task = self.task(data, folder)
 
         def write(report: Report) -> None:
-            task.folder.write(RESULTS, partial(write_json, content=report.as_dict()))
+            write_results(task.folder, RESULTS, report)
 
         run = None
         try:
@@ -276,12 +289,13 @@ class Experiment:
         wanted = training_sets, architectures, scores, baselines
         for measured in assessment.measured(report, *wanted):
             report = measured
-            folder.write(results_path.name, partial(write_json, content=report.as_dict()))
+            write_results(folder, results_path.name, report)
         return report
 
     def _new_report(self, images_per_class: int) -> Report:
         return new_report(
-            self.dataset.name,
+            self.dataset,
+            fingerprint(self.dataset),
             images_per_class,
             self.network,
             self.evaluator,

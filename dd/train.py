@@ -37,6 +37,7 @@ The run directory then holds
   distilled.png           a picture of them, each stretched to the full range
   checkpoint.safetensors  from which the same command with the same --run_dir goes on
   results.json            accuracy of the distilled set, of random real images, of full data
+  confusion.png           what networks trained on the distilled set take for what
 
 Ctrl-C stops after the current step and leaves all of that valid.
 """
@@ -79,11 +80,14 @@ def _train(options: argparse.Namespace) -> int:
         owner = name.rsplit(".", 1)[0]
         say(f"note: {name}{config.place_of(name)} is set, but nothing refers to {owner}")
     print(f"preparing {experiment.dataset!r}", flush=True)
+    say(experiment.dataset.classes_with_counts())
     try:
         with one_first():  # The others find the whitening that it fitted.
             data = experiment.prepare()
     except (ValueError, BilevelError) as error:
         return fail(config.one_line(error))
+    for note in experiment.notes(data):
+        say(f"note: {note}")
     try:
         with only_writer(folder):
             return _train_in(folder, experiment, data)
@@ -127,6 +131,8 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> i
     except (BilevelError, DamagedFileError, OSError) as error:
         return fail(str(error))
     if report.status == "interrupted":
+        if any(report.accuracy.values()):
+            print_results(report.as_dict())
         done = report.outer_steps
         print(
             ("stopped at once" if done is None else f"stopped after outer step {done}")

@@ -132,6 +132,22 @@ class ImageDataset:
             f"{self.num_classes} classes, {self.train_images.dtype})"
         )
 
+    def classes_with_counts(self, most: int = 20) -> str:
+        """How many training and test images each class has, for people; of many classes a range."""
+        trained, tested = (
+            torch.bincount(labels, minlength=self.num_classes).tolist()
+            for labels in (self.train_labels, self.test_labels)
+        )
+        if self.num_classes <= most:
+            each = zip(self.class_names, trained, tested, strict=True)
+            counts = ", ".join(f"{name} {ours} + {others}" for name, ours, others in each)
+            return f"{self.num_classes} classes (training + test images): {counts}"
+        ranges = [
+            f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+            for counts in (trained, tested)
+        ]
+        return f"{self.num_classes} classes of {ranges[0]} training and {ranges[1]} test images"
+
     @property
     def num_classes(self) -> int:
         """The number of classes."""

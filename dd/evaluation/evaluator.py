@@ -3,7 +3,6 @@
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -16,6 +15,7 @@ from bilevel.checks import check_instance, check_integer, check_number
 from dd.augmentation import Augmentation, NoAugmentation
 from dd.data.prepared import PreparedData
 from dd.data.stored_images import Images
+from dd.evaluation.accuracy import Accuracy, accuracy, confusion
 from dd.evaluation.protocols import BPTTProtocol, Protocol
 from dd.runtime.changes import Resumable
 from dd.runtime.precision import full_float32
@@ -27,53 +27,6 @@ DISTILLED_KEY, RANDOM_REAL_KEY, FULL_DATA_KEY = "distilled", "random real", "ful
 TEACHER_KEY = "teacher"
 #: A function from the key of one network to the (images, labels) it is trained on.
 TrainingSet = Callable[[Key], tuple[Images, Tensor]]
-
-
-@final
-@dataclass(frozen=True)
-class Accuracy:
-    """Test accuracy over independent networks, fractions in [0, 1].
-
-    Attributes:
-        values: One for each network.
-        steps: Training steps, chosen on the validation part.
-    """
-
-    values: tuple[float, ...]
-    steps: int
-
-    @property
-    def mean(self) -> float:
-        """Mean over networks."""
-        return statistics.fmean(self.values)
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation over networks; 0 for one network."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {
-            "mean": self.mean,
-            "std": self.std,
-            "networks": len(self.values),
-            "values": list(self.values),
-            "steps": self.steps,
-        }
-
-
-@torch.no_grad()
-def accuracy(
-    network: nn.Module, params: dict[str, Tensor], images: Images, labels: Tensor, chunk: int = 500
-) -> float:
-    """The fraction of images that the network labels rightly, `chunk` at a time."""
-    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
-    for start in range(0, len(labels), chunk):
-        part = slice(start, start + chunk)
-        predicted = functional_call(network, params, (images[part],)).argmax(dim=1)
-        correct += (predicted == labels[part]).sum()
-    return int(correct) / len(labels)
 
 
 @final
@@ -245,7 +198,7 @@ class Evaluator:
         rate: float | None = None,
     ) -> Accuracy:
         """Test accuracy of a network for each of `keys`; the bars are called `label`."""
-        trained, validated, values = {}, {}, {}
+        trained, validated, tested = {}, {}, {}
         share = list(own_share(len(keys)))
         total = len(share) * max(steps)
         with progress_bar(
@@ -266,8 +219,12 @@ class Evaluator:
             iterable=trained.items(), desc=f"testing {label}", unit="network"
         ):
             params = stages[chosen]
-            values[index] = accuracy(network, params, data.test_images, data.test_labels)
-        return Accuracy(tuple(collected(values)), steps[chosen])
+            tested[index] = confusion(
+                network, params, data.test_images, data.test_labels, data.num_classes
+            )
+        found = collected(tested)
+        values = tuple(int(counts.diagonal().sum()) / int(counts.sum()) for counts in found)
+        return Accuracy(values, steps[chosen], torch.stack(found).sum(dim=0))
 
     def _train(
         self,

@@ -54,6 +54,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, str]) -> None:
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
         "checkpoint.safetensors",
         "checkpoint.previous.safetensors",
+        "confusion.png",
         "distilled.png",
         "config.gin",
         "distilled.safetensors",

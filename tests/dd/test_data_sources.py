@@ -50,6 +50,13 @@ def test_a_dataset_describes_itself() -> None:
         data.name = "other"  # type: ignore[misc]
 
 
+def test_classes_are_told_with_their_counts() -> None:
+    told = dataset().classes_with_counts()
+    assert told == "2 classes (training + test images): cat 4 + 2, dog 4 + 2"
+    of_two = dataset(train_labels=torch.tensor([0] + 7 * [1])).classes_with_counts(most=1)
+    assert of_two == "2 classes of 1 to 7 training and 2 test images"
+
+
 FLOATS = torch.zeros(8, 3, 4, 4)
 
 

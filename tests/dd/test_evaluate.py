@@ -16,6 +16,7 @@ from tiny_runs import SNAPSHOT, arguments, command, contents, one_error, results
 from dd import config, evaluate, train
 from dd.data import Standardize
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.runtime.files import DamagedFileError
 
@@ -74,7 +75,10 @@ def test_evaluating_a_snapshot_leaves_the_results_of_the_run(
     words = [str(copy), f"--set={copy / SNAPSHOT}", "--gin_param=Evaluator.networks = 3"]
     assert evaluate.main(words) == 0
     after = contents(copy)
-    assert after.keys() - before.keys() == {"results-0.0001_minutes.json"}
+    assert after.keys() - before.keys() == {
+        "results-0.0001_minutes.json",
+        "confusion-0.0001_minutes.png",
+    }
     assert {name: after[name] for name in before} == before
     results = json.loads(after["results-0.0001_minutes.json"])
     networks = {name: found["networks"] for name, found in results["accuracy"].items()}
@@ -218,6 +222,52 @@ def test_runs_are_compared_in_one_table_and_one_picture(
         assert picture.size[0] > 200
     assert evaluate.main([str(run_dir), f"--compare={tmp_path}"]) == 2
     assert "results.json does not exist" in capsys.readouterr().err
+
+
+def test_each_class_has_its_accuracy(
+    judged: Callable[..., dict[str, Any]], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = judged("--only=distilled")
+    classes = found["accuracy"]["distilled"]["per_class"]
+    assert found["class_names"] == [str(digit) for digit in range(10)]
+    assert len(classes) == 10
+    counts = torch.bincount(config.load([], [], run=run_dir / "config.gin").dataset.test_labels)
+    mean = (
+        sum(of * count for of, count in zip(classes, counts.tolist(), strict=True)) / counts.sum()
+    )
+    assert mean == pytest.approx(found["accuracy"]["distilled"]["mean"])
+    assert f"distilled, each class, %: 0 {100 * classes[0]:.0f}, 1 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failing", ["random_real", "full_data", "teacher"])
+def test_what_cannot_be_measured_beside_a_set_costs_nothing_else(
+    failing: str,
+    judged: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not enough memory:\n you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(Evaluator, failing, fail)
+    found = judged("--baselines=random")
+    assert found["status"] == "complete"
+    assert found["accuracy"]["distilled"]["mean"] > 0
+    name = "baselines" if failing == "teacher" else failing
+    assert found["problems"] == {name: "not enough memory: you tried to allocate 9 bytes"}
+    assert found["accuracy"].get(failing) is None
+    assert f"{name.replace('_', ' ')} could not be measured: not enough" in capsys.readouterr().out
+
+
+def test_a_set_that_cannot_be_measured_is_an_error(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("nothing to train on")
+
+    monkeypatch.setattr(Evaluator, "distilled", fail)
+    assert evaluate.main([str(run_dir), "--json=found.json"]) == 2
+    assert "nothing to train on" in one_error(capsys)
 
 
 # What others made.
