@@ -126,10 +126,7 @@ class Experiment:
                 self.dataset, fit, self.validation_fraction, self.seed, self.device, self.images_on
             )
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"the dataset cannot be prepared with validation_fraction="
-                f"{self.validation_fraction} and this transform: {error}"
-            ) from error
+            raise ValueError(f"the dataset cannot be prepared: {error}") from error
 
     def notes(self, data: PreparedData) -> list[str]:
         """What one should know before the first outer step."""

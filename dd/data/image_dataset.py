@@ -173,9 +173,11 @@ class ImageDataset:
             ValueError: `fraction` is outside (0, 1), or the set is too small for it.
         """
         if self.validation_rows is not None:
-            check_number("fraction", fraction, above=0, below=1)
+            check_number("validation_fraction", fraction, above=0, below=1)
             return self._rows_to_train_on(), self.validation_rows
-        return stratified_split(self.train_labels, fraction, seed, "fraction", self.class_names)
+        return stratified_split(
+            self.train_labels, fraction, seed, "validation_fraction", self.class_names
+        )
 
     def _rows_to_train_on(self) -> Tensor:
         everything = torch.arange(len(self.train_labels))
