@@ -201,9 +201,7 @@ class Evaluator:
         trained, validated, tested = {}, {}, {}
         share = list(own_share(len(keys)))
         total = len(share) * max(steps)
-        with progress_bar(
-            desc=f"training on {label}", total=total, unit="step", mininterval=0.5
-        ) as bar:
+        with progress_bar(desc=f"training on {label}", total=total, unit="step") as bar:
             for index in share:
                 images, labels = training_set(keys[index])
                 stages = self._train(images, labels, network, keys[index], steps, rate, bar.update)
