@@ -38,26 +38,28 @@ class Chart(ABC):
     def __init__(self, title: str, inner_steps: int) -> None:
         self.title = title
         self.inner_steps = inner_steps
+        #: One of so many outer steps is drawn: by its number, divided by that, what it was.
         self._every = 1
-        self._columns: list[tuple[int, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._columns)
+        self._columns: dict[int, Any] = {}
+        self._last = 0
 
     def picture(self) -> Tensor:
         """What is known so far, uint8 [3, H, W]."""
-        raster = self._raster([value for _, value in self._columns])
+        first = min(self._columns)
+        width = max(self._columns) - first + 1
+        raster = np.full((self.inner_steps, width, 3), 255, np.uint8)
+        places = [place - first for place in self._columns]
+        self._draw(raster, places, list(self._columns.values()))
         plot = Image.fromarray(raster[::-1]).resize((_WIDTH, _HEIGHT), Image.Resampling.NEAREST)
         canvas = Image.new("RGB", (_LEFT + _WIDTH + 12, _TOP + _HEIGHT + _BELOW), "white")
         canvas.paste(plot, (_LEFT, _TOP))
         draw, letters = ImageDraw.Draw(canvas), font(11)
         draw.rectangle((_LEFT - 1, _TOP - 1, _LEFT + _WIDTH, _TOP + _HEIGHT), outline="grey")
-        first, last = (self._columns[index][0] for index in (0, -1))
         low, high = _TOP + _HEIGHT, _TOP
         for text, position, anchor in (
             (self.title, (_LEFT, 5), "la"),
-            (f"{first}", (_LEFT, low + 4), "la"),
-            (f"{last}", (_LEFT + _WIDTH, low + 4), "ra"),
+            (f"{first * self._every}", (_LEFT, low + 4), "la"),
+            (f"{self._last}", (_LEFT + _WIDTH, low + 4), "ra"),
             ("outer step", (_LEFT + _WIDTH // 2, low + 4), "ma"),
             ("0", (_LEFT - 5, low), "rs"),
             (f"{self.inner_steps}", (_LEFT - 5, high), "ra"),
@@ -74,15 +76,18 @@ class Chart(ABC):
         return pil_to_tensor(canvas)
 
     def _append(self, step: int, value: Any) -> None:
-        if step % self._every == 0 or not self._columns:
-            self._columns.append((step, value))
+        self._last = step
+        self._columns.setdefault(step // self._every, value)
         if len(self._columns) > MOST_COLUMNS:
             self._every *= 2
-            self._columns = self._columns[::2]
+            thinned: dict[int, Any] = {}
+            for place, kept in self._columns.items():
+                thinned.setdefault(place // 2, kept)
+            self._columns = thinned
 
     @abstractmethod
-    def _raster(self, values: list[Any]) -> Raster:
-        """[inner steps, columns, 3], the first inner step first."""
+    def _draw(self, raster: Raster, places: list[int], values: list[Any]) -> None:
+        """Fill columns of a white [inner steps, columns, 3], the first inner step first."""
 
     @abstractmethod
     def _legend(self) -> Mapping[str, tuple[int, int, int]]:
@@ -97,14 +102,12 @@ class WindowBand(Chart):
         """What an outer step did: its window [start, stop), and the stage if there is one."""
         self._append(step, (start, stop, stage))
 
-    def _raster(self, values: list[Any]) -> Raster:
-        raster = np.full((self.inner_steps, len(values), 3), 255, np.uint8)
-        for column, (start, stop, stage) in enumerate(values):
-            raster[start:stop, column] = STAGES.get(stage, NO_STAGE)
-        return raster
+    def _draw(self, raster: Raster, places: list[int], values: list[Any]) -> None:
+        for place, (start, stop, stage) in zip(places, values, strict=True):
+            raster[start:stop, place] = STAGES.get(stage, NO_STAGE)
 
     def _legend(self) -> Mapping[str, tuple[int, int, int]]:
-        there = {stage for _, (_, _, stage) in self._columns}
+        there = {stage for _, _, stage in self._columns.values()}
         found = {f"{name} stage": colour for name, colour in STAGES.items() if name in there}
         return found | ({"window": NO_STAGE} if None in there else {})
 
@@ -120,7 +123,7 @@ class HeatMap(Chart):
         column[start : start + len(found)] = found
         self._append(step, column)
 
-    def _raster(self, values: list[Any]) -> Raster:
+    def _draw(self, raster: Raster, places: list[int], values: list[Any]) -> None:
         raised = np.stack(values, axis=1)
         known = np.isfinite(raised) & (raised > 0)
         logs = np.log(np.where(known, raised, 1.0))
@@ -128,16 +131,16 @@ class HeatMap(Chart):
         position = (logs - low) / max(high - low, 1e-12) * (len(_SCALE) - 1)
         below = np.clip(position.astype(int), 0, len(_SCALE) - 2)
         part = np.clip(position - below, 0, 1)[..., None]
-        raster = (1 - part) * _SCALE[below] + part * _SCALE[below + 1]
-        raster[~known] = 255
-        return raster.astype(np.uint8)
+        colours = (1 - part) * _SCALE[below] + part * _SCALE[below + 1]
+        colours[~known] = 255
+        raster[:, places] = colours.astype(np.uint8)
 
     def _bounds(self, logs: NDArray[Any], known: NDArray[Any]) -> tuple[float, float]:
         """The range without its outermost hundredths."""
         return tuple(np.quantile(logs[known], (0.01, 0.99))) if known.any() else (0.0, 1.0)
 
     def _legend(self) -> Mapping[str, tuple[int, int, int]]:
-        raised = np.stack([value for _, value in self._columns], axis=1)
+        raised = np.stack(list(self._columns.values()), axis=1)
         known = np.isfinite(raised) & (raised > 0)
         bounds = self._bounds(np.log(np.where(known, raised, 1.0)), known)
         colours = (tuple(map(int, _SCALE[index])) for index in (0, -1))

@@ -29,7 +29,9 @@ def stretched(pixels: Tensor) -> Tensor:
         pixels: [N, C, H, W].
     """
     mean = pixels.mean(dim=(2, 3), keepdim=True)
-    deviation = pixels.std(dim=(2, 3), keepdim=True, correction=0).clamp_min(1e-6)
+    # Of an even grey there is only rounding, which is not to be seen.
+    rounding = 1e-5 * (1 + mean.abs())
+    deviation = pixels.std(dim=(2, 3), keepdim=True, correction=0).maximum(rounding)
     return (0.5 + (pixels - mean) / (2 * DEVIATIONS * deviation)).clamp(0, 1)
 
 
