@@ -21,9 +21,12 @@ from bilevel.checks import (
 from bilevel.distributed import world_size
 from dd.augmentation import Augmentation
 from dd.data import ImageDataset, PixelTransform
+from dd.data.image_dataset import fingerprint
 from dd.data.prepared import PreparedData, prepare
 from dd.distillation.loop import begin
-from dd.distillation.recorder import DISTILLED, record
+from dd.distillation.monitor import show_result
+from dd.distillation.recorder import DISTILLED, EVENTS, record
+from dd.distillation.rehearsal import Rehearsal, rehearse
 from dd.distillation.settings import Distiller
 from dd.evaluation.assessment import Assessment
 from dd.evaluation.distilled_set import DistilledSet
@@ -34,7 +37,6 @@ from dd.evaluation.report import Report, new_report, versions, write_results
 from dd.networks import network_for
 from dd.objectives.base import DATA, Task
 from dd.objectives.expert_buffer import describe
-from dd.runtime.cache import checksum
 from dd.runtime.changes import Judging
 from dd.runtime.devices import chosen_device, device_name
 from dd.runtime.files import write_sealed
@@ -44,8 +46,6 @@ from dd.runtime.stopping import StopRequest
 from dd.synthetic.dataset import SyntheticDataset
 
 CONFIG = "config.gin"
-#: How many images tell one dataset from another; a large one need not be read for it.
-FINGERPRINT_IMAGES = 1000
 
 
 @final
@@ -183,10 +183,21 @@ class Experiment:
             },
         )
 
+    def rehearse(self, data: PreparedData) -> Rehearsal:
+        """Take an outer step, write nothing, and tell what the whole run takes."""
+        return rehearse(begin(self.distiller, self.task(data, None)))
+
     def train(
-        self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
+        self,
+        data: PreparedData,
+        folder: Path,
+        stop: StopRequest,
+        config_text: str,
+        advice: str = "",
     ) -> Report:
         """Distil into `folder`, then evaluate unless asked to stop.
+
+        `advice` is what to do where a CPU will not finish it.
 
         Whatever ends it, `results.json` says so.
         """
@@ -202,7 +213,7 @@ class Experiment:
             report = report.of_size(run.candidate("images"))
             task.folder.write(CONFIG, partial(write_sealed, text=config_text))
             write(report)
-            record(run, folder, stop, config_text)
+            record(run, folder, stop, config_text, advice)
             report = replace(
                 report,
                 outer_steps=run.state.step,
@@ -216,6 +227,8 @@ class Experiment:
                 for measured in self._assessment(distilled, data).measured(report):
                     report = measured
                     write(report)
+                found = report.outer_steps, config_text, report.means
+                task.folder.write(EVENTS, lambda events: show_result(events, *found))
                 return report
         except KeyboardInterrupt:
             pass  # a second Ctrl-C while distilling, or the first while evaluating
@@ -303,9 +316,3 @@ class Experiment:
     def _assessment(self, distilled: DistilledSet, data: PreparedData) -> Assessment:
         key = self.key.fold("evaluation")
         return Assessment(distilled, data, self.network, self.evaluator, key)
-
-
-def fingerprint(dataset: ImageDataset) -> str:
-    """A checksum of the training data: of all labels, and of so many images spread over all."""
-    stride = -(-len(dataset.train_images) // FINGERPRINT_IMAGES)
-    return checksum([dataset.train_images[::stride], dataset.train_labels])[:16]

@@ -27,6 +27,7 @@ examples:
   python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
   python -m dd.train --gin_file=gin/cifar10_rat.gin --gin_param='RandomWindow.window = 40'
   python -m dd.train --gin_file=gin/digits.gin --gin_param='Distiller.truncation = @Full()'
+  python -m dd.train --gin_file=gin/cifar10.gin --dry_run
   torchrun --standalone --nproc_per_node=4 -m dd.train \\
       --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
 
@@ -58,6 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="where everything is written; one that holds a checkpoint is resumed "
         "(default: a new one below runs/)",
     )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="build everything and take an outer step, write nothing, and tell what time and "
+        "memory to expect",
+    )
     options = parser.parse_args(arguments)
     return run(lambda: _train(options))
 
@@ -88,16 +95,43 @@ def _train(options: argparse.Namespace) -> int:
         return fail(config.one_line(error))
     for note in experiment.notes(data):
         say(f"note: {note}")
+    advice = _advice(options.gin_file[-1])
     try:
+        if options.dry_run:
+            return _rehearse(experiment, data, advice)
         with only_writer(folder):
-            return _train_in(folder, experiment, data)
+            return _train_in(folder, experiment, data, advice)
     except FolderInUseError as error:
         return fail(str(error))
     except OSError as error:
         return fail(f"--run_dir={folder} cannot be used: {error}")
 
 
-def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> int:
+def _advice(gin_file: str) -> str:
+    """What to do where a CPU will not finish a run."""
+    from dd.gin_text import recipe_for_cpu
+
+    recipe = recipe_for_cpu(gin_file)
+    if recipe is None:
+        return "Distiller.minutes ends it earlier, and a narrower network makes steps shorter"
+    return f"the recipe made for one is --gin_file={recipe}"
+
+
+def _rehearse(experiment: "Experiment", data: "PreparedData", advice: str) -> int:
+    from bilevel import BilevelError
+    from dd.distillation.recorder import LONG
+
+    try:
+        found = experiment.rehearse(data)
+    except BilevelError as error:
+        return fail(str(error))
+    print("\n".join(["dry run: everything is built, and nothing was written", *found.lines()]))
+    if found.device == "cpu" and found.distilling > LONG:
+        print(f"warning: that is long on this CPU; {advice}")
+    return 0
+
+
+def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData", advice: str) -> int:
     from bilevel import BilevelError
     from dd import config
     from dd.distillation.recorder import DISTILLED, PICTURE
@@ -127,7 +161,7 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> i
     print(f"writing to {folder} (watch it: tensorboard --logdir {folder})", flush=True)
     try:
         with stop_on_signal() as stop:
-            report = experiment.train(data, folder, stop, text)
+            report = experiment.train(data, folder, stop, text, advice)
     except (BilevelError, DamagedFileError, OSError) as error:
         return fail(str(error))
     if report.status == "interrupted":

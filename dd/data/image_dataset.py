@@ -21,6 +21,10 @@ from dd.data.checks import (
     warn_of_degenerate,
     warn_of_few,
 )
+from dd.runtime.cache import checksum
+
+#: How many images tell one dataset from another; a large one need not be read for it.
+FINGERPRINT_IMAGES = 1000
 
 
 @final
@@ -246,3 +250,9 @@ def stratified_split(
             "on; use a smaller fraction"
         )
     return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held_out))
+
+
+def fingerprint(dataset: ImageDataset) -> str:
+    """A checksum of the training data: of all labels, and of so many images spread over all."""
+    stride = -(-len(dataset.train_images) // FINGERPRINT_IMAGES)
+    return checksum([dataset.train_images[::stride], dataset.train_labels])[:16]

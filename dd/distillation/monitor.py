@@ -211,22 +211,29 @@ class Monitor:
             grid = image_grid(shown, images_per_class, class_names)
             self._writer.add_image(f"synthetic_images/{name}", grid, step)
 
-    def result(self, step: int, config_text: str, accuracies: Mapping[str, float]) -> None:
-        """Show what a run found beside what it was configured with, under "HParams".
-
-        Args:
-            step: Outer steps done.
-            config_text: The configuration; of it, numbers, strings and truth values are shown.
-            accuracies: Fractions, by what they are of.
-        """
-        found = {f"accuracy/{name}": value for name, value in accuracies.items()}
-        for summary in hparams(_plain_parameters(config_text), found):
-            self._file.add_summary(summary)
-        self.scalars(step, found)
-
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+
+
+def show_result(
+    folder: Path, step: int | None, config_text: str, accuracies: Mapping[str, float]
+) -> None:
+    """Show what a run found beside what it was configured with, under "HParams".
+
+    Args:
+        folder: Of the run's events.
+        step: Outer steps done.
+        config_text: The configuration; of it, numbers, strings and truth values are shown.
+        accuracies: Fractions, by what they are of.
+    """
+    found = {f"accuracy/{name}": value for name, value in accuracies.items()}
+    with SummaryWriter(str(folder)) as writer:
+        file: Any = writer.file_writer
+        for summary in hparams(_plain_parameters(config_text), found):
+            file.add_summary(summary)
+        for name, value in found.items():
+            writer.add_scalar(name, value, step)
 
 
 def _plain_parameters(config_text: str) -> dict[str, Any]:

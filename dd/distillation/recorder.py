@@ -35,6 +35,7 @@ from dd.runtime.writer import orphaned
 RESERVE = 2**24
 #: Names in a run's folder.
 PICTURE = "distilled.png"
+EVENTS = "events"
 AVERAGE = Path("snapshots") / "average.safetensors"
 #: After how many outer steps a run on a CPU is told that it takes longer than this, in seconds.
 STEPS_TO_WARN, LONG = 3, 24 * 3600.0
@@ -155,7 +156,7 @@ class FolderRecorder(Recorder):
         settings, state = run.settings, run.state
         self.run = run
         self.folder = folder
-        self.monitor = Monitor(folder / "events", state.step, settings.inner_steps)
+        self.monitor = Monitor(folder / EVENTS, state.step, settings.inner_steps)
         self.monitor.config(config_text)
         self.progress = Progress(settings.outer_steps, settings.minutes, state.step, state.seconds)
         for note in run.notes:

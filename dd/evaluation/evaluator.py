@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -25,6 +26,8 @@ from dd.synthetic.dataset import random_subset
 #: Where below a key the randomness of the networks of each training set is.
 DISTILLED_KEY, RANDOM_REAL_KEY, FULL_DATA_KEY = "distilled", "random real", "full data"
 TEACHER_KEY = "teacher"
+#: By so many training steps it is judged how long many take.
+STEPS_TIMED = 3
 #: A function from the key of one network to the (images, labels) it is trained on.
 TrainingSet = Callable[[Key], tuple[Images, Tensor]]
 
@@ -162,6 +165,37 @@ class Evaluator:
         keys = [key.fold(FULL_DATA_KEY, index) for index in range(self.full_data_networks)]
         steps = self.full_data_steps
         return self._measure("full data", lambda _: everything, network, data, keys, steps)
+
+    @full_float32()
+    def expected_seconds(
+        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+    ) -> dict[str, float]:
+        """About how long training takes on each of `TRAINING_SETS`, by a few steps of it.
+
+        Args:
+            images: The distilled set's, or others of its shape.
+            labels: Of these.
+            network: What is trained.
+            data: The dataset.
+            key: The randomness of the steps.
+        """
+
+        def of_step(images: Images, labels: Tensor) -> float:
+            self._train(images, labels, network, key, [1])
+            began = time.perf_counter()
+            trained = self._train(images, labels, network, key, [STEPS_TIMED])
+            # Reading a number waits for the device.
+            float(next(iter(trained[0].values())).sum())
+            return (time.perf_counter() - began) / STEPS_TIMED
+
+        images, labels = images.detach(), labels.detach()
+        small = of_step(images, labels) * self.networks
+        small *= max(self.protocol.steps(self.steps, len(images), self.batch_size))
+        found = {"distilled": small, "random_real": small}
+        if self.full_data_networks:
+            whole = of_step(data.train_images, data.train_labels) * self.full_data_networks
+            found["full_data"] = whole * max(self.full_data_steps)
+        return found
 
     @full_float32()
     def validation(

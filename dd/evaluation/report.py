@@ -109,6 +109,11 @@ class Report:
         )
 
     @property
+    def means(self) -> dict[str, float]:
+        """The mean accuracy on each training set that was measured."""
+        return {name: of.mean for name, of in self.accuracy.items() if of is not None}
+
+    @property
     def told_status(self) -> str:
         """The status; of a run that skipped too many steps, none that says that all is well."""
         diverged = self.skipped_steps > SKIPPED_AT_MOST * (self.outer_steps or 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 import bilevel
 from dd.distillation.charts import NO_STAGE, STAGES, HeatMap, WindowBand
 from dd.distillation.gallery import image_grid, stretched
-from dd.distillation.monitor import Monitor
+from dd.distillation.monitor import Monitor, show_result
 from dd.distillation.progress import Progress, duration
 
 
@@ -111,8 +111,8 @@ def test_curves_come_with_a_description_a_layout_and_what_was_found(tmp_path: Pa
     monitor.scalars(1, {"window/start": 3.0, "own": 1.0})
     monitor.scalars(2, {"window/start": 4.0})
     text = "# of the run\nConvNet.width = 8\nExperiment.network = @ConvNet\nname = 'a'\n"
-    monitor.result(2, text, {"distilled": 0.5})
     monitor.close()
+    show_result(tmp_path, 2, text, {"distilled": 0.5})
     events = EventAccumulator(str(tmp_path)).Reload()
     described = events.SummaryMetadata("window/start").summary_description
     assert described == "The first inner step that is differentiated."
