@@ -4,9 +4,13 @@ import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dd.cli import add_gin_arguments, fail, keep_tracebacks_in, print_results, run, say
 from dd.evaluation.names import BASELINES, PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
+
+if TYPE_CHECKING:
+    from dd.experiment import Experiment
 
 EPILOG = """\
 examples:
@@ -68,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="RUN_DIR",
-        help="do not evaluate: one table of what was measured in RUN_DIR and these runs",
+        help="do not evaluate: a table for each dataset of what was measured in RUN_DIR and these "
+        "runs, or in a file of results",
     )
     parser.add_argument(
         "--plot",
@@ -79,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="where the results go (default: results.json of the run, "
-        "or results-NAME.json for another --set)",
+        help="where the results go (default: results.json of the run, or a name of its own for "
+        "another set, network or protocol)",
     )
     parser.add_argument(
         "--only",
@@ -110,7 +115,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         return fail(f"{folder} is no run directory: it has no {CONFIG}")
     keep_tracebacks_in(folder)
     chosen = Path(options.set) if options.set else folder / DISTILLED
-    whole = chosen == folder / DISTILLED and not options.only
     baselines = [name for name in options.baselines.split(",") if name]
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
@@ -121,7 +125,6 @@ def _evaluate(options: argparse.Namespace) -> int:
             if options.set
             else f"{folder} holds no {DISTILLED}, which python -m dd.train writes"
         )
-    name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
         saved = config.saved_text(configuration)
         with one_first():
@@ -139,6 +142,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "and of networks"
             )
         names = [name for name in options.architectures.split(",") if name]
+        name = _results_name(options, folder, chosen, experiment, _judged_otherwise(saved))
         results = Path(options.json) if options.json else folder / name
         # Beside a run that goes on, all may be judged but what it writes itself.
         shared = results.resolve() == (folder / RESULTS).resolve()
@@ -157,6 +161,53 @@ def _evaluate(options: argparse.Namespace) -> int:
         return fail(str(error))
     print_results(report.as_dict())
     return 0
+
+
+def _results_name(
+    options: argparse.Namespace,
+    folder: Path,
+    chosen: Path,
+    experiment: "Experiment",
+    changes: list[str],
+) -> str:
+    """`results.json` for the judgement of the run itself, and for each other one its own name.
+
+    It says the set, and the network and the protocol if they are not the run's; what else is
+    different makes a checksum at its end.
+    """
+    from dd.distillation.recorder import DISTILLED
+    from dd.runtime.cache import checksum
+
+    parts, different = [], list(changes)
+    if chosen.resolve() != (folder / DISTILLED).resolve():
+        parts.append(chosen.stem)
+        if not chosen.resolve().is_relative_to(folder.resolve()):
+            different += [str(chosen.resolve()), options.values]
+    if changes:
+        parts += [type(experiment.network).__name__, experiment.evaluator.protocol.name]
+    parts += options.only or []
+    parts += ["hard_labels"] if options.hard_labels else []
+    parts += [checksum(different)[:6]] if different else []
+    return "-".join([Path(RESULTS).stem, *parts]) + ".json"
+
+
+def _judged_otherwise(saved: str) -> list[str]:
+    """How network, protocol and evaluation differ from those of a run's saved configuration.
+
+    How many networks are trained for how long is left out: that is the same, more precisely.
+    """
+    from dd import config
+    from dd.gin_text import registered
+    from dd.runtime.changes import WHEN_RESUMED
+
+    is_precision = config.changeable(WHEN_RESUMED)
+
+    def says_nothing(name: str) -> bool:
+        target = registered(name.rpartition("/")[2].rpartition(".")[0])
+        judges = isinstance(target, type) and issubclass(target, config.JUDGES)
+        return is_precision(name) or not (judges or name == "Experiment.network")
+
+    return config.differences(saved, f"{saved}\n{config.text()}", says_nothing)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from tiny_runs import SNAPSHOT, arguments, command, contents, one_error, results
 
 from dd import config, evaluate, train
 from dd.data import Standardize
+from dd.evaluation.comparison import by_dataset, comparison_plot, comparison_table
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
@@ -222,6 +223,53 @@ def test_runs_are_compared_in_one_table_and_one_picture(
         assert picture.size[0] > 200
     assert evaluate.main([str(run_dir), f"--compare={tmp_path}"]) == 2
     assert "results.json does not exist" in capsys.readouterr().err
+    assert f"\n{run_dir}: python " in printed  # where the figures come from
+
+
+def results(dataset: str, data: str | None = "1") -> dict[str, Any]:
+    accuracy = {"distilled": {"mean": 0.5, "std": 0.1}}
+    found = {"accuracy": accuracy, "images_per_class": 1, "protocol": "bptt", "dataset": dataset}
+    return found if data is None else {**found, "data": data}
+
+
+@pytest.mark.parametrize(
+    ("runs", "tables"),
+    [
+        ([("a", "1"), ("a", "1"), ("a", None)], [["0", "1", "2"]]),
+        ([("a", "1"), ("b", "1"), ("a", "1")], [["0", "2"], ["1"]]),
+        ([("a", "1"), ("a", "2"), ("a", "2")], [["0"], ["1", "2"]]),
+        ([("a", None), ("b", None)], [["0"], ["1"]]),
+    ],
+)
+def test_runs_on_different_datasets_share_no_table(
+    runs: list[tuple[str, str | None]], tables: list[list[str]]
+) -> None:
+    found = {str(index): results(*run) for index, run in enumerate(runs)}
+    assert [list(group) for group in by_dataset(found).values()] == tables
+    assert comparison_table(found).count("images per class") == len(tables)
+    assert comparison_plot(found)[:4] == b"\x89PNG"
+
+
+def test_no_judgement_overwrites_another(copy: Path, tmp_path: Path) -> None:
+    torch.save(torch.rand(10, 1, 8, 8), tmp_path / "set.pt")
+    (tmp_path / "more").mkdir()
+    torch.save(torch.rand(10, 1, 8, 8), tmp_path / "more" / "set.pt")
+    dc = ["--gin_param=Evaluator.protocol = @DCProtocol()", "--gin_param=DCProtocol.epochs = 2"]
+    for words in (
+        ["--only=distilled", "--gin_param=ConvNet.width = 4"],
+        ["--only=distilled", "--gin_param=ConvNet.width = 5"],
+        ["--only=distilled", *dc],
+        ["--only=distilled"],
+        ["--only=distilled", "--hard_labels"],
+        ["--only=distilled", f"--set={tmp_path / 'set.pt'}"],
+        ["--only=distilled", f"--set={tmp_path / 'more' / 'set.pt'}"],
+    ):
+        before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+        assert evaluate.main([str(copy), *words]) == 0
+        (name,) = [path.name for path in copy.glob("results*.json") if path not in before]
+        assert all(path.read_bytes() == content for path, content in before.items())
+        if words[1:] == dc:
+            assert name.startswith("results-ConvNet-dc-distilled-")
 
 
 def test_each_class_has_its_accuracy(
