@@ -1,6 +1,6 @@
 """One experiment as a gin file describes it: the parts, and what is done with them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ from dd.data.prepared import PreparedData, prepare
 from dd.distillation.loop import begin
 from dd.distillation.monitor import show_result
 from dd.distillation.recorder import DISTILLED, EVENTS, record
-from dd.distillation.rehearsal import Rehearsal, rehearse
+from dd.distillation.rehearsal import rehearsed
 from dd.distillation.settings import Distiller
 from dd.evaluation.assessment import Assessment
 from dd.evaluation.distilled_set import DistilledSet
@@ -183,9 +183,9 @@ class Experiment:
             },
         )
 
-    def rehearse(self, data: PreparedData) -> Rehearsal:
-        """Take an outer step, write nothing, and tell what the whole run takes."""
-        return rehearse(begin(self.distiller, self.task(data, None)))
+    def rehearsed(self, data: PreparedData, advice: str) -> Iterator[str]:
+        """Take an outer step, write nothing, and tell line by line what the whole run takes."""
+        return rehearsed(begin(self.distiller, self.task(data, None)), advice)
 
     def train(
         self,

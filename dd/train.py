@@ -119,15 +119,12 @@ def _advice(gin_file: str) -> str:
 
 def _rehearse(experiment: "Experiment", data: "PreparedData", advice: str) -> int:
     from bilevel import BilevelError
-    from dd.distillation.recorder import LONG
 
     try:
-        found = experiment.rehearse(data)
+        for line in experiment.rehearsed(data, advice):
+            print(line, flush=True)
     except BilevelError as error:
         return fail(str(error))
-    print("\n".join(["dry run: everything is built, and nothing was written", *found.lines()]))
-    if found.device == "cpu" and found.distilling > LONG:
-        print(f"warning: that is long on this CPU; {advice}")
     return 0
 
 

@@ -23,7 +23,8 @@ from dd.distillation.events import (
 from dd.distillation.gallery import png
 from dd.distillation.loop import Distillation, outer_loop
 from dd.distillation.monitor import Monitor
-from dd.distillation.progress import Progress, duration
+from dd.distillation.progress import Progress
+from dd.distillation.rehearsal import LONG, least_seconds, warning_of_days
 from dd.distillation.resuming import CHECKPOINT, DISTILLED, PREVIOUS
 from dd.objectives.base import HELD_OUT
 from dd.runtime.files import read_tensors, write_bytes
@@ -37,8 +38,8 @@ RESERVE = 2**24
 PICTURE = "distilled.png"
 EVENTS = "events"
 AVERAGE = Path("snapshots") / "average.safetensors"
-#: After how many outer steps a run on a CPU is told that it takes longer than this, in seconds.
-STEPS_TO_WARN, LONG = 3, 24 * 3600.0
+#: After how many outer steps a run on a CPU is told that it takes too long.
+STEPS_TO_WARN = 3
 #: What TensorBoard calls the accuracies of a validation.
 SHOWN_AS = {"images": "validation/accuracy", "average": "validation/accuracy_of_average"}
 
@@ -176,6 +177,8 @@ class FolderRecorder(Recorder):
         #: Profiles that are not shown again before the next picture is due.
         self._profiles_shown: set[str] = set()
         self._known_status = {"ok"}
+        if run.task.device.type == "cpu":
+            self._warn_of_days(least_seconds(run), at_least=True)
 
     def take(self, event: Event) -> None:
         match event:
@@ -267,20 +270,14 @@ class FolderRecorder(Recorder):
             self.progress.say(f"outer step {event.step}, said once: {status}")
         loss = float(event.result.loss)
         self.progress.update(event.step, self.run.state.seconds, loss, event.metrics, stage)
-        self._warn_of_days()
+        if self.progress.steps_timed == STEPS_TO_WARN - 1:
+            self._warn_of_days(self.progress.remaining())
 
-    def _warn_of_days(self) -> None:
-        """Say, once its pace is known, that a CPU will not finish this run."""
-        if self.progress.steps_timed != STEPS_TO_WARN - 1 or self._warned:
-            return
-        self._warned, left = True, self.progress.remaining()
-        if self.run.task.device.type != "cpu" or left < LONG:
-            return
-        each = duration(self.progress.seconds_per_step)
-        self.progress.say(
-            f"warning: at {each} an outer step this run takes {duration(left)} on this CPU"
-            + (f"; {self._advice}" if self._advice else "")
-        )
+    def _warn_of_days(self, seconds: float, at_least: bool = False) -> None:
+        """Say, once, that a CPU will not finish this run."""
+        if self.run.task.device.type == "cpu" and seconds > LONG and not self._warned:
+            self._warned = True
+            self.progress.say(warning_of_days(seconds, self._advice, at_least))
 
     def _to_show(self, event: Stepped) -> dict[str, Tensor | float]:
         """All numbers; a profile once after every `image_every` steps, as soon as it has all T."""

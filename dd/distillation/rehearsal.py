@@ -1,14 +1,22 @@
 """A run tried before it is begun: one outer step, and what the whole will take."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
-from bilevel import Key
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from bilevel import Key, fresh_parameters
 from dd.distillation.loop import Distillation, outer_step
 from dd.distillation.progress import duration
 from dd.objectives.base import Task
 from dd.runtime.devices import device_name, peak_memory
 
+#: A run on a CPU that takes longer than this, in seconds, is warned of.
+LONG = 24 * 3600.0
 #: A first outer step that took less is followed by a second one, which is timed instead.
 QUICK = 10.0
 
@@ -80,6 +88,56 @@ def rehearse(run: Distillation) -> Rehearsal:
         evaluating=_evaluating(run, task),
         memory=peak_memory(task.device),
         device=device_name(task.device),
+    )
+
+
+def rehearsed(run: Distillation, advice: str) -> Iterator[str]:
+    """The same line by line, as soon as each is known.
+
+    Args:
+        run: The distillation, just begun.
+        advice: What to do where a CPU will not finish it.
+    """
+    on_cpu = run.task.device.type == "cpu"
+    if on_cpu and (least := least_seconds(run)) > LONG:
+        yield warning_of_days(least, advice, at_least=True)
+    yield "taking an outer step"
+    found = rehearse(run)
+    yield from found.lines()
+    if on_cpu and found.distilling > LONG:
+        yield warning_of_days(found.distilling, advice)
+    yield "dry run: everything is built, and nothing was written"
+
+
+def least_seconds(run: Distillation) -> float:
+    """What a run takes at the very least, by the time of one inner step, of which it is known soon.
+
+    Half of T such steps, forward and backward once, in every outer step: what a window may leave
+    out is left out, and so are the way back and the outer loss.
+    """
+    settings, state, task = run.settings, run.state, run.task
+    generator = Key(0).generator("timing")
+    with torch.no_grad():
+        images, labels = task.synthetic.batch(state.outer, generator)
+    params = fresh_parameters(task.network, generator, device=task.device)
+    leaves = [value.requires_grad_() for value in params.values()]
+    seconds = 0.0
+    for _ in range(2):  # the first one is slower
+        began = time.perf_counter()
+        loss = F.cross_entropy(functional_call(task.network, params, (images,)), labels)
+        float(torch.autograd.grad(loss, leaves)[0].sum())
+        seconds = time.perf_counter() - began
+    least = (settings.outer_steps - state.step) * settings.inner_steps / 2 * seconds
+    if settings.minutes is not None:
+        least = min(least, 60 * settings.minutes - state.seconds)
+    return least
+
+
+def warning_of_days(seconds: float, advice: str, at_least: bool = False) -> str:
+    """What a user is told of a run that takes so long on a CPU."""
+    bound = "at least " if at_least else ""
+    return f"warning: this run takes {bound}{duration(seconds)} on this CPU" + (
+        f"; {advice}" if advice else ""
     )
 
 

@@ -32,17 +32,24 @@ def test_a_dry_run_of_days_names_what_to_do(
 ) -> None:
     words = arguments(tmp_path / "run", Distiller__outer_steps=10**9)
     assert train.main([*words, "--dry_run"]) == 0
-    assert "long on this CPU; Distiller.minutes ends it" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    (early, late) = [line for line in lines if "days on this CPU; Distiller.minutes ends" in line]
+    assert early.startswith("warning: this run takes at least ")
+    assert lines.index(early) < lines.index("taking an outer step") < lines.index(late)
 
 
+@pytest.mark.parametrize("bound", ["at least ", ""])
 def test_a_run_that_a_cpu_will_not_finish_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bound: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not bound:
+        monkeypatch.setattr("dd.distillation.recorder.least_seconds", lambda _: 0.0)
     monkeypatch.setattr("dd.distillation.recorder.LONG", 0.0)
     assert train.main(arguments(tmp_path / "run")) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "warning: at" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning: this run" in line]
     assert len(said) == 1
-    assert re.search(r"an outer step this run takes \d+ s on this CPU; Distiller.minutes", said[0])
+    pattern = rf"takes {bound}\d+ s on this CPU; Distiller.minutes"
+    assert re.search(pattern, said[0])
     shown = shown_in(tmp_path / "run")
     assert shown.Scalars("accuracy/distilled")[0].step == OUTER_STEPS
     assert {"charts/window", "charts/inner_loss"} <= set(shown.Tags()["images"])
