@@ -70,6 +70,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "digits": data.digits,
     "arrays": data.arrays,
     "image_folder": data.image_folder,
+    "torchvision": data.torchvision,
+    "hugging_face": data.hugging_face,
     "tiny_imagenet": data.tiny_imagenet,
     "imagenet": data.imagenet,
     "standardize": data.Standardize.fit,
@@ -139,10 +141,9 @@ def network(name: str, experiment: Experiment) -> nn.Module:
         networks_there = [name for name in registered_names() if _is_network(name)]
         raise ConfigError(f"there is no architecture {name!r}{nearest(name, networks_there)}")
     try:
-        made: nn.Module = gin.get_configurable(name)(**experiment.image_format)
+        return networks.network_for(gin.get_configurable(name), experiment.image_format)
     except (ValueError, TypeError) as error:
         raise ConfigError(one_line(error)) from error
-    return made
 
 
 def _is_network(name: str) -> bool:

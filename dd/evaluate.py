@@ -5,10 +5,13 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from dd.cli import add_gin_arguments, fail, keep_tracebacks_in, print_results, run, say
 from dd.evaluation.names import BASELINES, PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
+
+if TYPE_CHECKING:
+    from dd.experiment import Experiment
 
 EPILOG = """\
 examples:
@@ -45,13 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--set",
         metavar="FILE",
         help="evaluate this set of the run (default: its final one); or a set that others made: "
-        "tensors in a .pt file, or a folder of images",
+        "tensors in a .pt file, arrays in an .npz file, or a folder of images",
     )
     parser.add_argument(
         "--values",
         choices=(PIXELS, TRANSFORMED),
         default=PIXELS,
-        help="what the tensors in a .pt file are: pixels in [0, 1], to which the run's transform "
+        help="what a .pt or .npz file holds: pixels in [0, 1], to which the run's transform "
         "is applied (default), or already transformed",
     )
     parser.add_argument(
@@ -76,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="RUN_DIR",
-        help="do not evaluate: one table of what was measured in RUN_DIR and these runs",
+        help="do not evaluate: a table for each dataset of what was measured in RUN_DIR and these "
+        "runs, or in a file of results",
     )
     parser.add_argument(
         "--plot",
@@ -87,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="where the results go (default: results.json of the run, "
-        "or results-NAME.json for another set)",
+        help="where the results go (default: results.json of the run, or a name of its own for "
+        "another set, network or protocol)",
     )
     parser.add_argument(
         "--only",
@@ -122,8 +126,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     if judged.is_run:
         keep_tracebacks_in(folder)
     chosen = Path(options.set) if options.set else judged.set_path
-    whole = judged.is_run and chosen == judged.set_path and not options.only
-    name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
+    if not chosen.exists():
+        return fail(
+            f"--set={options.set}: there is no such file or folder"
+            if options.set
+            else f"{folder} holds no {chosen.name}, which python -m dd.train writes"
+        )
     try:
         with one_first():
             experiment = config.load(
@@ -144,6 +152,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "and of networks"
             )
         names = [name for name in options.architectures.split(",") if name]
+        name = _results_name(options, judged, chosen, experiment, _judged_otherwise(saved))
         results = Path(options.json) if options.json else folder / name
         # Beside a run that goes on, all may be judged but what it writes itself.
         shared = results.resolve() == (folder / RESULTS).resolve()
@@ -211,6 +220,53 @@ def _find(run_dir: str) -> _Judged:
             "fits: dd-evaluate RUN_DIR --set=FILE"
         )
     return _Judged(Path(), set_path, str(text), f"the recipe of {set_path}", False)
+
+
+def _results_name(
+    options: argparse.Namespace,
+    judged: _Judged,
+    chosen: Path,
+    experiment: "Experiment",
+    changes: list[str],
+) -> str:
+    """`results.json` for the judgement of the run itself, and for each other one its own name.
+
+    It says the set, and the network and the protocol if they are not the run's; what else is
+    different makes a checksum at its end.
+    """
+    from dd.runtime.cache import checksum
+
+    parts, different = [], list(changes)
+    is_own = chosen.resolve() == judged.set_path.resolve()
+    if not (is_own and judged.is_run):
+        parts.append(chosen.stem)
+        if not (is_own or chosen.resolve().is_relative_to(judged.folder.resolve())):
+            different += [str(chosen.resolve()), options.values]
+    if changes:
+        parts += [type(experiment.network).__name__, experiment.evaluator.protocol.name]
+    parts += options.only or []
+    parts += ["hard_labels"] if options.hard_labels else []
+    parts += [checksum(different)[:6]] if different else []
+    return "-".join([Path(RESULTS).stem, *parts]) + ".json"
+
+
+def _judged_otherwise(saved: str) -> list[str]:
+    """How network, protocol and evaluation differ from those of a run's saved configuration.
+
+    How many networks are trained for how long is left out: that is the same, more precisely.
+    """
+    from dd import config
+    from dd.gin_text import registered
+    from dd.runtime.changes import WHEN_RESUMED
+
+    is_precision = config.changeable(WHEN_RESUMED)
+
+    def says_nothing(name: str) -> bool:
+        target = registered(name.rpartition("/")[2].rpartition(".")[0])
+        judges = isinstance(target, type) and issubclass(target, config.JUDGES)
+        return is_precision(name) or not (judges or name == "Experiment.network")
+
+    return config.differences(saved, f"{saved}\n{config.text()}", says_nothing)
 
 
 def _compare(options: argparse.Namespace) -> int:

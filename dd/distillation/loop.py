@@ -237,10 +237,11 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
     settings, task, state = run.settings, run.task, run.state
 
     state.optimizer.zero_grad()
-    constants, outer_batch = run.objective.inputs(state.step, state.truncation.stage)
+    stage = state.truncation.stage
+    constants, outer_batch = run.objective.inputs(state.step, stage)
     generator = run.key.generator("outer", state.step)
     result = run.averaged.backward({**state.outer, **constants}, outer_batch, generator)
-    run.half_done = True
+    differentiated, run.half_done = time.perf_counter(), True
     stored = task.synthetic.stored(state.outer)
     clip_bound = None if state.clip is None else state.clip(stored.values())[1]
     state.optimizer.step()
@@ -250,6 +251,7 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
             average.lerp_(stored[name].detach(), 1 - settings.average_decay)
     state.check_finite()
 
+    updated = time.perf_counter()
     metrics = {name: float(value) for name, value in result.metrics.items()}
     if HELD_OUT in state.truncation.metrics:
         metrics[HELD_OUT] = run.objective.held_out_accuracy(result.params)
@@ -267,6 +269,8 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
         metrics=metrics,
         objective=run.objective.report(result),
         schedule={**state.truncation.report(), **signals},
+        parts={"hypergradient": differentiated - began, "outer_update": updated - differentiated},
+        stage=stage,
     )
     return stepped, sentence
 

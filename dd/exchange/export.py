@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.checks import check_choice
-from dd.distillation.monitor import png
+from dd.distillation.gallery import png
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.names import RESULTS
 from dd.exchange.formats import Arrays, DDRanking, Format, Safetensors, Tensors
@@ -63,7 +63,10 @@ def export_set(
     try:
         form.write(distilled, temporary)
         write_text(temporary / CARD, card(distilled, form, target.name))
-        write_bytes(temporary / PREVIEW, png(distilled.pixels(), distilled.images_per_class))
+        write_bytes(
+            temporary / PREVIEW,
+            png(distilled.pixels(), distilled.images_per_class, distilled.class_names),
+        )
         temporary.chmod(0o755)
         if target.exists():
             _check_free(target, overwrite)
