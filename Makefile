@@ -70,6 +70,6 @@ help:
 	@echo "make lint      check format, style, types and imports"
 	@echo "make format    format and fix what can be fixed"
 	@echo "make bench     measure hypergradients against higher, memory against its model and small inner loops"
-	@echo "make examples  run the six worked examples and print their tables"
+	@echo "make examples  run the seven worked examples and print their tables"
 	@echo "make docs      build the documentation in site/, warnings as errors"
 	@echo "make clean     remove both environments and caches"

@@ -15,18 +15,18 @@ from bilevel.errors import (
 )
 from bilevel.gradcheck import gradcheck
 from bilevel.gradient_check import Comparison, GradientCheck
-from bilevel.graph_budget import GraphBudget
 from bilevel.hypergradient import Hypergradient
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate
-from bilevel.micro_batches import MicroBatches
 from bilevel.module import fresh_parameters, refuse_running_statistics
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.recording import record
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.outer_gradient import MicroBatches
+from bilevel.recording.record import record
+from bilevel.recording.trajectory import Trace, Trajectory
+from bilevel.recording.unrolled import GraphBudget
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult, LowRankStats, SolverStats, Stats
-from bilevel.trajectory import Trace, Trajectory
+from bilevel.variables import Iterate
 from bilevel.window import Window
 
 #: Of both packages; `pyproject.toml` reads it here.

@@ -15,7 +15,6 @@ import torch
 from bilevel.checks import check_instance
 from bilevel.errors import NonFiniteError, ProcessError
 from bilevel.hypergradient import Hypergradient
-from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.processes import (
     average,
     broadcast_,
@@ -28,6 +27,7 @@ from bilevel.processes import (
     world_size,
 )
 from bilevel.result import HypergradientResult, as_float
+from bilevel.variables import add_to_grad, leaves_with_grad
 
 __all__ = [
     "AveragedHypergradient",

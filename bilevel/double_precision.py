@@ -8,8 +8,8 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from bilevel.held import reachable
-from bilevel.micro_batches import MicroBatches
+from bilevel.contract.held import reachable
+from bilevel.recording.outer_gradient import MicroBatches
 from bilevel.tree import is_differentiable
 
 

@@ -12,20 +12,25 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.derivatives import wrong_second_derivative
+from bilevel.contract.derivatives import wrong_second_derivative
+from bilevel.contract.graph import functions_of, is_differentiable_once, leaves_of
+from bilevel.contract.repeatable import (
+    Kept,
+    check_made_again,
+    global_generators_left_alone,
+    impure,
+    is_same,
+)
+from bilevel.contract.watch import Watch
 from bilevel.errors import ProblemError
-from bilevel.graph import functions_of, is_differentiable_once, leaves_of
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
 from bilevel.optim.side_by_side import check_side_by_side
-from bilevel.outer import OuterVariables
 from bilevel.random import Key
-from bilevel.repeatable import Kept, check_made_again, global_generators_left_alone, impure, is_same
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.trajectory import Trajectory
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory
 from bilevel.tree import detach, needs_gradient, partition
-from bilevel.watch import Watch
+from bilevel.variables import Iterate, OuterVariables, StepInputs
 
 if TYPE_CHECKING:
     from bilevel.estimators.base import Estimator

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_integer
-from bilevel.derivatives import typical_size
+from bilevel.contract.derivatives import typical_size
+from bilevel.contract.repeatable import is_same
 from bilevel.double_precision import in_float64, to_float64
 from bilevel.errors import BilevelError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.estimators.evolution_strategies import advance, draw_like
 from bilevel.gradient_check import Comparison, GradientCheck
 from bilevel.hypergradient import Hypergradient
-from bilevel.inner import InnerLoop
-from bilevel.outer import OuterVariables
-from bilevel.outer_gradient import outer_loss_value
 from bilevel.random import Key
-from bilevel.recording import record
-from bilevel.repeatable import is_same
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.outer_gradient import outer_loss_value
+from bilevel.recording.record import record
+from bilevel.recording.trajectory import Trajectory, Window
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory, Window
 from bilevel.tree import detach
+from bilevel.variables import OuterVariables
 
 #: Distances of the differences, in units of the size of the outer variables.
 DISTANCES = {torch.float64: (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)}

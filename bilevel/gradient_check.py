@@ -5,7 +5,7 @@ from typing import final
 
 import torch
 
-from bilevel.trajectory import Window
+from bilevel.recording.trajectory import Window
 
 
 @final

@@ -11,23 +11,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel.bridge import Bridge
 from bilevel.checks import check_instance, check_integer
 from bilevel.compiler import constants_of
-from bilevel.derivatives import missing_derivatives_named
+from bilevel.contract.derivatives import missing_derivatives_named
+from bilevel.contract.graph import inside_transform
+from bilevel.contract.held import Snapshot, modules_held_by
+from bilevel.contract.watch import Watch
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.first_call import FirstCall
-from bilevel.graph import inside_transform
-from bilevel.graph_budget import GraphBudget
-from bilevel.held import Snapshot, modules_held_by
-from bilevel.inner import InnerLoop
 from bilevel.module import refuse_running_statistics
-from bilevel.outer import add_to_grad, leaves_with_grad
 from bilevel.problem import Problem
 from bilevel.random import Key
-from bilevel.recording import record
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.record import record
+from bilevel.recording.unrolled import GraphBudget
 from bilevel.result import HypergradientResult, check_finite, mean
 from bilevel.tree import named_leaves, tensors_in
 from bilevel.truncation import Full, Truncation
-from bilevel.watch import Watch
+from bilevel.variables import add_to_grad, leaves_with_grad
 
 
 @final
@@ -129,6 +129,14 @@ class Hypergradient:
                 f"steps={steps}: {type(self.truncation).__name__} needs at least "
                 f"{self.truncation.minimum_steps}, the width of its window"
             )
+        if self.inner_replicas > 1 and (
+            self.estimator.carries_over and not self.estimator.carries_over_by_replica
+        ):
+            raise ConfigurationError(
+                f"inner_replicas={inner_replicas}: {type(self.estimator).__name__} takes over "
+                f"{self.estimator.carries_over} from the call before, and each replica would take "
+                "over another one's"
+            )
         for name, module in modules_held_by(problem):
             refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
         self.inner = InnerLoop(problem, optimizer, compile=compile)
@@ -148,6 +156,7 @@ class Hypergradient:
         self.graph_budget = GraphBudget(budget)
         self._calls = 0
         self._constants: Snapshot | None = None
+        self._watch: Watch | None = None
         self.keep_on = None if keep_on is None else torch.device(keep_on)
 
     def __call__(
@@ -188,8 +197,7 @@ class Hypergradient:
         keep_from, window = plan.earliest_start, plan.window
         results = []
         for replica in range(self.inner_replicas):
-            # The second call shows what was kept from the first.
-            watch = Watch(problem, self.inner.optimizer, outer) if self._calls < 2 else None
+            watch = self._watch_over(outer)
             first_call = None
             if watch is not None and self._calls == 0:
                 first_call = FirstCall(self.inner, self.estimator, watch)
@@ -266,7 +274,17 @@ class Hypergradient:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: everything but what belongs to this object's own calls."""
-        return {**self.__dict__, "_constants": None}
+        return {**self.__dict__, "_constants": None, "_watch": None}
+
+    def _watch_over(self, outer: Any) -> Watch | None:
+        """Of the first call and the second, which shows what was kept from the first."""
+        if self._calls > 1:
+            self._watch = None
+        elif self._watch is None:
+            self._watch = Watch(self.inner.problem, self.inner.optimizer)
+        if self._watch is not None:
+            self._watch.begin(outer)
+        return self._watch
 
     def backward(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None

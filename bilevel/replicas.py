@@ -6,8 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_instance, check_integer
-from bilevel.contract import check_scalar
+from bilevel.checks import check_instance, check_integer, check_scalar
 from bilevel.problem import Problem, overrides
 from bilevel.random import Key
 from bilevel.result import as_float

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import NonFiniteError, ProblemError
-from bilevel.trajectory import Trace
+from bilevel.recording.trajectory import Trace
 from bilevel.window import Window
 
 

@@ -162,6 +162,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     say(f"{'training set':<20}{'accuracy':>18}{'networks':>10}{'steps':>8}")
     for name, accuracy in results["accuracy"].items():
         _print_row(name.replace("_", " "), accuracy)
+    _print_classes(results)
     for architecture, across in results["architectures"].items():
         say(f"\non {architecture}")
         for name, accuracy in across.items():
@@ -175,6 +176,17 @@ def print_results(results: Mapping[str, Any]) -> None:
         say("\nDD-Ranking, in [0, 1]")
         for name, score in results["scores"].items():
             say(f"{name.replace('_', '-'):<20}{score:>18.3f}")
+
+
+def _print_classes(results: Mapping[str, Any], most: int = 20) -> None:
+    """The distilled set's accuracy on each class, unless there are many."""
+    distilled, names = results["accuracy"].get("distilled"), results.get("class_names", ())
+    if distilled is not None and 0 < len(distilled.get("per_class", ())) <= most:
+        each = zip(names, distilled["per_class"], strict=True)
+        cells = (f"{name} {'–' if of is None else f'{100 * of:.0f}'}" for name, of in each)
+        say(f"\ndistilled, each class, %: {', '.join(cells)}")
+    for name, problem in results.get("problems", {}).items():
+        say(f"\n{name.replace('_', ' ')} could not be measured: {problem}")
 
 
 def _print_row(label: str, accuracy: Mapping[str, Any] | None) -> None:

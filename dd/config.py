@@ -70,6 +70,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "digits": data.digits,
     "arrays": data.arrays,
     "image_folder": data.image_folder,
+    "torchvision": data.torchvision,
+    "hugging_face": data.hugging_face,
     "tiny_imagenet": data.tiny_imagenet,
     "imagenet": data.imagenet,
     "standardize": data.Standardize.fit,
@@ -124,6 +126,7 @@ __all__ = [
     "check_used",
     "differences",
     "parameters",
+    "saved_text",
     "unused",
 ]
 
@@ -138,15 +141,18 @@ def network(name: str, experiment: Experiment) -> nn.Module:
         networks_there = [name for name in registered_names() if _is_network(name)]
         raise ConfigError(f"there is no architecture {name!r}{nearest(name, networks_there)}")
     try:
-        made: nn.Module = gin.get_configurable(name)(**experiment.image_format)
+        return networks.network_for(gin.get_configurable(name), experiment.image_format)
     except (ValueError, TypeError) as error:
         raise ConfigError(one_line(error)) from error
-    return made
 
 
 def _is_network(name: str) -> bool:
+    """Whether a name is that of a network's class, or of a function that makes networks."""
     target = registered(name)
-    return isinstance(target, type) and issubclass(target, nn.Module)
+    if isinstance(target, type):
+        return issubclass(target, nn.Module)
+    sizes = {"num_classes", "channels", "image_size"}
+    return target is not None and sizes <= inspect.signature(target).parameters.keys()
 
 
 def load(
@@ -154,7 +160,8 @@ def load(
     bindings: Sequence[str],
     *,
     modules: Sequence[str] = (),
-    run: Path | None = None,
+    saved: str | None = None,
+    name: str = "config.gin",
 ) -> Experiment:
     """Build the experiment that gin files and bindings describe.
 
@@ -165,7 +172,8 @@ def load(
         files: Gin files of the user's. They may import modules, which runs them.
         bindings: Of single parameters, after the files.
         modules: Imported first: what they register can be named.
-        run: The saved configuration of a run, before the files. It is data: it runs nothing.
+        saved: The configuration of a run, before the files. It is data: it runs nothing.
+        name: What messages call it.
 
     Raises:
         ConfigError: A file is missing, a name is misspelt, or a value cannot work.
@@ -175,9 +183,9 @@ def load(
     try:
         for module in modules:
             importlib.import_module(module)
-        if run is not None:
-            parse_text(check_is_data(saved_text(run), str(run), modules), str(run))
-        for path in [find(name, Path()) for name in files]:
+        if saved is not None:
+            parse_text(check_is_data(saved, name, modules), name)
+        for path in [find(each, Path()) for each in files]:
             read_file(path)
         for binding in bindings:
             read_binding(binding)
@@ -263,7 +271,8 @@ def changeable(mark: str) -> Callable[[str], bool]:
         target = registered(owner) if owner else None
         if target is None:
             return False
-        if mark == WHEN_JUDGED and isinstance(target, type) and issubclass(target, JUDGES):
+        judges = isinstance(target, type) and issubclass(target, JUDGES)
+        if mark == WHEN_JUDGED and (judges or _is_network(owner)):
             return True
         found = inspect.signature(target, eval_str=True).parameters.get(parameter)
         return found is not None and mark in getattr(found.annotation, "__metadata__", ())

@@ -3,10 +3,15 @@
 import argparse
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, final
 
 from dd.cli import add_gin_arguments, fail, keep_tracebacks_in, print_results, run, say
 from dd.evaluation.names import BASELINES, PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
+
+if TYPE_CHECKING:
+    from dd.experiment import Experiment
 
 EPILOG = """\
 examples:
@@ -16,6 +21,7 @@ examples:
   python -m dd.evaluate runs/cpu --gin_param='Evaluator.protocol = @DCProtocol()'
   python -m dd.evaluate runs/cpu --architectures=ResNet18,VGG11,AlexNet,ViT
   python -m dd.evaluate runs/cpu --baselines=random,herding,k_center,el2n
+  python -m dd.evaluate digits-ipc1 --only=distilled
   python -m dd.evaluate runs/cpu --set=theirs.pt --values=transformed
   python -m dd.evaluate runs/mtt --compare=runs/att --plot=mtt_att.png
 
@@ -32,18 +38,23 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="what python -m dd.train wrote")
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        help="what python -m dd.train wrote; or a set that says how it was distilled: its file, "
+        "or its name if it comes with dd, such as digits-ipc1",
+    )
     parser.add_argument(
         "--set",
         metavar="FILE",
         help="evaluate this set of the run (default: its final one); or a set that others made: "
-        "tensors in a .pt file, or a folder of images",
+        "tensors in a .pt file, arrays in an .npz file, or a folder of images",
     )
     parser.add_argument(
         "--values",
         choices=(PIXELS, TRANSFORMED),
         default=PIXELS,
-        help="what the tensors in a .pt file are: pixels in [0, 1], to which the run's transform "
+        help="what a .pt or .npz file holds: pixels in [0, 1], to which the run's transform "
         "is applied (default), or already transformed",
     )
     parser.add_argument(
@@ -68,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="RUN_DIR",
-        help="do not evaluate: one table of what was measured in RUN_DIR and these runs",
+        help="do not evaluate: a table for each dataset of what was measured in RUN_DIR and these "
+        "runs, or in a file of results",
     )
     parser.add_argument(
         "--plot",
@@ -79,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="where the results go (default: results.json of the run, "
-        "or results-NAME.json for another --set)",
+        help="where the results go (default: results.json of the run, or a name of its own for "
+        "another set, network or protocol)",
     )
     parser.add_argument(
         "--only",
@@ -97,30 +109,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from dd import config
-    from dd.distillation.recorder import DISTILLED
-    from dd.experiment import CONFIG
     from dd.runtime.changes import WHEN_JUDGED
     from dd.runtime.files import DamagedFileError
     from dd.runtime.processes import one_first
     from dd.runtime.writer import only_writer
 
-    folder = Path(options.run_dir)
-    configuration = folder / CONFIG
-    if not configuration.is_file():
-        return fail(f"{folder} is no run directory: it has no {CONFIG}")
-    keep_tracebacks_in(folder)
-    chosen = Path(options.set) if options.set else folder / DISTILLED
-    whole = chosen == folder / DISTILLED and not options.only
     baselines = [name for name in options.baselines.split(",") if name]
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
         return fail(f"--baselines={unknown[0]}: there are {', '.join(BASELINES)}")
-    name = RESULTS if whole else "-".join(["results", chosen.stem, *(options.only or [])]) + ".json"
     try:
-        saved = config.saved_text(configuration)
+        judged = _find(options.run_dir)
+    except (config.ConfigError, DamagedFileError, OSError, ValueError) as error:
+        return fail(str(error))
+    folder, saved = judged.folder, judged.config
+    if judged.is_run:
+        keep_tracebacks_in(folder)
+    chosen = Path(options.set) if options.set else judged.set_path
+    if not chosen.exists():
+        return fail(
+            f"--set={options.set}: there is no such file or folder"
+            if options.set
+            else f"{folder} holds no {chosen.name}, which python -m dd.train writes"
+        )
+    try:
         with one_first():
             experiment = config.load(
-                options.gin_file, options.gin_param, modules=options.modules, run=configuration
+                options.gin_file,
+                options.gin_param,
+                modules=options.modules,
+                saved=saved,
+                name=judged.config_name,
             )
         # What the transform was fitted with is known only in training.
         changed = config.differences(
@@ -133,6 +152,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "and of networks"
             )
         names = [name for name in options.architectures.split(",") if name]
+        name = _results_name(options, judged, chosen, experiment, _judged_otherwise(saved))
         results = Path(options.json) if options.json else folder / name
         # Beside a run that goes on, all may be judged but what it writes itself.
         shared = results.resolve() == (folder / RESULTS).resolve()
@@ -151,6 +171,102 @@ def _evaluate(options: argparse.Namespace) -> int:
         return fail(str(error))
     print_results(report.as_dict())
     return 0
+
+
+@final
+@dataclass(frozen=True)
+class _Judged:
+    """A run, or a set that brings its own configuration.
+
+    Attributes:
+        folder: Where results go.
+        set_path: The file of the set.
+        config: How it was distilled.
+        config_name: Where that is from.
+        is_run: Whether the folder is a run's.
+    """
+
+    folder: Path
+    set_path: Path
+    config: str
+    config_name: str
+    is_run: bool
+
+
+def _find(run_dir: str) -> _Judged:
+    """What is to be judged: a run's folder, a set's file, or the name of one that comes with dd.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: The set does not say how it was distilled.
+    """
+    from dd.config import saved_text
+    from dd.distillation.recorder import DISTILLED
+    from dd.evaluation.distilled_set import DistilledSet
+    from dd.exchange.shipped import find_set
+    from dd.experiment import CONFIG
+
+    folder = Path(run_dir)
+    path = folder / CONFIG
+    if path.is_file():
+        return _Judged(folder, folder / DISTILLED, saved_text(path), str(path), True)
+    if folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no run directory: it has no {CONFIG}")
+    set_path = find_set(run_dir)
+    text = DistilledSet.load(set_path).recipe.get("config")
+    if not text:
+        raise ValueError(
+            f"{set_path} does not say how it was distilled; judge it as a set of a run that it "
+            "fits: dd-evaluate RUN_DIR --set=FILE"
+        )
+    return _Judged(Path(), set_path, str(text), f"the recipe of {set_path}", False)
+
+
+def _results_name(
+    options: argparse.Namespace,
+    judged: _Judged,
+    chosen: Path,
+    experiment: "Experiment",
+    changes: list[str],
+) -> str:
+    """`results.json` for the judgement of the run itself, and for each other one its own name.
+
+    It says the set, and the network and the protocol if they are not the run's; what else is
+    different makes a checksum at its end.
+    """
+    from dd.runtime.cache import checksum
+
+    parts, different = [], list(changes)
+    is_own = chosen.resolve() == judged.set_path.resolve()
+    if not (is_own and judged.is_run):
+        parts.append(chosen.stem)
+        if not (is_own or chosen.resolve().is_relative_to(judged.folder.resolve())):
+            different += [str(chosen.resolve()), options.values]
+    if changes:
+        parts += [type(experiment.network).__name__, experiment.evaluator.protocol.name]
+    parts += options.only or []
+    parts += ["hard_labels"] if options.hard_labels else []
+    parts += [checksum(different)[:6]] if different else []
+    return "-".join([Path(RESULTS).stem, *parts]) + ".json"
+
+
+def _judged_otherwise(saved: str) -> list[str]:
+    """How network, protocol and evaluation differ from those of a run's saved configuration.
+
+    How many networks are trained for how long is left out: that is the same, more precisely.
+    """
+    from dd import config
+    from dd.gin_text import registered
+    from dd.runtime.changes import WHEN_RESUMED
+
+    is_precision = config.changeable(WHEN_RESUMED)
+
+    def says_nothing(name: str) -> bool:
+        target = registered(name.rpartition("/")[2].rpartition(".")[0])
+        judges = isinstance(target, type) and issubclass(target, config.JUDGES)
+        return is_precision(name) or not (judges or name == "Experiment.network")
+
+    return config.differences(saved, f"{saved}\n{config.text()}", says_nothing)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """One experiment as a gin file describes it: the parts, and what is done with them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import bilevel
-from bilevel import ConfigurationError
 from bilevel.checks import (
     check_callable,
     check_choice,
@@ -23,22 +22,27 @@ from bilevel.checks import (
 from bilevel.distributed import world_size
 from dd.augmentation import Augmentation
 from dd.data import ImageDataset, PixelTransform
+from dd.data.image_dataset import fingerprint
 from dd.data.prepared import PreparedData, prepare
+from dd.distillation.events import Event
 from dd.distillation.loop import begin
-from dd.distillation.memory import advice
-from dd.distillation.recorder import DISTILLED, record
+from dd.distillation.memory import out_of_memory_advice
+from dd.distillation.monitor import show_result
+from dd.distillation.recorder import DISTILLED, EVENTS, record
+from dd.distillation.rehearsal import rehearsed
 from dd.distillation.settings import Distiller
+from dd.evaluation.assessment import Assessment
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.evaluation.names import RESULTS, TRAINING_SETS, TRANSFORMED
-from dd.evaluation.report import Assessment, Report, new_report, versions
+from dd.evaluation.report import Report, new_report, versions, write_results
+from dd.networks import network_for
 from dd.objectives.base import DATA, Task
 from dd.objectives.expert_buffer import describe
-from dd.runtime.cache import checksum
 from dd.runtime.changes import Judging
 from dd.runtime.devices import chosen_device, device_name
-from dd.runtime.files import write_json, write_sealed
+from dd.runtime.files import write_sealed
 from dd.runtime.memory import NotEnoughMemoryError, check_fits, ran_out
 from dd.runtime.plain import one_line
 from dd.runtime.run_folder import RunFolder
@@ -47,8 +51,6 @@ from dd.runtime.stopping import StopRequest
 from dd.synthetic.dataset import SyntheticDataset
 
 CONFIG = "config.gin"
-#: How many images tell one dataset from another; a large one need not be read for it.
-FINGERPRINT_IMAGES = 1000
 
 
 @final
@@ -116,11 +118,7 @@ class Experiment:
             "channels": channels,
             "image_size": height,
         }
-        try:
-            made = network(**self.image_format)
-        except TypeError as error:
-            raise ConfigurationError(f"network: {error}") from error
-        self.network = check_instance("network", made, nn.Module, "@ConvNet without ()")
+        self.network = network_for(network, self.image_format)
         distiller.objective.check(self.network, dataset.image_shape, synthetic)
         # A set has a gradient and Adam's two moments.
         size = 16 * dataset.num_classes * math.prod(dataset.image_shape)
@@ -136,10 +134,18 @@ class Experiment:
                 self.dataset, fit, self.validation_fraction, self.seed, self.device, self.images_on
             )
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"the dataset cannot be prepared with validation_fraction="
-                f"{self.validation_fraction} and this transform: {error}"
-            ) from error
+            raise ValueError(f"the dataset cannot be prepared: {error}") from error
+
+    def notes(self, data: PreparedData) -> list[str]:
+        """What one should know before the first outer step."""
+        counts = torch.bincount(data.train_labels, minlength=data.num_classes)
+        least, wanted = int(counts.min()), self.synthetic.images_per_class
+        if wanted <= least:
+            return []
+        return [
+            f"images_per_class={wanted} is more than the {least} training images of class "
+            f"{data.class_names[int(counts.argmin())]}: random real images are then all of them"
+        ]
 
     def describe(self, data: PreparedData) -> dict[str, Any]:
         """What expert networks must agree with this experiment in."""
@@ -152,13 +158,16 @@ class Experiment:
             self.validation_fraction,
         )
 
-    def task(self, data: PreparedData, folder: Path | None, seed: int | None = None) -> Task:
+    def task(
+        self, data: PreparedData, folder: Path | None, seed: int | None = None, config: str = ""
+    ) -> Task:
         """What the distiller works on, from this experiment's seed or another one.
 
         Args:
             data: What `prepare` returned.
             folder: Where the run is kept; None: nowhere.
             seed: Of the distillation; the split of the data has the experiment's.
+            config: The operative configuration, for the set to carry.
         """
         seed = self.seed if seed is None else seed
         return Task(
@@ -183,20 +192,34 @@ class Experiment:
                 "threads": torch.get_num_threads(),
                 **versions(),
             },
+            config=config,
         )
 
-    def train(
-        self, data: PreparedData, folder: Path, stop: StopRequest, config_text: str
-    ) -> Report:
-        """Distil into `folder`, then evaluate unless asked to stop.
+    def rehearsed(self, data: PreparedData, advice: str) -> Iterator[str]:
+        """Take an outer step, write nothing, and tell line by line what the whole run takes."""
+        return rehearsed(begin(self.distiller, self.task(data, None)), advice)
 
-        Whatever ends it, `results.json` says so.
+    def train(
+        self,
+        data: PreparedData,
+        folder: Path,
+        stop: StopRequest,
+        config_text: str,
+        *,
+        evaluate: bool = True,
+        advice: str = "",
+        watch: Callable[[Event], object] = lambda event: None,
+    ) -> Report:
+        """Distil into `folder`, then evaluate, if that is wanted, unless asked to stop.
+
+        Whatever ends it, `results.json` says so. `advice` is what to do where a CPU will not finish
+        it; `watch` is called with every event of the loop.
         """
         report = self._new_report(self.synthetic.images_per_class)
-        task = self.task(data, folder)
+        task = self.task(data, folder, config=config_text)
 
         def write(report: Report) -> None:
-            task.folder.write(RESULTS, partial(write_json, content=report.as_dict()))
+            write_results(task.folder, RESULTS, report)
 
         run = None
         try:
@@ -204,7 +227,7 @@ class Experiment:
             report = report.of_size(run.candidate("images"))
             task.folder.write(CONFIG, partial(write_sealed, text=config_text))
             write(report)
-            record(run, folder, stop, config_text)
+            record(run, folder, stop, config_text, advice, watch)
             report = replace(
                 report,
                 outer_steps=run.state.step,
@@ -215,9 +238,15 @@ class Experiment:
                 stop.at_once = True
                 distilled = DistilledSet.load(folder / DISTILLED)
                 report = report.of_set(DISTILLED, distilled)
+                if not evaluate:
+                    report = replace(report, status="complete")
+                    write(report)
+                    return report
                 for measured in self._assessment(distilled, data).measured(report):
                     report = measured
                     write(report)
+                found = report.outer_steps, config_text, report.means
+                task.folder.write(EVENTS, lambda events: show_result(events, *found))
                 return report
         except KeyboardInterrupt:
             pass  # a second Ctrl-C while distilling, or the first while evaluating
@@ -229,7 +258,7 @@ class Experiment:
                 with suppress(OSError):  # such as a full disk, which may be what is wrong
                     write(replace(failed, status="failed"))
             if ran_out(error):
-                raise NotEnoughMemoryError(advice(self.distiller, task)) from error
+                raise NotEnoughMemoryError(out_of_memory_advice(self.distiller, task)) from error
             raise
         report = replace(report, status="interrupted")
         write(report)
@@ -290,12 +319,13 @@ class Experiment:
         wanted = training_sets, architectures, scores, baselines
         for measured in assessment.measured(report, *wanted):
             report = measured
-            folder.write(results_path.name, partial(write_json, content=report.as_dict()))
+            write_results(folder, results_path.name, report)
         return report
 
     def _new_report(self, images_per_class: int) -> Report:
         return new_report(
-            self.dataset.name,
+            self.dataset,
+            fingerprint(self.dataset),
             images_per_class,
             self.network,
             self.evaluator,
@@ -306,9 +336,3 @@ class Experiment:
     def _assessment(self, distilled: DistilledSet, data: PreparedData) -> Assessment:
         key = self.key.fold("evaluation")
         return Assessment(distilled, data, self.network, self.evaluator, key)
-
-
-def fingerprint(dataset: ImageDataset) -> str:
-    """A checksum of the training data: of all labels, and of so many images spread over all."""
-    stride = -(-len(dataset.train_images) // FINGERPRINT_IMAGES)
-    return checksum([dataset.train_images[::stride], dataset.train_labels])[:16]

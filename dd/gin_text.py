@@ -112,6 +112,19 @@ def find(name: str, folder: Path) -> Path:
     raise ConfigError(f"gin file {name} does not exist; {hint}")
 
 
+def recipe_for_cpu(name: str) -> str | None:
+    """The recipe that is made for a CPU and nearest to the recipe of this name, if there is one."""
+    path = PurePath(name)
+    parts = path.name.removesuffix(".gin").split("_")
+    if parts[-1] == "cpu":
+        return None
+    kept = ["_".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    for stem in (f"{parts[0]}_{path.parent.name}", *kept):
+        if (RECIPES / f"{stem}_cpu.gin").is_file():
+            return f"{stem}_cpu"
+    return None
+
+
 def parse(path: Path, referred: set[str], within: tuple[Path, ...] = ()) -> dict[str, Place]:
     """Parse a file; what it includes is looked for beside it, wherever one is, then in `dd`.
 

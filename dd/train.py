@@ -27,6 +27,7 @@ examples:
   python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
   python -m dd.train --gin_file=gin/cifar10_rat.gin --gin_param='RandomWindow.window = 40'
   python -m dd.train --gin_file=gin/digits.gin --gin_param='Distiller.truncation = @Full()'
+  python -m dd.train --gin_file=gin/cifar10.gin --dry_run
   torchrun --standalone --nproc_per_node=4 -m dd.train \\
       --gin_file=gin/cifar10_rat.gin --run_dir=runs/rat
 
@@ -37,6 +38,7 @@ The run directory then holds
   distilled.png           a picture of them, each stretched to the full range
   checkpoint.safetensors  from which the same command with the same --run_dir goes on
   results.json            accuracy of the distilled set, of random real images, of full data
+  confusion.png           what networks trained on the distilled set take for what
 
 Ctrl-C stops after the current step and leaves all of that valid.
 """
@@ -56,6 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help="where everything is written; one that holds a checkpoint is resumed "
         "(default: a new one below runs/)",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="build everything and take an outer step, write nothing, and tell what time and "
+        "memory to expect",
     )
     options = parser.parse_args(arguments)
     return run(lambda: _train(options))
@@ -79,42 +87,60 @@ def _train(options: argparse.Namespace) -> int:
     for note in notes:
         say(note)
     print(f"preparing {experiment.dataset!r}", flush=True)
+    say(experiment.dataset.classes_with_counts())
     try:
         with one_first():  # The others find the whitening that it fitted.
             data = experiment.prepare()
     except (ValueError, BilevelError) as error:
         return fail(config.one_line(error))
+    for note in experiment.notes(data):
+        say(f"note: {note}")
+    advice = _advice(options.gin_file[-1])
     try:
+        if options.dry_run:
+            return _rehearse(experiment, data, advice)
         with only_writer(folder):
-            return _train_in(folder, experiment, data)
+            return _train_in(folder, experiment, data, advice)
     except FolderInUseError as error:
         return fail(str(error))
     except OSError as error:
         return fail(f"--run_dir={folder} cannot be used: {error}")
 
 
-def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> int:
+def _advice(gin_file: str) -> str:
+    """What to do where a CPU will not finish a run."""
+    from dd.gin_text import recipe_for_cpu
+
+    recipe = recipe_for_cpu(gin_file)
+    if recipe is None:
+        return "Distiller.minutes ends it earlier, and a narrower network makes steps shorter"
+    return f"the recipe made for one is --gin_file={recipe}"
+
+
+def _rehearse(experiment: "Experiment", data: "PreparedData", advice: str) -> int:
+    from bilevel import BilevelError
+
+    try:
+        for line in experiment.rehearsed(data, advice):
+            print(line, flush=True)
+    except BilevelError as error:
+        return fail(str(error))
+    return 0
+
+
+def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData", advice: str) -> int:
     from bilevel import BilevelError
     from dd import config
+    from dd.api.runs import is_resumed
     from dd.distillation.recorder import DISTILLED, PICTURE
-    from dd.distillation.resuming import CHECKPOINT, PREVIOUS
     from dd.evaluation.names import RESULTS
-    from dd.experiment import CONFIG
-    from dd.runtime.changes import WHEN_RESUMED
     from dd.runtime.files import DamagedFileError
     from dd.runtime.stopping import stop_on_signal
 
     keep_tracebacks_in(folder)
     text = config.text()
     try:
-        if (folder / CHECKPOINT).exists() or (folder / PREVIOUS).exists():
-            saved = config.saved_text(folder / CONFIG)
-            differences = config.differences(saved, text, config.changeable(WHEN_RESUMED))
-            if differences:
-                return fail(
-                    f"{folder} holds a run with another configuration ({'; '.join(differences)}): "
-                    "choose another --run_dir, or repeat the command that started it"
-                )
+        if is_resumed(folder, text):
             print(f"resuming the run in {folder}")
     except (config.ConfigError, DamagedFileError) as error:
         return fail(str(error))
@@ -123,10 +149,12 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData") -> i
     print(f"writing to {folder} (watch it: tensorboard --logdir {folder})", flush=True)
     try:
         with stop_on_signal() as stop:
-            report = experiment.train(data, folder, stop, text)
+            report = experiment.train(data, folder, stop, text, advice=advice)
     except (BilevelError, DamagedFileError, OSError) as error:
         return fail(str(error))
     if report.status == "interrupted":
+        if any(report.accuracy.values()):
+            print_results(report.as_dict())
         done = report.outer_steps
         print(
             ("stopped at once" if done is None else f"stopped after outer step {done}")

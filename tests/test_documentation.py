@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dd import config, evaluate, experts, sweep, train
+from dd import config, evaluate, experts, export, sweep, train
 from dd.data import Standardize
 from dd.evaluation.distilled_set import DistilledSet
 
@@ -38,7 +38,7 @@ def _digits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_digits_run")
 @pytest.mark.parametrize("page", ["README.md", "docs/distil.md"])
 def test_a_distilled_set_is_read_as_the_pages_read_it(page: str) -> None:
-    (program,) = [block for block in blocks(ROOT / page, "python") if "DistilledSet" in block]
+    (program,) = [block for block in blocks(ROOT / page, "python") if 'dd.load("runs' in block]
     names: dict[str, object] = {}
     exec(compile(program, page, "exec"), names)
     distilled = names["distilled"]
@@ -46,7 +46,7 @@ def test_a_distilled_set_is_read_as_the_pages_read_it(page: str) -> None:
     assert distilled.pixels().shape == (10, 1, 8, 8)
 
 
-COMMAND = re.compile(r"\bdd[-.](train|evaluate|experts|sweep)\b")
+COMMAND = re.compile(r"\bdd[-.](train|evaluate|experts|export|sweep)\b")
 COMMANDS = sorted(
     {
         line.split("#")[0].strip()
@@ -70,7 +70,13 @@ def test_a_printed_command_has_options_and_recipes_that_exist(
 ) -> None:
     name = COMMAND.search(command)
     assert name is not None
-    modules = {"train": train, "evaluate": evaluate, "experts": experts, "sweep": sweep}
+    modules = {
+        "train": train,
+        "evaluate": evaluate,
+        "experts": experts,
+        "export": export,
+        "sweep": sweep,
+    }
     known = options(modules[name[1]], capsys)
     for word in shlex.split(command[name.end() :]):
         option, _, value = word.partition("=")

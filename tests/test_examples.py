@@ -87,3 +87,10 @@ def test_a_learned_schedule_beats_the_best_constant_rate(tmp_path):
     rows = table("learned_schedule.py", tmp_path)
     constant = rows["best constant rate of 11"]["test loss"]
     assert rows["learned, Adjoint"]["test loss"] < constant - 0.03
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_is_distilled_from_python(tmp_path):
+    rows = table("distil_your_own.py", tmp_path)
+    learned, real = rows["10 learned images"], rows["10 real images"]
+    assert learned["test accuracy"] > real["test accuracy"] + 0.02

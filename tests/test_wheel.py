@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import bilevel
 import dd
@@ -52,7 +53,10 @@ def test_the_wheel_holds_types_licence_and_every_recipe(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"dd/recipes/{path.relative_to(ROOT / 'gin')}" for path in ROOT.glob("gin/**/*.gin")}
     assert recipes <= names
-    assert {"bilevel/py.typed", "dd/py.typed"} <= names
+    assert {"bilevel/py.typed", "dd/py.typed", "dd/sets/index.json"} <= names
+    sets = {f"dd/sets/{path.name}" for path in ROOT.glob("dd/sets/*.safetensors")}
+    assert sets
+    assert sets <= names
     assert f"bilevel_dd-{bilevel.__version__}.dist-info/licenses/LICENSE" in names
 
 
@@ -115,3 +119,56 @@ def test_both_packages_have_one_version() -> None:
     assert dd.__version__ == bilevel.__version__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dd.nothing  # noqa: B018
+
+
+#: What a newcomer types in Python: distil, then train a network of one's own on an export.
+DISTIL = """
+import dd
+distilled = dd.distil("photos", image_size=16, outer_steps=2, run_dir="second")
+print(distilled, dd.load("digits-ipc1"))
+dd.export_set("second", "exported", "npz")
+"""
+TRAIN = """
+import numpy, torch
+from torch import nn
+found = numpy.load("exported/distilled.npz")
+images, labels = torch.tensor(found["images"]), torch.tensor(found["labels"])
+network = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 32), nn.ReLU(), nn.Linear(32, 2))
+optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+for _ in range(100):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(network(images), labels).backward()
+    optimizer.step()
+print((network(images).argmax(dim=1) == labels).float().mean().item())
+"""
+
+
+@pytest.mark.slow
+def test_a_newcomer_distils_a_folder_of_photos(commands: Path, tmp_path: Path) -> None:
+    for index in range(60):
+        name = ("cats", "dogs")[index % 2]
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        color = (200, index, 0) if index % 2 else (0, index, 200)
+        picture = Image.new("RGB", (40, 30), color)
+        picture.save(tmp_path / "photos" / name / f"{index}.jpg")
+
+    tiny = parameters(
+        image_folder__root="'photos'",
+        image_folder__image_size=16,
+        Distiller__outer_steps=2,
+        Evaluator__networks=1,
+        Evaluator__steps=[2],
+    )
+    run(commands / "dd-train", "--gin_file=own_images", "--run_dir=first", *tiny, cwd=tmp_path)
+    shown = run(commands / "python", "-c", DISTIL, cwd=tmp_path)
+    assert "2 images of shape (3, 16, 16), 2 classes" in shown
+    assert "10 images of shape (1, 8, 8)" in shown
+    assert float(run(commands / "python", "-c", TRAIN, cwd=tmp_path)) == 1.0
+    run(commands / "dd-export", "first", "--format=folder", "--out=pictures", cwd=tmp_path)
+    assert len(list(tmp_path.glob("pictures/pictures/*/*.png"))) == 2
+
+    judged = "--gin_param=Evaluator.steps = [2]", "--gin_param=Evaluator.networks = 1"
+    shown = run(commands / "dd-evaluate", "second", "--only=distilled", *judged, cwd=tmp_path)
+    assert "test accuracy on photos" in shown
+    shown = run(commands / "dd-evaluate", "digits-ipc1", "--only=distilled", *judged, cwd=tmp_path)
+    assert "test accuracy on digits" in shown

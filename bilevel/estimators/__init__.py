@@ -32,7 +32,7 @@ Example:
     (1.0, 1.0)
 """
 
-from bilevel.estimators.adjoint import Adjoint
+from bilevel.estimators.adjoint import Adjoint, Reverse
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.evolution_strategies import EvolutionStrategies
 from bilevel.estimators.finite_difference import FiniteDifference
@@ -41,7 +41,6 @@ from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.low_rank import LowRank
 from bilevel.estimators.persistent_evolution_strategies import PersistentEvolutionStrategies
-from bilevel.estimators.reverse import Reverse
 
 __all__ = [
     "Adjoint",

@@ -1,4 +1,4 @@
-"""The exact hypergradient: the recorded graph, or the adjoint recursion one step at a time."""
+"""The exact gradient of a window: by its graph where it was kept, else by a backward recursion."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, final
@@ -7,20 +7,89 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_choice
-from bilevel.derivatives import check_forward_mode
+from bilevel.contract.derivatives import check_forward_mode
+from bilevel.contract.repeatable import Kept
 from bilevel.errors import ProblemError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.estimators.recursion import BackwardRecursion, pull, pull_update
-from bilevel.estimators.reverse import through_graph
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
-from bilevel.outer import OuterVariables
-from bilevel.outer_gradient import OuterGradient
 from bilevel.random import Key
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.outer_gradient import OuterGradient
+from bilevel.recording.short_run import ShortRun
+from bilevel.recording.trajectory import Trajectory
+from bilevel.recording.unrolled import Unrolled
 from bilevel.result import HypergradientResult
-from bilevel.short_run import ShortRun
-from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
+from bilevel.variables import Iterate, OuterVariables, StepInputs
+
+
+@final
+class Reverse(Estimator):
+    """Exact: autograd through the graph of all steps of the window at once, whatever its size.
+
+    The reference that the others are judged by. Its memory grows by the graph of one inner step
+    for every step of the window. `Adjoint` does the same where that fits a budget, and gives the
+    same numbers in flat memory where it does not.
+    """
+
+    uses_graph = True
+
+    def __call__(self, trajectory: Trajectory, outer_batch: Any) -> HypergradientResult:
+        unrolled = trajectory.unrolled
+        if unrolled is None or not trajectory.has_graph:
+            unrolled = _run_again(trajectory)
+        return through_graph(trajectory, unrolled, outer_batch)
+
+
+def through_graph(
+    trajectory: Trajectory, unrolled: Unrolled, outer_batch: Any
+) -> HypergradientResult:
+    """dF/dφ by autograd through the graph of the window."""
+    window, inner = trajectory.window, trajectory.inner
+    variables = trajectory.variables
+    leaves, count = variables.leaves, len(variables.leaves)
+    end = WindowEnd.of(trajectory, outer_batch)
+    outputs, cotangents = list(unrolled.points[-1]), unrolled.like(end.cotangent)
+    losses = [end.loss]
+    if inner.has_step_loss:
+        for index, step in enumerate(range(window.start, window.stop), start=1):
+            with torch.enable_grad():
+                loss = inner.step_loss(
+                    unrolled.flat(index), variables.own_tree, step, trajectory.key
+                )
+            losses.append(loss.detach().to(end.loss))
+            if loss.requires_grad:
+                outputs.append(loss)
+                cotangents.append(torch.ones_like(loss))
+    # Only what is asked for: were iterates among it, autograd could add nothing up in place.
+    at = [*leaves, *variables.own_leaves] if inner.has_step_loss else leaves
+    grads = torch.autograd.grad(outputs, at, cotangents, allow_unused=True)
+    end.gradient.add(grads[:count])
+    end.gradient.add_of_loss(grads[count:])
+    return make_result(
+        trajectory,
+        end,
+        loss=torch.stack(losses).sum(),
+        hessian_vector_products=window.width,
+        method="recorded graph",
+    )
+
+
+def _run_again(trajectory: Trajectory) -> Unrolled:
+    """The window with its graph, run once more."""
+    start = trajectory.window.start
+    iterate = trajectory.first if start == 0 else trajectory.iterate_at(start)
+    unrolled, losses = Unrolled(trajectory.inner, iterate, start), {}
+    kept: dict[int, Kept] = {}
+    for step in range(start, trajectory.window.stop):
+        inputs = trajectory.inputs_at(step)
+        if len(kept) < 2:
+            kept[step] = Kept(trajectory.variables, inputs)
+        losses[step] = unrolled.step(inputs)
+    trajectory.check_repeated(losses)
+    for step, inputs_then in kept.items():
+        inputs_then.check(step)
+    return unrolled
 
 
 @final

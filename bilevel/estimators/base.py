@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
-from bilevel.outer import OuterVariables
-from bilevel.outer_gradient import OuterGradient
 from bilevel.random import Key
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.outer_gradient import OuterGradient
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult, Stats
-from bilevel.trajectory import Trajectory
+from bilevel.variables import Iterate, OuterVariables, StepInputs
 
 
 class Estimator(ABC):
@@ -34,6 +33,7 @@ class Estimator(ABC):
         carries_over: What a call takes over from the one before, in words; empty where calls have
             nothing to do with each other. Whoever trains another inner problem in every outer step
             has no use for an estimator that carries anything over.
+        carries_over_by_replica: Whether each of `inner_replicas` takes over its own.
         leaves_out: What a result leaves out by design, in words; empty where it is exact.
     """
 
@@ -44,6 +44,7 @@ class Estimator(ABC):
     uses_step_losses: bool = True
     differentiates_optimizer: bool = True
     carries_over: str = ""
+    carries_over_by_replica: bool = False
     leaves_out: str = ""
 
     @abstractmethod

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from bilevel.checks import check_integer, check_number
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
-from bilevel.iterate import Iterate
-from bilevel.outer_gradient import OuterGradient, outer_loss_value
 from bilevel.random import Key
+from bilevel.recording.outer_gradient import OuterGradient, outer_loss_value
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory
 from bilevel.tree import detach
+from bilevel.variables import Iterate
 from bilevel.window import Window
 
 

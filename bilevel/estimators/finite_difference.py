@@ -8,9 +8,9 @@ from torch import Tensor
 from bilevel.checks import check_number
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.recursion import BackwardRecursion, WindowEnd, pull_update
-from bilevel.inner import InnerLoop
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
 
 

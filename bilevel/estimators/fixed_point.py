@@ -9,11 +9,11 @@ from torch import Tensor
 from bilevel.checks import check_instance, check_integer
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.estimators.implicit import last_inputs, remarks, solver_stats
-from bilevel.iterate import Iterate
 from bilevel.linear import LinearOperator, Neumann, Solver
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
+from bilevel.variables import Iterate
 
 
 @final

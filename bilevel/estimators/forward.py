@@ -6,16 +6,15 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.derivatives import check_forward_mode
+from bilevel.contract.derivatives import check_forward_mode
 from bilevel.errors import ProblemError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
-from bilevel.outer import OuterVariables
 from bilevel.random import Key
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory
 from bilevel.tree import partition
+from bilevel.variables import Iterate, OuterVariables, StepInputs
 
 
 @final

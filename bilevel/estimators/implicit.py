@@ -11,12 +11,12 @@ from bilevel.checks import check_flag, check_instance, check_integer, check_numb
 from bilevel.errors import ConfigurationError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.estimators.mean_hessian import MeanHessian
-from bilevel.inner import InnerLoop
-from bilevel.iterate import StepInputs
 from bilevel.linear import ConjugateGradient, LinearOperator, Solution, Solver
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult, SolverStats
-from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
+from bilevel.variables import StepInputs
 
 #: Beyond this part of |F|, `outer_loss_gap` is worth a sentence in the status.
 NOTABLE_GAP = 0.1

@@ -10,18 +10,18 @@ from bilevel.basis import Anchor, Basis, Krylov, LowRankMatrix
 from bilevel.checks import check_instance, check_integer, check_number
 from bilevel.estimators.adjoint import Adjoint
 from bilevel.estimators.base import Estimator
-from bilevel.estimators.inner_hessian import InnerHessian
 from bilevel.estimators.recursion import (
     BackwardRecursion,
     WindowEnd,
     gradient_response,
     pull_update,
 )
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
+from bilevel.linear import HessianOperator
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult, LowRankStats
-from bilevel.trajectory import Trajectory
 from bilevel.tree import detach, needs_gradient, partition
+from bilevel.variables import Iterate, StepInputs
 from bilevel.window import Window
 
 
@@ -163,8 +163,8 @@ class LowRank(Estimator):
         window, inner = trajectory.window, trajectory.inner
         step = window.start + window.width // 2
         iterate, inputs = trajectory.iterate_at(step), trajectory.inputs_at(step)
-        hessian = InnerHessian(inner, iterate.params, detach(inputs.batch))
-        trajectory.check_repeated({step: hessian.loss})
+        hessian, loss = _hessian(inner, iterate.params, inputs.batch)
+        trajectory.check_repeated({step: loss})
         return Anchor(
             hessian=hessian,
             gradient=hessian.gradient,
@@ -185,8 +185,30 @@ class LowRank(Estimator):
 
 
 def _mixed(inner: InnerLoop, params: Tensor, batch: Any, cotangent: Tensor) -> Sequence[Tensor]:
-    """∂_b⟨∇_θ ℓ(θ, b), ḡ⟩."""
-    return InnerHessian(inner, params, batch).mixed(cotangent)
+    """∂_b⟨∇_θ ℓ(θ, b), ḡ⟩ by leaf of b that requires a gradient.
+
+    By autograd over autograd: in eager mode that beats `torch.func.vjp(torch.func.grad(…))`, which
+    cannot use the fused first-order kernels, nor add gradients up in place.
+    """
+    given, rebuild = partition(batch, needs_gradient)
+    leaves = [leaf.detach().requires_grad_() for leaf in given]
+    with torch.enable_grad():
+        gradient, _ = inner.gradient_with_graph(params.detach().requires_grad_(), rebuild(leaves))
+    if not (leaves and gradient.requires_grad):
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(gradient, leaves, cotangent, materialize_grads=True)
+
+
+def _hessian(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[HessianOperator, Tensor]:
+    """∇²_θ ℓ(θ, b) for many products, and ℓ(θ, b)."""
+    losses = []
+
+    def gradient(params: Tensor) -> Tensor:
+        gradient, loss = inner.gradient_with_graph(params, detach(batch))
+        losses.append(loss.detach())
+        return gradient
+
+    return HessianOperator(gradient, params), losses[0]
 
 
 def _gradient(inner: InnerLoop, iterate: Iterate, inputs: StepInputs) -> Tensor:
@@ -202,8 +224,7 @@ def _staleness(trajectory: Trajectory, anchor: Anchor) -> float:
     changes = []
     for step in (window.start, window.stop - 1):
         params = trajectory.iterate_at(step).params
-        batch = detach(trajectory.inputs_at(step).batch)
-        hessian = InnerHessian(trajectory.inner, params, batch)
+        hessian, _ = _hessian(trajectory.inner, params, trajectory.inputs_at(step).batch)
         changes.append(torch.linalg.vector_norm(hessian(anchor.direction) - anchor.image))
     # A Hessian that is zero throughout has not changed.
     size = torch.linalg.vector_norm(anchor.image).clamp_min(torch.finfo(params.dtype).tiny)

@@ -8,8 +8,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.inner import InnerLoop
 from bilevel.linear import HessianOperator, LinearOperator
+from bilevel.recording.inner import InnerLoop
 from bilevel.tree import needs_gradient, partition
 
 

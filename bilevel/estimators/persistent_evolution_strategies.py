@@ -18,11 +18,11 @@ from bilevel.estimators.evolution_strategies import (
     end_of,
     set_to_mean,
 )
-from bilevel.iterate import Iterate
 from bilevel.random import Key
+from bilevel.recording.trajectory import Trace, Trajectory
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trace, Trajectory
 from bilevel.tree import partition
+from bilevel.variables import Iterate
 from bilevel.window import Window
 
 
@@ -64,6 +64,7 @@ class PersistentEvolutionStrategies(Estimator):
     differentiates_optimizer = False
     leaves_out = "the gradient is that of a smoothed outer loss, and sampled"
     carries_over = "its particles"
+    carries_over_by_replica = True
 
     def __init__(self, sigma: float, run_length: int, pairs: int = 1) -> None:
         self.sigma = check_number("sigma", sigma, above=0)

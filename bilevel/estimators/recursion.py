@@ -7,13 +7,13 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.block import Block, run_backward
 from bilevel.estimators.base import WindowEnd, make_result
-from bilevel.inner import InnerLoop
-from bilevel.iterate import Iterate, StepInputs
+from bilevel.recording.block import Block, run_backward
+from bilevel.recording.inner import InnerLoop
+from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult
-from bilevel.trajectory import Trajectory
 from bilevel.tree import needs_gradient, partition
+from bilevel.variables import Iterate, StepInputs
 
 
 @final

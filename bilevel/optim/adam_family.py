@@ -9,8 +9,8 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from bilevel.errors import ConfigurationError
-from bilevel.optim.base import Elementwise, decayed, needed, transformation_of, zeros_like
-from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate, is_zero
+from bilevel.optim.base import Elementwise, decayed, is_zero, needed, transformation_of, zeros_like
+from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate
 
 
 class AdamState(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from bilevel.errors import ConfigurationError
-from bilevel.optim.hyperparameters import is_scalar, is_zero, per_leaf, raveled
+from bilevel.optim.hyperparameters import Hyperparameter, is_scalar, per_leaf, raveled
 
 #: Dtypes in which a parameter is rounded by more than a step moves it.
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -183,6 +183,11 @@ def rule_of(transformation: Any) -> Rule | None:
 
 def zeros_like(params: Any) -> Any:
     return optree.tree_map(torch.zeros_like, params)
+
+
+def is_zero(value: Hyperparameter) -> bool:
+    """Whether a hyperparameter is the number 0; a tensor never is, it may be differentiated."""
+    return isinstance(value, (int, float)) and value == 0
 
 
 def decayed(grad: Tensor, param: Tensor | None, weight_decay: float | Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torchopt.base import EmptyState, GradientTransformation
 
 from bilevel.checks import check_flag
 from bilevel.errors import ConfigurationError
-from bilevel.optim.base import Elementwise, decayed, transformation_of, zeros_like
-from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate, is_zero
+from bilevel.optim.base import Elementwise, decayed, is_zero, transformation_of, zeros_like
+from bilevel.optim.hyperparameters import Hyperparameter, at_least_zero, decay_rate
 
 
 class SGDState(NamedTuple):

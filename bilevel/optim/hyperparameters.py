@@ -14,11 +14,6 @@ from bilevel.errors import ConfigurationError
 Hyperparameter = Any
 
 
-def is_zero(value: Hyperparameter) -> bool:
-    """Whether a hyperparameter is the number 0; a tensor never is, it may be differentiated."""
-    return isinstance(value, (int, float)) and value == 0
-
-
 def at_least_zero(name: str, value: Hyperparameter) -> Hyperparameter:
     """`value` with its numbers as floats, or `ConfigurationError` unless each is at least 0."""
     return _checked(name, value, minimum=0)

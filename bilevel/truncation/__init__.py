@@ -15,21 +15,17 @@ Example:
 """
 
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.by_fraction import ByFraction
-from bilevel.truncation.by_metric import ByMetric
-from bilevel.truncation.distribution import StepDistribution
-from bilevel.truncation.effective_steps import EffectiveSteps
+from bilevel.truncation.distribution import EffectiveSteps, Softmax, StepDistribution
 from bilevel.truncation.full import Full
 from bilevel.truncation.last import Last
 from bilevel.truncation.log_uniform import LogUniform
 from bilevel.truncation.minimum_distance import MinimumDistance
 from bilevel.truncation.pessimistic import Pessimistic
-from bilevel.truncation.plan import Plan
 from bilevel.truncation.policy import WithinTrajectoryPolicy
 from bilevel.truncation.random import RandomWindow
-from bilevel.truncation.softmax import Softmax
 from bilevel.truncation.stage_aware import StageAware
-from bilevel.truncation.transition import Stage, Transition
+from bilevel.truncation.transition import ByFraction, ByMetric, Stage, Transition
+from bilevel.window import Plan
 
 __all__ = [
     "ByFraction",

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Trace
-from bilevel.truncation.plan import Plan
+from bilevel.recording.trajectory import Trace
 from bilevel.truncation.transition import Stage
-from bilevel.window import Window
+from bilevel.window import Plan, Window
 
 
 class Truncation(ABC):

@@ -5,8 +5,7 @@ from typing import final
 import torch
 
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.plan import Plan
-from bilevel.window import Window
+from bilevel.window import Plan, Window
 
 
 @final

@@ -6,8 +6,7 @@ import torch
 
 from bilevel.checks import check_integer
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.plan import Plan
-from bilevel.window import Window
+from bilevel.window import Plan, Window
 
 
 @final

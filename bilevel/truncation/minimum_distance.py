@@ -5,10 +5,9 @@ from typing import Literal, final
 import torch
 
 from bilevel.checks import check_choice, check_integer
-from bilevel.trajectory import Trace
+from bilevel.recording.trajectory import Trace
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.plan import Plan
-from bilevel.window import Window
+from bilevel.window import Plan, Window
 
 #: The signal that a problem has to record for each choice of distance.
 SIGNALS = {"l1": "l1_distance", "squared_l2": "squared_l2_distance"}

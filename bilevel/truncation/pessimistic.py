@@ -5,11 +5,10 @@ from typing import final
 import torch
 
 from bilevel.checks import check_integer
-from bilevel.trajectory import Trace
+from bilevel.recording.trajectory import Trace
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.plan import Plan
 from bilevel.truncation.signals import finite_signal
-from bilevel.window import Window
+from bilevel.window import Plan, Window
 
 
 @final

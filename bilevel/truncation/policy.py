@@ -8,12 +8,11 @@ from torch import Tensor
 
 from bilevel.checks import check_choice, check_integer, check_number
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Trace
+from bilevel.recording.trajectory import Trace
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.norms import changes, gradient_norms, standardize
-from bilevel.truncation.plan import Plan
 from bilevel.truncation.selection import Selection
-from bilevel.window import Window
+from bilevel.truncation.signals import changes, gradient_norms, standardize
+from bilevel.window import Plan, Window
 
 
 @final

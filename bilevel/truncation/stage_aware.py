@@ -9,15 +9,13 @@ from torch import Tensor
 
 from bilevel.checks import check_choice, check_instance, check_integer
 from bilevel.errors import ConfigurationError
-from bilevel.trajectory import Trace
+from bilevel.recording.trajectory import Trace
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.distribution import StepDistribution
-from bilevel.truncation.norms import changes, gradient_norms, rank
-from bilevel.truncation.plan import Plan
+from bilevel.truncation.distribution import Softmax, StepDistribution
 from bilevel.truncation.selection import Selection
-from bilevel.truncation.softmax import Softmax
+from bilevel.truncation.signals import changes, gradient_norms, rank
 from bilevel.truncation.transition import Stage, Transition
-from bilevel.window import Window
+from bilevel.window import Plan, Window
 
 
 @final

@@ -5,6 +5,8 @@ from dd.data.sources import *  # noqa: F403  (whatever is one)
 from dd.data.sources import __all__ as _sources
 from dd.data.transforms import (
     KIPWhitening,
+    LowRankKIP,
+    LowRankZCA,
     PixelTransform,
     Standardize,
     ZCAWhitening,
@@ -19,6 +21,8 @@ __all__ = [
     "DatasetNotFoundError",
     "ImageDataset",
     "KIPWhitening",
+    "LowRankKIP",
+    "LowRankZCA",
     "PixelTransform",
     "Standardize",
     "ZCAWhitening",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+#: A test set of fewer images is warned of.
+LEAST_JUDGED = 50
 _log = logging.getLogger(__name__)
 
 
@@ -88,4 +91,31 @@ def warn_of_degenerate(name: str, images: Tensor, num_classes: int) -> None:
             constant,
             len(some),
             name,
+        )
+
+
+def warn_of_few(name: str, labels: Tensor, class_names: Sequence[str]) -> None:
+    """Log a warning for a part that is judged on, and tells little: few images, absent classes.
+
+    Args:
+        name: Of the part.
+        labels: int64 [N].
+        class_names: K names.
+    """
+    if len(labels) < LEAST_JUDGED:
+        _log.warning(
+            "warning: %s has %d images, so each counts for %.1f %% of the accuracy",
+            name,
+            len(labels),
+            100 / len(labels),
+        )
+    counts = torch.bincount(labels, minlength=len(class_names))
+    absent = [class_names[index] for index in (counts == 0).nonzero().flatten().tolist()]
+    if absent:
+        _log.warning(
+            "warning: %s has no image of %d of the %d classes (%s)",
+            name,
+            len(absent),
+            len(class_names),
+            ", ".join(absent[:5]) + (", …" if len(absent) > 5 else ""),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -12,8 +14,18 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from bilevel.checks import check_integer, check_number
-from dd.data.checks import check_images, check_labels, check_unit_range, warn_of_degenerate
+from dd.data.checks import (
+    check_images,
+    check_labels,
+    check_unit_range,
+    warn_of_degenerate,
+    warn_of_few,
+)
+from dd.runtime.cache import checksum
 from dd.runtime.sizes import LARGEST_SEED
+
+#: How many images tell one dataset from another; a large one need not be read for it.
+FINGERPRINT_IMAGES = 1000
 
 
 @final
@@ -109,6 +121,10 @@ class ImageDataset:
                 f"({shown}); every class needs a training image"
             )
         warn_of_degenerate(self.name, self.train_images, self.num_classes)
+        warn_of_few(f"the test set of {self.name}", self.test_labels, self.class_names)
+        if self.validation_rows is not None:
+            rows = self.train_labels[self.validation_rows]
+            warn_of_few(f"the validation split of {self.name}", rows, self.class_names)
 
     def _check_part(self, part: str, images: Tensor, labels: Tensor) -> None:
         check_images(f"{part}_images", images)
@@ -120,6 +136,22 @@ class ImageDataset:
             f"{len(self.test_labels)} test images of shape {self.image_shape}, "
             f"{self.num_classes} classes, {self.train_images.dtype})"
         )
+
+    def classes_with_counts(self, most: int = 20) -> str:
+        """How many training and test images each class has, for people; of many classes a range."""
+        trained, tested = (
+            torch.bincount(labels, minlength=self.num_classes).tolist()
+            for labels in (self.train_labels, self.test_labels)
+        )
+        if self.num_classes <= most:
+            each = zip(self.class_names, trained, tested, strict=True)
+            counts = ", ".join(f"{name} {ours} + {others}" for name, ours, others in each)
+            return f"{self.num_classes} classes (training + test images): {counts}"
+        ranges = [
+            f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+            for counts in (trained, tested)
+        ]
+        return f"{self.num_classes} classes of {ranges[0]} training and {ranges[1]} test images"
 
     @property
     def num_classes(self) -> int:
@@ -146,9 +178,11 @@ class ImageDataset:
             ValueError: `fraction` is outside (0, 1), or the set is too small for it.
         """
         if self.validation_rows is not None:
-            check_number("fraction", fraction, above=0, below=1)
+            check_number("validation_fraction", fraction, above=0, below=1)
             return self._rows_to_train_on(), self.validation_rows
-        return stratified_split(self.train_labels, fraction, seed, "fraction")
+        return stratified_split(
+            self.train_labels, fraction, seed, "validation_fraction", self.class_names
+        )
 
     def _rows_to_train_on(self) -> Tensor:
         everything = torch.arange(len(self.train_labels))
@@ -158,7 +192,11 @@ class ImageDataset:
 
 
 def stratified_split(
-    labels: Tensor, fraction: float, seed: int, parameter: str
+    labels: Tensor,
+    fraction: float,
+    seed: int,
+    parameter: str,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Split indices in two parts with the class proportions of `labels`.
 
@@ -167,6 +205,7 @@ def stratified_split(
         fraction: Share of the second part, in (0, 1).
         seed: The same seed gives the same split.
         parameter: Name of the caller's fraction argument, for error messages.
+        class_names: For them, too; default: the labels.
 
     Returns:
         The indices of the first and of the second part, each int64 and ascending. Every class is
@@ -180,23 +219,44 @@ def stratified_split(
     # Without one, each load would have another test set.
     check_integer("seed", seed, 0, LARGEST_SEED)
     targets = labels.cpu().numpy()
-    try:
-        kept, held_out = train_test_split(
-            np.arange(len(targets)),
-            test_size=fraction,
-            random_state=seed % 2**32,  # NumPy's generators take no larger one
-            stratify=targets,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{parameter} = {fraction} cannot split {len(targets)} images of "
-            f"{len(np.unique(targets))} classes: {error}"
-        ) from error
+    found, counts = np.unique(targets, return_counts=True)
+
+    def name(label: int) -> str:
+        return str(label) if class_names is None else class_names[label]
+
+    described = (
+        f"{parameter} = {fraction} cannot split {len(targets)} images of {len(found)} classes"
+    )
+    if not len(found) or counts.min() < 2:
+        few = f"class {name(found[counts.argmin()])} has one" if len(found) else "there are none"
+        raise ValueError(f"{described}: every class needs two, and {few}")
+    held = math.ceil(fraction * len(targets))
+    for part, size, remedy in (
+        ("hold out", held, "larger"),
+        ("keep", len(targets) - held, "smaller"),
+    ):
+        if size < len(found):
+            raise ValueError(
+                f"{described}: it would {part} {size}, and every class needs one; use a {remedy} "
+                "fraction, or more images"
+            )
+    kept, held_out = train_test_split(
+        np.arange(len(targets)),
+        test_size=held,
+        random_state=seed % 2**32,  # NumPy's generators take no larger one
+        stratify=targets,
+    )
     # scikit-learn balances the two parts, and may leave nothing of a rare class in the first one.
     missing = np.setdiff1d(targets, targets[kept])
     if missing.size:
         raise ValueError(
-            f"{parameter} = {fraction} leaves no image of class {missing[0]} to train on; "
-            "use a smaller fraction"
+            f"{parameter} = {fraction} leaves no image of class {name(missing[0])} to train "
+            "on; use a smaller fraction"
         )
     return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held_out))
+
+
+def fingerprint(dataset: ImageDataset) -> str:
+    """A checksum of the training data: of all labels, and of so many images spread over all."""
+    stride = -(-len(dataset.train_images) // FINGERPRINT_IMAGES)
+    return checksum([dataset.train_images[::stride], dataset.train_labels])[:16]

@@ -1,11 +1,12 @@
 """What happens in a distillation, as the outer loop tells it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from torch import Tensor
 
 import bilevel
+from bilevel.truncation import Stage
 
 
 @final
@@ -29,6 +30,8 @@ class Stepped:
         metrics: What the schedule was told beside the loss.
         objective: What the objective reports.
         schedule: What the schedule reports and looked at: numbers, and profiles over inner steps.
+        parts: The seconds by what was done.
+        stage: Of the schedule, if it has stages.
     """
 
     step: int
@@ -38,6 +41,8 @@ class Stepped:
     metrics: dict[str, float]
     objective: dict[str, float]
     schedule: dict[str, Tensor | float]
+    parts: dict[str, float] = field(default_factory=dict)
+    stage: Stage | None = None
 
 
 @final

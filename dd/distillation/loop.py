@@ -41,6 +41,7 @@ from dd.distillation.resuming import (
 from dd.distillation.settings import Distiller
 from dd.distillation.state import TrainingState
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.recipe import student_recipe
 from dd.objectives.base import HELD_OUT, Task
 from dd.runtime.precision import allow_tf32
 from dd.runtime.processes import from_first_process, is_first_process, own_key
@@ -103,14 +104,16 @@ class Distillation:
         if not parameterisation.lossless:
             kept = {name: value.detach() for name, value in stored.items()}
             coded = {"parameterisation": str(parameterisation)}
+        images = parameterisation.decode(stored).detach()
+        learned = self.settings.objective.provenance(state.outer)
         return DistilledSet(
-            images=parameterisation.decode(stored).detach(),
+            images=images,
             labels=task.synthetic.labels(state.outer).detach(),
             transform=task.data.transform,
             class_names=task.data.class_names,
             provenance={
                 **task.provenance,
-                **self.settings.objective.provenance(state.outer),
+                **learned,
                 **coded,
                 "outer_step": state.step,
                 "seconds": state.seconds,
@@ -118,6 +121,14 @@ class Distillation:
                 **({"outer_rates": state.rates} if len(state.rates) > 1 else {}),
             },
             stored=kept,
+            recipe=student_recipe(
+                task.network,
+                task.evaluator,
+                images,
+                task.data.num_classes,
+                learned.get("learning_rate"),
+                task.config,
+            ),
         )
 
 
@@ -226,10 +237,11 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
     settings, task, state = run.settings, run.task, run.state
 
     state.optimizer.zero_grad()
-    constants, outer_batch = run.objective.inputs(state.step, state.truncation.stage)
+    stage = state.truncation.stage
+    constants, outer_batch = run.objective.inputs(state.step, stage)
     generator = run.key.generator("outer", state.step)
     result = run.averaged.backward({**state.outer, **constants}, outer_batch, generator)
-    run.half_done = True
+    differentiated, run.half_done = time.perf_counter(), True
     stored = task.synthetic.stored(state.outer)
     clip_bound = None if state.clip is None else state.clip(stored.values())[1]
     state.optimizer.step()
@@ -239,6 +251,7 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
             average.lerp_(stored[name].detach(), 1 - settings.average_decay)
     state.check_finite()
 
+    updated = time.perf_counter()
     metrics = {name: float(value) for name, value in result.metrics.items()}
     if HELD_OUT in state.truncation.metrics:
         metrics[HELD_OUT] = run.objective.held_out_accuracy(result.params)
@@ -256,6 +269,8 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
         metrics=metrics,
         objective=run.objective.report(result),
         schedule={**state.truncation.report(), **signals},
+        parts={"hypergradient": differentiated - began, "outer_update": updated - differentiated},
+        stage=stage,
     )
     return stepped, sentence
 

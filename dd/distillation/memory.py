@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch.func import functional_call
 
-from bilevel.graph import saved_storages
+from bilevel.contract.graph import saved_storages
 from bilevel.tree import tensors_in
 from dd.distillation.settings import Distiller
 from dd.objectives.base import Task
@@ -86,7 +86,7 @@ def parts(settings: Distiller, task: Task) -> list[Part]:
     return sorted(found, key=lambda part: -part.bytes)
 
 
-def advice(settings: Distiller, task: Task) -> str:
+def out_of_memory_advice(settings: Distiller, task: Task) -> str:
     """Which option to lower, and to what, where a run of this has not enough memory."""
     largest, *others = parts(settings, task)
     said = f"the largest part is {largest.what}, about {largest.bytes / 1e9:.2g} GB"

@@ -1,28 +1,61 @@
 """What one watches while a set is distilled: TensorBoard, a progress bar, pictures."""
 
-import io
-import sys
+import ast
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
-from tqdm import tqdm
+from torch.utils.tensorboard.summary import hparams
 
 from bilevel import HypergradientResult
-from dd.runtime.plain import plain
+from dd.distillation.charts import HeatMap, WindowBand
+from dd.distillation.gallery import image_grid, stretched
+from dd.runtime.devices import peak_memory
 
 #: Of the spectrum of a low-rank Hessian, so many eigenvalues are shown, the largest.
 SHOWN_EIGENVALUES = 4
-#: Classes and images of each that are shown at most, and the least side of an image in pixels.
-MOST_CLASSES = 20
-MOST_ROWS = 10
-LEAST_SIDE = 64
+#: What is shown together, under "Custom scalars".
+LAYOUT = {
+    "The run at a glance": {
+        "outer loss": ["Multiline", ["^outer/loss$"]],
+        "accuracy": ["Multiline", ["^outer/.*accuracy$", "^validation/"]],
+        "window": ["Margin", ["window/stop", "window/start", "window/stop"]],
+        "inner loss at both ends of the window": ["Multiline", ["^inner/"]],
+        "norm of the hypergradient, and its bound": [
+            "Multiline",
+            ["^hypergradient/norm$", "^hypergradient/clip_bound$"],
+        ],
+        "seconds of an outer step": ["Multiline", ["^time/"]],
+    }
+}
+#: What the curves are, for the button beside each.
+DESCRIPTIONS = {
+    "outer/loss": "F(θ_stop, φ): the outer loss on real images after each inner run.",
+    "outer/accuracy": "Share of the real images of the outer batch that are labelled rightly.",
+    "outer/held_out_accuracy": "The same, of images of the validation split.",
+    "hypergradient/norm": "‖dF/dφ‖₂ over all outer variables, before clipping.",
+    "hypergradient/clip_bound": "The norm that the images' hypergradient is clipped to.",
+    "hypergradient/cotangent_growth": "‖λ_start‖ / ‖λ_stop‖: above 1 the way back amplifies.",
+    "window/start": "The first inner step that is differentiated.",
+    "window/stop": "The inner step after the last one that is differentiated.",
+    "window/width": "How many inner steps are differentiated.",
+    "inner/loss_at_start": "The loss on the distilled images at the first inner step.",
+    "inner/loss_at_stop": "The loss on the distilled images at the end of the window.",
+    "time/seconds_per_step": "Wall clock of an outer step.",
+    "time/hypergradient": "Of it, the inner run and the way back.",
+    "time/outer_update": "Of it, clipping and the outer optimizer.",
+    "memory/peak_MiB": "The most memory so far, of the GPU or else of the process.",
+    "validation/accuracy": "Of fresh networks trained on the set, on the validation split.",
+    "validation/best_accuracy": "The best so far, of the set that is kept.",
+    "accuracy/distilled": "Test accuracy of networks trained on the distilled set, at the end.",
+    "accuracy/random_real": "The same on as many random real images.",
+    "accuracy/full_data": "The same on all training images.",
+}
 
 
 @final
@@ -33,18 +66,31 @@ class Monitor:
         folder: Where the events go.
         first_step: The step a resumed run goes on from; later events of an earlier process, which
             the resumed one will write again, are hidden.
+        inner_steps: T, which charts over the inner steps are as high as; none are drawn by default.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
+    def __init__(self, folder: Path, first_step: int = 0, inner_steps: int | None = None) -> None:
         _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+        self._file: Any = self._writer.file_writer
+        self._writer.add_custom_scalars(LAYOUT)
+        self._described: set[str] = set()
+        self._inner_steps = inner_steps
+        self._band: WindowBand | None = None
+        self._maps: dict[str, HeatMap] = {}
 
     def config(self, text: str) -> None:
         """Show the configuration."""
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def outer_step(
-        self, step: int, result: HypergradientResult, bound: float | None, seconds: float
+        self,
+        step: int,
+        result: HypergradientResult,
+        bound: float | None,
+        seconds: float,
+        parts: Mapping[str, float] | None = None,
+        stage: str | None = None,
     ) -> None:
         """Show what one outer step did.
 
@@ -53,6 +99,8 @@ class Monitor:
             result: Its hypergradient.
             bound: The norm that the images' hypergradient was clipped to; None without clipping.
             seconds: How long the step took.
+            parts: The same by what was done.
+            stage: Of the schedule, if it has stages.
         """
         scalars: dict[str, Tensor | float] = {
             "outer/loss": result.loss,
@@ -64,6 +112,8 @@ class Monitor:
             "inner/loss_at_start": result.trace["inner_loss"][0],
             "inner/loss_at_stop": result.trace["inner_loss"][result.window.stop - 1],
             "time/seconds_per_step": seconds,
+            **{f"time/{name}": value for name, value in (parts or {}).items()},
+            "memory/peak_MiB": peak_memory(result.loss.device) / 2**20,
         }
         if bound is not None:
             scalars["hypergradient/clip_bound"] = bound
@@ -79,8 +129,32 @@ class Monitor:
                 scalars["low_rank/staleness"] = low_rank.staleness
             for index, value in enumerate(low_rank.spectrum[:SHOWN_EIGENVALUES].tolist()):
                 scalars[f"low_rank/eigenvalue_{index}"] = value
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, float(value), step)
+        self.scalars(step, {name: float(value) for name, value in scalars.items()})
+        if self._inner_steps is None:
+            return
+        if self._band is None:
+            self._band = WindowBand("the window that is differentiated", self._inner_steps)
+        self._band.append(step, result.window.start, result.window.stop, stage)
+        profiles = dict(result.trace.items())
+        for name, profile in profiles.items():
+            self._map(name).append(step, profile)
+        if result.stats.cotangent_norms is not None:
+            self._map("cotangent_norm").append(
+                step, result.stats.cotangent_norms, result.window.start
+            )
+
+    def charts(self, step: int) -> None:
+        """Show what is drawn over all outer steps so far."""
+        if self._band is not None:
+            self._writer.add_image("charts/window", self._band.picture(), step)
+        for name, drawn in self._maps.items():
+            self._writer.add_image(f"charts/{name}", drawn.picture(), step)
+
+    def _map(self, name: str) -> HeatMap:
+        assert self._inner_steps is not None, "without inner steps there is none"
+        if name not in self._maps:
+            self._maps[name] = HeatMap(name.replace("_", " "), self._inner_steps)
+        return self._maps[name]
 
     def schedule(self, step: int, report: Mapping[str, Tensor | float]) -> None:
         """Show what a truncation schedule sees and does.
@@ -93,7 +167,7 @@ class Monitor:
         """
         for name, value in report.items():
             if not isinstance(value, Tensor):
-                self._writer.add_scalar(f"schedule/{name}", value, step)
+                self.scalars(step, {f"schedule/{name}": float(value)})
             else:
                 heights = value.double().cpu()
                 at = torch.arange(len(heights), dtype=torch.float64)
@@ -110,20 +184,31 @@ class Monitor:
                 )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Show named numbers."""
+        """Show named numbers, the first time with what they are."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            metadata = None
+            if name in DESCRIPTIONS and name not in self._described:
+                self._described.add(name)
+                metadata = SummaryMetadata(
+                    summary_description=DESCRIPTIONS[name],
+                    plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
+                )
+            told = Summary.Value(tag=name, simple_value=value, metadata=metadata)
+            self._file.add_summary(Summary(value=[told]), step)
 
-    def images(self, step: int, pixels: Tensor, images_per_class: int) -> None:
-        """Show the synthetic images: clamped to [0, 1], and each stretched to that range.
+    def images(
+        self, step: int, pixels: Tensor, images_per_class: int, class_names: Sequence[str] = ()
+    ) -> None:
+        """Show the synthetic images: clamped to [0, 1], and each channel of each stretched.
 
         Args:
             step: Outer step.
             pixels: [N, C, H, W], ordered by class.
             images_per_class: How many images each class has.
+            class_names: What is written over them.
         """
         for name, shown in (("clamped", pixels.clamp(0, 1)), ("stretched", stretched(pixels))):
-            grid = image_grid(shown, images_per_class)
+            grid = image_grid(shown, images_per_class, class_names)
             self._writer.add_image(f"synthetic_images/{name}", grid, step)
 
     def close(self) -> None:
@@ -131,88 +216,40 @@ class Monitor:
         self._writer.close()
 
 
-@final
-class Progress:
-    """A bar over outer steps, or over minutes where the run is limited by them.
+def show_result(
+    folder: Path, step: int | None, config_text: str, accuracies: Mapping[str, float]
+) -> None:
+    """Show what a run found beside what it was configured with, under "HParams".
 
     Args:
-        outer_steps: The last outer step.
-        minutes: The most minutes, or None.
-        step: The step a resumed run goes on from.
-        seconds: The seconds spent before.
+        folder: Of the run's events.
+        step: Outer steps done.
+        config_text: The configuration; of it, numbers, strings and truth values are shown.
+        accuracies: Fractions, by what they are of.
     """
-
-    def __init__(
-        self,
-        outer_steps: int,
-        minutes: float | None,
-        step: int = 0,
-        seconds: float = 0.0,
-    ) -> None:
-        self._by_time = minutes is not None
-        self._outer_steps, self._first = outer_steps, (step, seconds)
-        self._bar = tqdm(
-            total=round(minutes * 60) if minutes is not None else outer_steps,
-            initial=round(seconds) if minutes is not None else step,
-            desc="distilling",
-            unit="s" if self._by_time else "step",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed} < {remaining}{postfix}]",
-        )
-
-    def update(self, step: int, seconds: float, loss: float, metrics: Mapping[str, float]) -> None:
-        """Show the state after `step` outer steps and `seconds` of work."""
-        done, spent = step - self._first[0], seconds - self._first[1]
-        rate = done / spent if spent else 0.0
-        speed = f"{rate:.2f} steps/s" if rate >= 1 or not rate else f"{1 / rate:.2f} s/step"
-        shown = ", ".join(
-            f"accuracy {100 * value:.1f} %" if name == "accuracy" else f"{name} {value:.3g}"
-            for name, value in metrics.items()
-        )
-        self._bar.set_postfix_str(
-            f"step {step}, loss {loss:.3f}, {shown}, {speed}",
-            refresh=False,
-        )
-        target = min(int(seconds), int(self._bar.total)) if self._by_time else step
-        self._bar.update(target - self._bar.n)
-
-    def say(self, message: str) -> None:
-        """Print a line above the bar."""
-        self._bar.write(plain(message), file=sys.stderr)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
+    found = {f"accuracy/{name}": value for name, value in accuracies.items()}
+    with SummaryWriter(str(folder)) as writer:
+        file: Any = writer.file_writer
+        for summary in hparams(_plain_parameters(config_text), found):
+            file.add_summary(summary)
+        for name, value in found.items():
+            writer.add_scalar(name, value, step)
 
 
-def stretched(pixels: Tensor) -> Tensor:
-    """Every image [N, C, H, W] stretched to the range [0, 1]."""
-    low, high = (bound(pixels, (1, 2, 3), keepdim=True) for bound in (torch.amin, torch.amax))
-    return (pixels - low) / (high - low).clamp_min(1e-6)
-
-
-def image_grid(pixels: Tensor, images_per_class: int) -> Tensor:
-    """The first images of each class as one picture [3, H', W'].
-
-    A column for each class; with one image per class, rows of five or ten.
-    """
-    by_class = pixels.detach().cpu().unflatten(0, (-1, images_per_class))[:MOST_CLASSES]
-    if images_per_class == 1:
-        shown, columns = by_class[:, 0], 5 if len(by_class) <= 10 else 10
-    else:
-        columns = len(by_class)
-        shown = by_class[:, :MOST_ROWS].transpose(0, 1).flatten(0, 1)
-    factor = -(-LEAST_SIDE // shown.shape[-1])
-    shown = torch.nn.functional.interpolate(shown, scale_factor=factor, mode="nearest")
-    return make_grid(shown, nrow=columns, padding=2, pad_value=1.0)
-
-
-def png(pixels: Tensor, images_per_class: int) -> bytes:
-    """The grid of stretched images as a PNG file."""
-    buffer = io.BytesIO()
-    to_pil_image(image_grid(stretched(pixels), images_per_class)).save(buffer, "PNG")
-    return buffer.getvalue()
+def _plain_parameters(config_text: str) -> dict[str, Any]:
+    """The parameters of a configuration that are numbers, strings or truth values."""
+    found: dict[str, Any] = {}
+    for line in config_text.splitlines():
+        name, equals, text = line.partition(" = ")
+        if not equals or name.startswith("#"):
+            continue
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            continue
+        if isinstance(value, (bool, int, float, str)):
+            found[name] = value
+    return found
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import gc
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import final
@@ -21,8 +22,11 @@ from dd.distillation.events import (
     Validated,
     WentBack,
 )
+from dd.distillation.gallery import png
 from dd.distillation.loop import Distillation, outer_loop
-from dd.distillation.monitor import Monitor, Progress, png
+from dd.distillation.monitor import Monitor
+from dd.distillation.progress import Progress
+from dd.distillation.rehearsal import LONG, least_seconds, warning_of_days
 from dd.distillation.resuming import CHECKPOINT, DISTILLED, PREVIOUS
 from dd.objectives.base import HELD_OUT
 from dd.runtime.files import read_tensors, write_bytes
@@ -34,12 +38,22 @@ from dd.runtime.writer import orphaned
 RESERVE = 2**24
 #: Names in a run's folder.
 PICTURE = "distilled.png"
+EVENTS = "events"
 AVERAGE = Path("snapshots") / "average.safetensors"
+#: After how many outer steps a run on a CPU is told that it takes too long.
+STEPS_TO_WARN = 3
 #: What TensorBoard calls the accuracies of a validation.
 SHOWN_AS = {"images": "validation/accuracy", "average": "validation/accuracy_of_average"}
 
 
-def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str) -> None:
+def record(
+    run: Distillation,
+    folder: Path,
+    stop: StopRequest,
+    config_text: str,
+    advice: str = "",
+    watch: Callable[[Event], object] = lambda event: None,
+) -> None:
     """Distil until all is done or `stop` is requested; the files are then up to date.
 
     Args:
@@ -47,6 +61,8 @@ def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str)
         folder: Where the files go.
         stop: Looked at after every outer step, in every process.
         config_text: Shown in TensorBoard.
+        advice: What to do where a CPU will not finish the run.
+        watch: Called with every event, once it is recorded.
 
     Raises:
         bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
@@ -54,10 +70,11 @@ def record(run: Distillation, folder: Path, stop: StopRequest, config_text: str)
     """
     recorder: Recorder = SilentRecorder(run, folder)
     if is_first_process():
-        recorder = FolderRecorder(run, folder, config_text)
+        recorder = FolderRecorder(run, folder, config_text, advice)
     try:
         for event in outer_loop(run):
             recorder.take(event)
+            watch(event)
             if isinstance(event, Ready) and stop.agreed():
                 break
         recorder.save()
@@ -145,13 +162,14 @@ class FolderRecorder(Recorder):
         run: The distillation.
         folder: Where the files go.
         config_text: Shown in TensorBoard.
+        advice: What to do where a CPU will not finish the run.
     """
 
-    def __init__(self, run: Distillation, folder: Path, config_text: str) -> None:
+    def __init__(self, run: Distillation, folder: Path, config_text: str, advice: str = "") -> None:
         settings, state = run.settings, run.state
         self.run = run
         self.folder = folder
-        self.monitor = Monitor(folder / "events", first_step=state.step)
+        self.monitor = Monitor(folder / EVENTS, state.step, settings.inner_steps)
         self.monitor.config(config_text)
         self.progress = Progress(settings.outer_steps, settings.minutes, state.step, state.seconds)
         for note in run.notes:
@@ -166,10 +184,13 @@ class FolderRecorder(Recorder):
         self._reserve = bytes(RESERVE)
         #: Where the run was when it was ready last.
         self._step, self._seconds = state.step, state.seconds
-        self._first_step_told = False
+        self._first_step_told = self._warned = False
+        self._advice = advice
         #: Profiles that are not shown again before the next picture is due.
         self._profiles_shown: set[str] = set()
         self._known_status = {"ok"}
+        if run.task.device.type == "cpu":
+            self._warn_of_days(least_seconds(run), at_least=True)
 
     def take(self, event: Event) -> None:
         match event:
@@ -212,7 +233,9 @@ class FolderRecorder(Recorder):
 
     def show(self) -> None:
         shown = self.run.candidate("images")
-        self.monitor.images(self.run.state.step, shown.pixels(), shown.images_per_class)
+        step = self.run.state.step
+        self.monitor.images(step, shown.pixels(), shown.images_per_class, shown.class_names)
+        self.monitor.charts(step)
 
     def close(self) -> None:
         self.progress.close()
@@ -245,7 +268,9 @@ class FolderRecorder(Recorder):
             compiler = self.run.hypergradient.inner.compiler
             compiling = "" if compiler is None else f", {compiler.seconds:.0f} of them compiling"
             self.progress.say(f"first outer step after {event.seconds:.0f} s{compiling}")
-        self.monitor.outer_step(event.step, event.result, event.clip_bound, event.seconds)
+        stage = None if event.stage is None else event.stage.name.lower()
+        told = event.clip_bound, event.seconds, event.parts, stage
+        self.monitor.outer_step(event.step, event.result, *told)
         self.monitor.scalars(event.step, event.objective)
         if HELD_OUT in event.metrics:
             self.monitor.scalars(event.step, {f"outer/{HELD_OUT}": event.metrics[HELD_OUT]})
@@ -256,7 +281,15 @@ class FolderRecorder(Recorder):
             self._known_status.add(status.split(":")[0])
             self.progress.say(f"outer step {event.step}, said once: {status}")
         loss = float(event.result.loss)
-        self.progress.update(event.step, self.run.state.seconds, loss, event.metrics)
+        self.progress.update(event.step, self.run.state.seconds, loss, event.metrics, stage)
+        if self.progress.steps_timed == STEPS_TO_WARN - 1:
+            self._warn_of_days(self.progress.remaining())
+
+    def _warn_of_days(self, seconds: float, at_least: bool = False) -> None:
+        """Say, once, that a CPU will not finish this run."""
+        if self.run.task.device.type == "cpu" and seconds > LONG and not self._warned:
+            self._warned = True
+            self.progress.say(warning_of_days(seconds, self._advice, at_least))
 
     def _to_show(self, event: Stepped) -> dict[str, Tensor | float]:
         """All numbers; a profile once after every `image_every` steps, as soon as it has all T."""
@@ -284,5 +317,5 @@ class FolderRecorder(Recorder):
         """Make a candidate the run's distilled set."""
         kept = self.run.candidate(candidate)
         kept.save(self.folder / DISTILLED)
-        picture = png(kept.pixels(), kept.images_per_class)
+        picture = png(kept.pixels(), kept.images_per_class, kept.class_names)
         write_bytes(self.folder / PICTURE, picture)

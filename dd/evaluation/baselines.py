@@ -6,9 +6,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from bilevel import ConfigurationError, Key
+from bilevel import Key
 from dd.data.prepared import PreparedData
-from dd.evaluation.evaluator import Accuracy, Evaluator, TrainingSet
+from dd.evaluation.accuracy import Accuracy
+from dd.evaluation.evaluator import Evaluator, TrainingSet
 from dd.evaluation.names import LABELS_ALONE
 from dd.networks import embedded
 from dd.runtime.precision import full_float32
@@ -91,6 +92,8 @@ class Teacher:
 class Baselines:
     """Accuracies by the same protocol on as many real images of each class as a set has.
 
+    A class that has fewer is taken whole.
+
     Each choice is judged with hard labels, and with soft ones: a teacher's predictions. The set
     itself is judged with hard labels beside its own; and if these are soft, so are random images
     with the set's labels, each with one of its class: the value of the labels alone.
@@ -125,12 +128,15 @@ class Baselines:
         Args:
             names: Of `BASELINES`.
         """
+        counts = torch.bincount(self._data.train_labels, minlength=self._data.num_classes)
+        self._size = int(counts.clamp(max=self._per_class).sum())
         soft = self._labels if self._labels.is_floating_point() else None
         hard = self._labels if soft is None else soft.argmax(dim=1)
         yield "distilled", "hard_labels", self._distilled(hard)
         if soft is not None:
             yield "distilled", "soft_labels", self._distilled(soft)
-            yield LABELS_ALONE, "soft_labels", self._random(lambda _: soft)
+            if self._size == len(soft):  # else there is no image for each of its labels
+                yield LABELS_ALONE, "soft_labels", self._random(lambda _: soft)
         params = self._evaluator.teacher(self._network, self._data, self._key)
         teacher = Teacher(self._network, params)
         for name in names:
@@ -161,6 +167,7 @@ class Baselines:
                 self._per_class,
                 self._data.num_classes,
                 key.generator("subset"),
+                or_all=True,
             )
             return self._data.train_images[rows], labels(rows)
 
@@ -171,26 +178,22 @@ class Baselines:
         return self._real(lambda _: (images, labels))
 
     def _real(self, training_set: TrainingSet) -> Accuracy:
-        size = self._per_class * self._data.num_classes
-        return self._evaluator.real(training_set, size, self._network, self._data, self._key)
+        wanted = training_set, self._size
+        return self._evaluator.real(*wanted, self._network, self._data, self._key)
 
     def _chosen(self, name: str, teacher: Teacher) -> Tensor:
         chosen = []
         for label in range(self._data.num_classes):
             members = (self._data.train_labels == label).nonzero().flatten()
-            if len(members) < self._per_class:
-                raise ConfigurationError(
-                    f"images_per_class={self._per_class}: class {label} has only {len(members)} "
-                    "real images"
-                )
+            count = min(self._per_class, len(members))
             parts = [teacher(self._data.train_images[part]) for part in members.split(CHUNK)]
             features, predictions = (torch.cat(each) for each in zip(*parts, strict=True))
             if name == "el2n":
                 target = torch.zeros_like(predictions[0])
                 target[label] = 1.0
                 scores = torch.linalg.vector_norm(predictions - target, dim=1)
-                rows = scores.argsort(stable=True)[: self._per_class]
+                rows = scores.argsort(stable=True)[:count]
             else:
-                rows = {"herding": herding, "k_center": k_center}[name](features, self._per_class)
+                rows = {"herding": herding, "k_center": k_center}[name](features, count)
             chosen.append(members[rows.to(members.device)])
         return torch.cat(chosen)

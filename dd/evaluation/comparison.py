@@ -1,4 +1,4 @@
-"""Several runs side by side: one table, and one picture."""
+"""Several runs side by side: a table for each dataset, and one picture."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,16 @@ Runs = Mapping[str, Mapping[str, Any]]
 def load_results(folders: Sequence[Path]) -> dict[str, Any]:
     """What was measured in each run, by the run's name.
 
+    Args:
+        folders: Of runs, or files of results.
+
     Raises:
         FileNotFoundError: A folder holds no results.
         DamagedFileError: A result is not what `python -m dd.evaluate` writes.
     """
     runs = {}
     for folder in folders:
-        path = folder / RESULTS
+        path = folder if folder.suffix == ".json" else folder / RESULTS
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: run python -m dd.evaluate {folder}")
         results = read_json(path)
@@ -43,10 +46,38 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name.replace("_", " "): value for name, value in found.items() if value is not None}
 
 
+def by_dataset(runs: Runs) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The runs on each dataset, which is another one if its images are, whatever it is called.
+
+    Results of before checksums were told are put with the first of their name.
+    """
+    groups: dict[tuple[str, str | None], dict[str, Mapping[str, Any]]] = {}
+    for name, run in runs.items():
+        dataset, data = str(run.get("dataset")), run.get("data")
+        same = [key for key in groups if key[0] == dataset and None in (data, key[1])]
+        key = (dataset, data) if data is not None and (dataset, data) in groups else None
+        groups.setdefault(key or (same[0] if same else (dataset, data)), {})[name] = run
+    names = [dataset for dataset, _ in groups]
+    return {
+        dataset if names.count(dataset) == 1 else f"{dataset}, images {data}": group
+        for (dataset, data), group in groups.items()
+    }
+
+
 def comparison_table(runs: Runs) -> str:
-    """A row for each run; mean ± standard deviation over networks, in %, with the protocol."""
-    columns = list(dict.fromkeys(name for run in runs.values() for name in accuracies(run)))
-    rows = [["run", "images per class", "stored floats", "protocol", *columns]]
+    """For each dataset a table: a row for each run, mean ± std over networks in %, and its source.
+
+    Accuracies on different datasets say nothing about each other, so they share no table.
+    """
+    groups = by_dataset(runs)
+    if len(groups) == 1:
+        return _table(runs)
+    return "\n\n".join(f"{dataset}\n{_table(group)}" for dataset, group in groups.items())
+
+
+def _table(runs: Runs) -> str:
+    columns = _columns(runs)
+    rows = [["run", "images per class", "stored floats", "network", "protocol", *columns]]
     for name, run in runs.items():
         found = accuracies(run)
         cells = [
@@ -57,37 +88,49 @@ def comparison_table(runs: Runs) -> str:
         ]
         floats = run.get("stored_floats")
         size = [str(run["images_per_class"]), "–" if floats is None else f"{floats:,}"]
-        rows.append([name, *size, run["protocol"], *cells])
+        rows.append([name, *size, str(run.get("network", "–")), run["protocol"], *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    table = "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+    sources = (f"{name}: {run['command']}" for name, run in runs.items() if "command" in run)
+    return "\n".join([table, *sources])
 
 
 def comparison_plot(runs: Runs) -> bytes:
-    """Accuracy of every run with error bars of one standard deviation, as a PNG file."""
-    columns = list(dict.fromkeys(name for run in runs.values() for name in accuracies(run)))
-    figure = Figure(figsize=(2 + 1.2 * len(columns), 4), layout="constrained")
-    axes = figure.subplots()
-    for index, (name, run) in enumerate(runs.items()):
-        found = accuracies(run)
-        shown = [column for column in columns if column in found]
-        offset = 0.6 * ((index + 0.5) / len(runs) - 0.5)
-        axes.errorbar(
-            [columns.index(column) + offset for column in shown],
-            [100 * found[column]["mean"] for column in shown],
-            [100 * found[column]["std"] for column in shown],
-            fmt="o",
-            capsize=4,
-            label=_literal(f"{name} ({run['protocol']})"),
+    """Accuracy of every run with error bars of one std, beside each other by dataset, as PNG."""
+    groups = by_dataset(runs)
+    columns = {name: _columns(group) for name, group in groups.items()}
+    widths = [2 + 1.2 * len(names) for names in columns.values()]
+    figure = Figure(figsize=(sum(widths), 4), layout="constrained")
+    plots = figure.subplots(1, len(groups), squeeze=False, width_ratios=widths)[0]
+    for axes, (dataset, group) in zip(plots, groups.items(), strict=True):
+        for index, (name, run) in enumerate(group.items()):
+            found = accuracies(run)
+            shown = [column for column in columns[dataset] if column in found]
+            offset = 0.6 * ((index + 0.5) / len(group) - 0.5)
+            axes.errorbar(
+                [columns[dataset].index(column) + offset for column in shown],
+                [100 * found[column]["mean"] for column in shown],
+                [100 * found[column]["std"] for column in shown],
+                fmt="o",
+                capsize=4,
+                label=_literal(f"{name} ({run['protocol']})"),
+            )
+        axes.set_xticks(
+            range(len(columns[dataset])), map(_literal, columns[dataset]), rotation=20, ha="right"
         )
-    axes.set_xticks(range(len(columns)), map(_literal, columns), rotation=20, ha="right")
-    axes.set_ylabel("test accuracy, %")
-    axes.legend()
+        axes.set_title(_literal(dataset))
+        axes.set_ylabel("test accuracy, %")
+        axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
+
+
+def _columns(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(name for run in runs.values() for name in accuracies(run)))
 
 
 def _literal(text: str) -> str:

@@ -2,8 +2,8 @@
 
 import copy
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -16,6 +16,7 @@ from bilevel.checks import check_instance, check_integer, check_number
 from dd.augmentation import Augmentation, NoAugmentation
 from dd.data.prepared import PreparedData
 from dd.data.stored_images import Images
+from dd.evaluation.accuracy import Accuracy, accuracy, confusion
 from dd.evaluation.protocols import BPTTProtocol, Protocol
 from dd.runtime.changes import Resumable
 from dd.runtime.precision import full_float32
@@ -25,55 +26,10 @@ from dd.synthetic.dataset import random_subset
 #: Where below a key the randomness of the networks of each training set is.
 DISTILLED_KEY, RANDOM_REAL_KEY, FULL_DATA_KEY = "distilled", "random real", "full data"
 TEACHER_KEY = "teacher"
+#: By so many training steps it is judged how long many take.
+STEPS_TIMED = 3
 #: A function from the key of one network to the (images, labels) it is trained on.
 TrainingSet = Callable[[Key], tuple[Images, Tensor]]
-
-
-@final
-@dataclass(frozen=True)
-class Accuracy:
-    """Test accuracy over independent networks, fractions in [0, 1].
-
-    Attributes:
-        values: One for each network.
-        steps: Training steps, chosen on the validation part.
-    """
-
-    values: tuple[float, ...]
-    steps: int
-
-    @property
-    def mean(self) -> float:
-        """Mean over networks."""
-        return statistics.fmean(self.values)
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation over networks; 0 for one network."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {
-            "mean": self.mean,
-            "std": self.std,
-            "networks": len(self.values),
-            "values": list(self.values),
-            "steps": self.steps,
-        }
-
-
-@torch.no_grad()
-def accuracy(
-    network: nn.Module, params: dict[str, Tensor], images: Images, labels: Tensor, chunk: int = 500
-) -> float:
-    """The fraction of images that the network labels rightly, `chunk` at a time."""
-    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
-    for start in range(0, len(labels), chunk):
-        part = slice(start, start + chunk)
-        predicted = functional_call(network, params, (images[part],)).argmax(dim=1)
-        correct += (predicted == labels[part]).sum()
-    return int(correct) / len(labels)
 
 
 @final
@@ -211,6 +167,37 @@ class Evaluator:
         return self._measure("full data", lambda _: everything, network, data, keys, steps)
 
     @full_float32()
+    def expected_seconds(
+        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+    ) -> dict[str, float]:
+        """About how long training takes on each of `TRAINING_SETS`, by a few steps of it.
+
+        Args:
+            images: The distilled set's, or others of its shape.
+            labels: Of these.
+            network: What is trained.
+            data: The dataset.
+            key: The randomness of the steps.
+        """
+
+        def of_step(images: Images, labels: Tensor) -> float:
+            self._train(images, labels, network, key, [1])
+            began = time.perf_counter()
+            trained = self._train(images, labels, network, key, [STEPS_TIMED])
+            # Reading a number waits for the device.
+            float(next(iter(trained[0].values())).sum())
+            return (time.perf_counter() - began) / STEPS_TIMED
+
+        images, labels = images.detach(), labels.detach()
+        small = of_step(images, labels) * self.networks
+        small *= max(self.protocol.steps(self.steps, len(images), self.batch_size))
+        found = {"distilled": small, "random_real": small}
+        if self.full_data_networks:
+            whole = of_step(data.train_images, data.train_labels) * self.full_data_networks
+            found["full_data"] = whole * max(self.full_data_steps)
+        return found
+
+    @full_float32()
     def validation(
         self,
         images: Tensor,
@@ -245,12 +232,10 @@ class Evaluator:
         rate: float | None = None,
     ) -> Accuracy:
         """Test accuracy of a network for each of `keys`; the bars are called `label`."""
-        trained, validated, values = {}, {}, {}
+        trained, validated, tested = {}, {}, {}
         share = list(own_share(len(keys)))
         total = len(share) * max(steps)
-        with progress_bar(
-            desc=f"training on {label}", total=total, unit="step", mininterval=0.5
-        ) as bar:
+        with progress_bar(desc=f"training on {label}", total=total, unit="step") as bar:
             for index in share:
                 images, labels = training_set(keys[index])
                 stages = self._train(images, labels, network, keys[index], steps, rate, bar.update)
@@ -266,8 +251,12 @@ class Evaluator:
             iterable=trained.items(), desc=f"testing {label}", unit="network"
         ):
             params = stages[chosen]
-            values[index] = accuracy(network, params, data.test_images, data.test_labels)
-        return Accuracy(tuple(collected(values)), steps[chosen])
+            tested[index] = confusion(
+                network, params, data.test_images, data.test_labels, data.num_classes
+            )
+        found = collected(tested)
+        values = tuple(int(counts.diagonal().sum()) / int(counts.sum()) for counts in found)
+        return Accuracy(values, steps[chosen], torch.stack(found).sum(dim=0))
 
     def _train(
         self,

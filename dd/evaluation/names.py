@@ -11,3 +11,5 @@ PIXELS, TRANSFORMED = "pixels", "transformed"
 BASELINES = ("random", "herding", "k_center", "el2n")
 #: Random images with the soft labels of a distilled set.
 LABELS_ALONE = "random_with_the_distilled_labels"
+#: The forms in which a set can be written.
+EXPORT_FORMATS = ("safetensors", "pt", "npz", "folder", "datasets", "ddranking")

@@ -4,22 +4,23 @@ import importlib.metadata
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bilevel import Key
-from dd.data.prepared import PreparedData
-from dd.evaluation.baselines import Baselines
+from dd.data import ImageDataset
+from dd.evaluation.accuracy import Accuracy
+from dd.evaluation.confusion_picture import confusion_picture
 from dd.evaluation.distilled_set import DistilledSet
-from dd.evaluation.evaluator import Accuracy, Evaluator
+from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.names import TRAINING_SETS
-from dd.evaluation.scores import augmentation_robust_score, label_robust_score
 from dd.runtime.devices import device_name
+from dd.runtime.files import write_bytes, write_json
+from dd.runtime.run_folder import RunFolder
 from dd.runtime.writer import this_process
 
 #: The statuses of a run that a process works on.
@@ -52,6 +53,9 @@ class Report:
         process: Which process on which machine is at work; told only while one is.
         skipped_steps: Outer steps that had no finite hypergradient.
         accuracy: On each of `TRAINING_SETS`; None where it was not measured.
+        class_names: K names, in the order of `per_class` of an accuracy.
+        problems: Why something could not be measured, by what it is.
+        data: A checksum of the training data.
         architectures: The same of other networks, by the class's name.
         baselines: On real images that were chosen without distilling, and on the set: by hard
             labels and by soft ones.
@@ -71,6 +75,9 @@ class Report:
     seed: int
     device: str
     versions: Mapping[str, str]
+    class_names: Sequence[str] = ()
+    data: str | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
     stored_floats: int | None = None
     status: str = "running"
     reason: str | None = None
@@ -102,6 +109,11 @@ class Report:
         )
 
     @property
+    def means(self) -> dict[str, float]:
+        """The mean accuracy on each training set that was measured."""
+        return {name: of.mean for name, of in self.accuracy.items() if of is not None}
+
+    @property
     def told_status(self) -> str:
         """The status; of a run that skipped too many steps, none that says that all is well."""
         diverged = self.skipped_steps > SKIPPED_AT_MOST * (self.outer_steps or 0)
@@ -115,9 +127,12 @@ class Report:
             **({} if self.reason is None else {"reason": self.reason}),
             **({"process": dict(self.process)} if self.status in AT_WORK else {}),
             "dataset": self.dataset,
+            **({} if self.data is None else {"data": self.data}),
+            "class_names": list(self.class_names),
             "images_per_class": self.images_per_class,
             "stored_floats": self.stored_floats,
             "accuracy": _as_dicts(self.accuracy),
+            **({"problems": dict(self.problems)} if self.problems else {}),
             "network": self.network,
             "network_parameters": self.network_parameters,
             "architectures": {name: _as_dicts(of) for name, of in self.architectures.items()},
@@ -141,7 +156,8 @@ class Report:
 
 
 def new_report(
-    dataset: str,
+    dataset: ImageDataset,
+    data: str,
     images_per_class: int,
     network: nn.Module,
     evaluator: Evaluator,
@@ -151,7 +167,8 @@ def new_report(
     """The report of a run before anything was done, with all that describes it.
 
     Args:
-        dataset: Its name.
+        dataset: Of the run.
+        data: A checksum of its training data.
         images_per_class: Of the distilled set.
         network: What is trained.
         evaluator: How.
@@ -160,7 +177,9 @@ def new_report(
     """
     return Report(
         command=shlex.join(["python", *sys.orig_argv[1:]]),
-        dataset=dataset,
+        dataset=dataset.name,
+        data=data,
+        class_names=dataset.class_names,
         images_per_class=images_per_class,
         network=type(network).__name__,
         network_parameters=sum(value.numel() for value in network.parameters()),
@@ -171,113 +190,27 @@ def new_report(
     )
 
 
-@final
-class Assessment:
-    """Measures one set beside random real images and the full data.
+def write_results(folder: RunFolder, name: str, report: Report) -> None:
+    """Write what is known, and a picture of what the set's networks take for what.
 
     Args:
-        distilled: The set.
-        data: The dataset, by the set's own transform.
-        network: What is trained.
-        evaluator: How.
-        key: The randomness of all networks.
+        folder: Where.
+        name: Of the results, such as `results.json`, whose picture is `confusion.png`.
+        report: What is known.
     """
+    folder.write(name, partial(write_json, content=report.as_dict()))
+    found = report.accuracy.get("distilled")
+    if found is not None and found.confusion is not None:
+        drawn = confusion_picture(found.confusion, report.class_names)
+        folder.write(confusion_name(name), partial(write_bytes, content=drawn))
 
-    def __init__(
-        self,
-        distilled: DistilledSet,
-        data: PreparedData,
-        network: nn.Module,
-        evaluator: Evaluator,
-        key: Key,
-    ) -> None:
-        self._data, self._network, self._evaluator, self._key = data, network, evaluator, key
-        self._images = distilled.images.to(data.test_labels.device)
-        self._labels = distilled.labels.to(data.test_labels.device)
-        self._rate = distilled.provenance.get("learning_rate")
 
-    def measured(
-        self,
-        report: Report,
-        training_sets: Sequence[str] = TRAINING_SETS,
-        architectures: Mapping[str, nn.Module] | None = None,
-        scores: bool = False,
-        baselines: Sequence[str] = (),
-    ) -> Iterator[Report]:
-        """The report after every measurement; the last one is complete.
-
-        Args:
-            report: What is known before.
-            training_sets: Of `TRAINING_SETS` only these are measured.
-            architectures: Further networks to judge the same set by.
-            scores: Also measure what DD-Ranking's scores need, and give them.
-            baselines: Of `BASELINES`: also choose real images like this, and judge them.
-        """
-        began, report = time.perf_counter(), replace(report, status="evaluating")
-
-        def now(report: Report) -> Report:
-            return replace(report, seconds_evaluating=time.perf_counter() - began)
-
-        wanted = [name for name in TRAINING_SETS if name in training_sets]
-        for name in wanted:
-            found = self._measure(name, self._network, self._evaluator, self._labels)
-            report = now(replace(report, accuracy={**report.accuracy, name: found}))
-            yield report
-        for architecture, network in (architectures or {}).items():
-            across: dict[str, Accuracy | None] = {}
-            for name in wanted:
-                if name == "full_data":
-                    continue  # that takes longest, and says nothing of the set
-                across[name] = self._measure(name, network, self._evaluator, self._labels)
-                found_so_far = {**report.architectures, architecture: dict(across)}
-                report = now(replace(report, architectures=found_so_far))
-                yield report
-        for name, labels, found in self._baselines().measured(baselines) if baselines else ():
-            of_name = {**report.baselines.get(name, {}), labels: found}
-            report = now(replace(report, baselines={**report.baselines, name: of_name}))
-            yield report
-        if scores:
-            report = replace(report, scores=self._scores())
-        yield now(replace(report, status="complete"))
-
-    def _measure(
-        self, name: str, network: nn.Module, evaluator: Evaluator, labels: Tensor
-    ) -> Accuracy | None:
-        if name == "random_real":
-            per_class = len(self._images) // self._data.num_classes
-            return evaluator.random_real(per_class, network, self._data, self._key)
-        if name == "distilled":
-            return evaluator.distilled(
-                self._images, labels, network, self._data, self._key, self._rate
-            )
-        return evaluator.full_data(network, self._data, self._key)
-
-    def _baselines(self) -> Baselines:
-        network, evaluator, data = self._network, self._evaluator, self._data
-        return Baselines(
-            self._images, self._labels, data, network, evaluator, self._key, self._rate
-        )
-
-    def _scores(self) -> dict[str, float]:
-        """DD-Ranking's scores of the set, from accuracies measured here, with the same networks."""
-        labels = self._labels
-        hard = labels.argmax(dim=1) if labels.is_floating_point() else labels
-        plain = self._evaluator.without_augmentation()
-
-        def mean(name: str, evaluator: Evaluator, labels: Tensor = labels) -> float:
-            accuracy = self._measure(name, self._network, evaluator, labels)
-            assert accuracy is not None, "full_data_networks was checked"
-            return accuracy.mean
-
-        distilled, random_real = (mean(n, self._evaluator) for n in ("distilled", "random_real"))
-        real = mean("full_data", self._evaluator)
-        of_hard = mean("distilled", self._evaluator, hard) if hard is not labels else distilled
-        return {
-            "label_robust": label_robust_score(real, of_hard, distilled, random_real),
-            "augmentation_robust": augmentation_robust_score(
-                distilled, random_real, mean("distilled", plain), mean("random_real", plain)
-            ),
-        }
+def confusion_name(results: str) -> str:
+    """What the picture beside a file of results is called."""
+    stem = results.removesuffix(".json")
+    if stem.startswith("results"):
+        return f"confusion{stem.removeprefix('results')}.png"
+    return f"{stem}-confusion.png"
 
 
 def versions() -> dict[str, str]:

@@ -43,6 +43,8 @@ class Task:
         description: What experts must have in common with this, as `describe` gives it.
         circumstances: What a run that is resumed should have in common with its beginning: `DATA`,
             a checksum, must be the same; where others differ, other bits are possible.
+        config: The operative configuration, of which the distilled set will carry what holds on
+            any machine; empty if there is none.
     """
 
     data: PreparedData
@@ -56,6 +58,7 @@ class Task:
     provenance: dict[str, Any]
     description: dict[str, Any]
     circumstances: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
 
 
 class PreparedObjective(ABC):

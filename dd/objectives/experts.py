@@ -12,7 +12,7 @@ import bilevel
 from bilevel.checks import check_choice, check_instance, check_integer, check_number, check_path
 from dd.augmentation import DSA, Augmentation
 from dd.data.prepared import PreparedData, RealBatches
-from dd.evaluation.evaluator import accuracy
+from dd.evaluation.accuracy import accuracy
 from dd.networks import named_parameters_of
 from dd.objectives.expert_buffer import ExpertBuffer, ExpertWriter
 from dd.runtime.stopping import StopRequest

@@ -97,6 +97,7 @@ class _LossOnRealImages(PreparedObjective):
         self, settings: RealImages, task: Task, key: bilevel.Key, stage: Stage | None
     ) -> None:
         self.settings, self.data, self.augmentation = settings, task.data, task.augmentation
+        settings.precision.warn_if_imitated(task.device)
         self.pool: Pool | None = None
         if settings.pacing is not None:
             self.pool = settings.pacing.pool_for(task, settings.real_batch, stage)

@@ -1,5 +1,7 @@
 """Which device a process works on."""
 
+import sys
+
 import torch
 
 from bilevel.checks import check_instance
@@ -58,3 +60,15 @@ def _own_cuda_device() -> torch.device:
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes of memory so far, of a GPU, or else of this process; 0 if nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # noqa: TID251  (where there is none, 0 is told)
+    except ImportError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

@@ -20,11 +20,12 @@ class StopRequest:
 
     signal_number: int | None = None
     at_once: bool = False
+    by_caller: bool = False
 
     @property
     def requested(self) -> bool:
         """Whether this process has been asked."""
-        return self.signal_number is not None
+        return self.signal_number is not None or self.by_caller
 
     def agreed(self) -> bool:
         """Whether some process has been asked to stop: the same answer in all.

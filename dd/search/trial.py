@@ -41,8 +41,10 @@ def distil(
         BilevelError, DamagedFileError: The run failed.
     """
     settings = experiment.distiller
-    run = begin(settings, experiment.task(experiment.prepare(), folder))
-    state, text = run.state, config.text()
+    data = experiment.prepare()
+    text = config.text()
+    run = begin(settings, experiment.task(data, folder, config=text))
+    state = run.state
     write_text(folder / CONFIG, text)
     recorder = FolderRecorder(run, folder, text)
     seen = int(looks * min(progress(settings, state), 1))

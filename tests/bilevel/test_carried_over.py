@@ -74,3 +74,13 @@ def test_what_carries_something_over_says_what_and_saves_it(what):
     assert estimator.carries_over == what
     assert estimator.state_dict() != {}
     assert not torch.allclose(used, fresh, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("what", sorted({*CARRYING} - {"its particles"}))
+def test_replicas_would_take_over_another_ones(what):
+    case, estimator = problems.make("data_cleaning", 0), CARRYING[what]()
+    assert not estimator.carries_over_by_replica
+    with pytest.raises(bilevel.ConfigurationError, match="another one's"):
+        bilevel.Hypergradient(
+            case.problem, bilevel.optim.sgd(0.1), 6, estimator=estimator, inner_replicas=2
+        )

@@ -10,7 +10,8 @@ from problems import relative_error, seeded
 from torch.func import functional_call
 
 import bilevel
-from bilevel.compiler import GRAPHS_PER_FUNCTION, Compiler
+from bilevel.compiler import Compiler
+from bilevel.compiler.compiler import GRAPHS_PER_FUNCTION
 
 WINDOW = problems.Fixed(2, 5)
 OPTIMIZERS = {
@@ -154,18 +155,38 @@ def test_a_wrong_compiler_is_found_out():
         return lambda *inputs: [output * 1.1 for output in graph(*inputs)]
 
     compiler = Compiler(wrong)
+    assert compiler(double, torch.ones(3))["double"].tolist() == [2, 2, 2]
     with pytest.warns(bilevel.CompileWarning, match=r"differs .* relative 1\.0e-01 where at most"):
         found = compiler(double, torch.ones(3))
     assert found["double"].tolist() == [2, 2, 2]
     assert compiler(double, torch.ones(3))["double"].tolist() == [2, 2, 2]
 
 
+def test_a_graph_that_differs_at_a_singular_step_alone_is_used():
+    calls = []
+
+    def wrong_at_first(graph, example_inputs):
+        def call(*inputs):
+            calls.append(inputs)
+            return [output * (1.1 if len(calls) == 1 else 1.0) for output in graph(*inputs)]
+
+        return call
+
+    compiler = Compiler(wrong_at_first)
+    for value in (1.0, 2.0, 3.0):
+        assert compiler(double, torch.full((3,), value))["double"].tolist() == [2 * value] * 3
+    assert compiler.refused == 0
+    assert len(calls) == 4  # compared twice, and used from the second call on
+
+
 def test_a_compiler_that_yields_nan_is_found_out():
     def wrong(graph, example_inputs):
         return lambda *inputs: [output * float("nan") for output in graph(*inputs)]
 
+    compiler = Compiler(wrong)
+    assert compiler(double, torch.ones(3))["double"].tolist() == [2, 2, 2]
     with pytest.warns(bilevel.CompileWarning, match="differs"):
-        assert Compiler(wrong)(double, torch.ones(3))["double"].tolist() == [2, 2, 2]
+        assert compiler(double, torch.ones(3))["double"].tolist() == [2, 2, 2]
 
 
 def ill_conditioned(x):

@@ -15,7 +15,7 @@ from torch import nn
 
 import bilevel
 from bilevel.compiler import Compiler
-from bilevel.held import Snapshot, modules_held_by, reachable
+from bilevel.contract.held import Snapshot, modules_held_by, reachable
 
 SETTINGS = types.ModuleType("settings")
 FACTORS = {"loss": 1.0}

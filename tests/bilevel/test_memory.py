@@ -29,7 +29,7 @@ from bilevel.estimators import (
     Reverse,
 )
 from bilevel.linear import Dense
-from bilevel.recording import affordable_spacing
+from bilevel.recording.record import affordable_spacing
 
 ESTIMATORS = [
     Reverse(),

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 import bilevel
-from bilevel.draws import DrawsFrom
+from bilevel.random import DrawsFrom
 
 seeds = st.integers(0, 2**31)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import DTYPE, brute_force, flat, relative_error, seeded
 
 import bilevel
-from bilevel.recording import record
+from bilevel.recording.record import record
 
 WINDOW = problems.Fixed(0, 4)
 names = st.sampled_from(["data_cleaning", "mlp_distillation", "learned_start"])

@@ -54,6 +54,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, str]) -> None:
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
         "checkpoint.safetensors",
         "checkpoint.previous.safetensors",
+        "confusion.png",
         "distilled.png",
         "config.gin",
         "distilled.safetensors",
@@ -150,8 +151,9 @@ def test_tensorboard_shows_the_images(finished: tuple[Path, str]) -> None:
         assert {picture.step for picture in pictures} == {0, 2, 4, 6}
         for picture in pictures:
             assert picture.encoded_image_string.startswith(b"\x89PNG")
-            # Two rows of five digits of 8×8 pixels, enlarged to 64×64, with borders of 2.
-            assert (picture.width, picture.height) == (5 * 66 + 2, 2 * 66 + 2)
+            # Two rows of five digits of 8×8 pixels, enlarged to 64×64, with borders of 2, and
+            # over each its name.
+            assert (picture.width, picture.height) == (5 * 66 + 2, 2 * (66 + 16) + 2)
 
 
 def test_the_distilled_set_carries_the_fitted_transform(finished: tuple[Path, str]) -> None:

@@ -50,6 +50,13 @@ def test_a_dataset_describes_itself() -> None:
         data.name = "other"  # type: ignore[misc]
 
 
+def test_classes_are_told_with_their_counts() -> None:
+    told = dataset().classes_with_counts()
+    assert told == "2 classes (training + test images): cat 4 + 2, dog 4 + 2"
+    of_two = dataset(train_labels=torch.tensor([0] + 7 * [1])).classes_with_counts(most=1)
+    assert of_two == "2 classes of 1 to 7 training and 2 test images"
+
+
 FLOATS = torch.zeros(8, 3, 4, 4)
 
 
@@ -285,7 +292,7 @@ def test_arrays_splits_off_a_test_set(tmp_path: Path) -> None:
         ({"test_images": np.zeros((2, 8, 8, 3), np.uint8)}, "'test_labels' is missing"),
         ({"test_labels": np.zeros(2, np.int64)}, "'test_images' is missing"),
         ({"images": np.zeros((20, 3, 8, 3), np.uint8)}, "but both have such a size"),
-        ({"images": np.zeros((20, 8, 8, 4), np.uint8)}, "but neither has such a size"),
+        ({"images": np.zeros((20, 8, 8, 5), np.uint8)}, "but neither has such a size"),
         ({"images": np.zeros((20, 64), np.uint8)}, r"images has shape \(20, 64\); allowed"),
         ({"images": np.zeros((20, 8, 8), np.int64)}, "images has dtype int64 .* up to 0; say"),
         ({"images": np.full((20, 8, 8), 70000)}, "images has dtype int64 .* up to 70000; say"),
@@ -385,6 +392,51 @@ def test_arrays_knows_the_names_that_people_give(names: tuple[str, ...], tmp_pat
     everything = torch.cat([data.train_images, data.test_images])
     assert np.array_equal(everything.permute(0, 2, 3, 1).numpy(), PIXELS)
     assert torch.cat([data.train_labels, data.test_labels]).tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_the_fourth_channel_of_an_array_is_opacity(
+    last: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opacity = np.zeros((20, 8, 8, 1), np.uint8)
+    opacity[:, 4:] = 255
+    images = np.concatenate([PIXELS, opacity], axis=3)
+    form = images if last else images.transpose(0, 3, 1, 2)
+    data = arrays(write_npz(tmp_path / "mine.npz", images=form), test_fraction=0.5)
+    shown = torch.cat([data.train_images, data.test_images])
+    assert shown.shape[1:] == (3, 8, 8)
+    assert bool((shown[:, :, :4] == 255).all())
+    below = {image.numpy().tobytes() for image in shown[:, :, 4:].permute(0, 2, 3, 1).contiguous()}
+    assert below == {image.tobytes() for image in np.ascontiguousarray(PIXELS[:, 4:])}
+    assert "fourth channel of images is taken for opacity" in caplog.text
+    write_npz(tmp_path / "mine.npz", images=form / 255)
+    floats = arrays(tmp_path / "mine.npz", test_fraction=0.5)
+    torch.testing.assert_close(floats.train_images, to_unit_range(data.train_images))
+
+
+@pytest.mark.parametrize(
+    ("labels", "fraction", "message"),
+    [
+        ([0, 0, 0, 1], 0.5, "every class needs two, and class dog has one"),
+        ([0, 0, 1, 1], 0.1, "would hold out 1, and every class needs one; use a larger fraction"),
+        ([0, 0, 1, 1], 0.7, "would keep 1, and every class needs one; use a smaller fraction"),
+        ([0] * 30 + [1] * 2, 0.9, "leaves no image of class dog to train on"),
+    ],
+)
+def test_a_split_that_is_impossible_is_said_by_name(
+    labels: list[int], fraction: float, message: str, tmp_path: Path
+) -> None:
+    content = {"images": np.zeros((len(labels), 8, 8), np.uint8), "labels": np.array(labels)}
+    path = write_npz(tmp_path / "mine.npz", class_names=np.array(["cat", "dog"]), **content)
+    with pytest.raises(ValueError, match=message):
+        arrays(path, fraction)
+
+
+def test_a_test_set_that_says_little_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    dataset(test_labels=torch.zeros(4).long())
+    assert "the test set of tiny has 4 images, so each counts for 25.0 %" in caplog.text
+    assert "the test set of tiny has no image of 1 of the 2 classes (dog)" in caplog.text
+    assert "8 of 8 images of tiny that were looked at are of one colour" in caplog.text
 
 
 def test_arrays_is_told_where_the_channels_are(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_runs import SNAPSHOT, arguments, command, contents, one_error, results_of
 
-from dd import evaluate, train
+from dd import config, evaluate, train
 from dd.data import Standardize
+from dd.evaluation.comparison import by_dataset, comparison_plot, comparison_table
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.runtime.files import DamagedFileError
 
@@ -73,7 +76,10 @@ def test_evaluating_a_snapshot_leaves_the_results_of_the_run(
     words = [str(copy), f"--set={copy / SNAPSHOT}", "--gin_param=Evaluator.networks = 3"]
     assert evaluate.main(words) == 0
     after = contents(copy)
-    assert after.keys() - before.keys() == {"results-0.0001_minutes.json"}
+    assert after.keys() - before.keys() == {
+        "results-0.0001_minutes.json",
+        "confusion-0.0001_minutes.png",
+    }
     assert {name: after[name] for name in before} == before
     results = json.loads(after["results-0.0001_minutes.json"])
     networks = {name: found["networks"] for name, found in results["accuracy"].items()}
@@ -217,6 +223,99 @@ def test_runs_are_compared_in_one_table_and_one_picture(
         assert picture.size[0] > 200
     assert evaluate.main([str(run_dir), f"--compare={tmp_path}"]) == 2
     assert "results.json does not exist" in capsys.readouterr().err
+    assert f"\n{run_dir}: python " in printed  # where the figures come from
+
+
+def results(dataset: str, data: str | None = "1") -> dict[str, Any]:
+    accuracy = {"distilled": {"mean": 0.5, "std": 0.1}}
+    found = {"accuracy": accuracy, "images_per_class": 1, "protocol": "bptt", "dataset": dataset}
+    return found if data is None else {**found, "data": data}
+
+
+@pytest.mark.parametrize(
+    ("runs", "tables"),
+    [
+        ([("a", "1"), ("a", "1"), ("a", None)], [["0", "1", "2"]]),
+        ([("a", "1"), ("b", "1"), ("a", "1")], [["0", "2"], ["1"]]),
+        ([("a", "1"), ("a", "2"), ("a", "2")], [["0"], ["1", "2"]]),
+        ([("a", None), ("b", None)], [["0"], ["1"]]),
+    ],
+)
+def test_runs_on_different_datasets_share_no_table(
+    runs: list[tuple[str, str | None]], tables: list[list[str]]
+) -> None:
+    found = {str(index): results(*run) for index, run in enumerate(runs)}
+    assert [list(group) for group in by_dataset(found).values()] == tables
+    assert comparison_table(found).count("images per class") == len(tables)
+    assert comparison_plot(found)[:4] == b"\x89PNG"
+
+
+def test_no_judgement_overwrites_another(copy: Path, tmp_path: Path) -> None:
+    torch.save(torch.rand(10, 1, 8, 8), tmp_path / "set.pt")
+    (tmp_path / "more").mkdir()
+    torch.save(torch.rand(10, 1, 8, 8), tmp_path / "more" / "set.pt")
+    dc = ["--gin_param=Evaluator.protocol = @DCProtocol()", "--gin_param=DCProtocol.epochs = 2"]
+    for words in (
+        ["--only=distilled", "--gin_param=ConvNet.width = 4"],
+        ["--only=distilled", "--gin_param=ConvNet.width = 5"],
+        ["--only=distilled", *dc],
+        ["--only=distilled"],
+        ["--only=distilled", "--hard_labels"],
+        ["--only=distilled", f"--set={tmp_path / 'set.pt'}"],
+        ["--only=distilled", f"--set={tmp_path / 'more' / 'set.pt'}"],
+    ):
+        before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+        assert evaluate.main([str(copy), *words]) == 0
+        (name,) = [path.name for path in copy.glob("results*.json") if path not in before]
+        assert all(path.read_bytes() == content for path, content in before.items())
+        if words[1:] == dc:
+            assert name.startswith("results-ConvNet-dc-distilled-")
+
+
+def test_each_class_has_its_accuracy(
+    judged: Callable[..., dict[str, Any]], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = judged("--only=distilled")
+    classes = found["accuracy"]["distilled"]["per_class"]
+    assert found["class_names"] == [str(digit) for digit in range(10)]
+    assert len(classes) == 10
+    counts = torch.bincount(config.load([], [], run=run_dir / "config.gin").dataset.test_labels)
+    mean = (
+        sum(of * count for of, count in zip(classes, counts.tolist(), strict=True)) / counts.sum()
+    )
+    assert mean == pytest.approx(found["accuracy"]["distilled"]["mean"])
+    assert f"distilled, each class, %: 0 {100 * classes[0]:.0f}, 1 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failing", ["random_real", "full_data", "teacher"])
+def test_what_cannot_be_measured_beside_a_set_costs_nothing_else(
+    failing: str,
+    judged: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not enough memory:\n you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(Evaluator, failing, fail)
+    found = judged("--baselines=random", "--gin_param=Evaluator.teacher_steps = 2")
+    assert found["status"] == "complete"
+    assert found["accuracy"]["distilled"]["mean"] > 0
+    name = "baselines" if failing == "teacher" else failing
+    assert found["problems"] == {name: "not enough memory: you tried to allocate 9 bytes"}
+    assert found["accuracy"].get(failing) is None
+    assert f"{name.replace('_', ' ')} could not be measured: not enough" in capsys.readouterr().out
+
+
+def test_a_set_that_cannot_be_measured_is_an_error(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("nothing to train on")
+
+    monkeypatch.setattr(Evaluator, "distilled", fail)
+    assert evaluate.main([str(run_dir), "--json=found.json"]) == 2
+    assert "nothing to train on" in one_error(capsys)
 
 
 # What others made.
@@ -246,6 +345,61 @@ def test_tensors_of_others_are_read(form: str, values: str, tmp_path: Path) -> N
     torch.testing.assert_close(found.images, expected)
     assert torch.equal(found.labels, labels)
     assert found.class_names == ("no", "yes")
+
+
+@pytest.mark.parametrize("values", ["pixels", "transformed"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"labels": np.array([0, 0, 1, 1])},
+        {"labels": np.array(["no", "no", "yes", "yes"])},
+        {"labels": np.array([1, 1, 0, 0]), "class_names": np.array(["yes", "no"])},
+        {"labels": np.eye(2, dtype=np.uint8)[[0, 0, 1, 1]]},
+        {"labels": np.eye(2, dtype=np.float32)[[0, 0, 1, 1]]},
+    ],
+)
+def test_arrays_of_others_are_read(
+    content: dict[str, Any], last: bool, values: str, tmp_path: Path
+) -> None:
+    images = torch.rand(4, 1, 2, 2)
+    held = images.movedim(1, 3) if last else images
+    np.savez(tmp_path / "set.npz", images=held.numpy(), **content)
+    found = load_foreign_set(tmp_path / "set.npz", DATASET, TRANSFORM, values)
+    torch.testing.assert_close(found.images, TRANSFORM(images) if values == "pixels" else images)
+    hard = found.labels.argmax(1) if found.labels.is_floating_point() else found.labels
+    assert hard.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"labels": np.array(["no", "no", "maybe", "yes"])}, "there is no class 'maybe'"),
+        ({"labels": np.arange(4) % 2, "class_names": np.array(["a", "b"])}, "its classes are"),
+        ({"labels": np.array([0, 0, 1, 2])}, "labels outside"),
+        ({"images": np.full((4, 2, 2), 255.0)}, "must lie in"),
+        ({"images": np.full((4, 2, 2), "a")}, "images has dtype"),
+        ({"images": None, "labels": np.arange(4)}, "'images' is missing"),
+        ({"images": np.zeros((4, 3, 3))}, r"has \(1, 2, 2\)"),
+    ],
+)
+def test_arrays_of_others_that_do_not_fit_are_named(
+    content: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    held = {"images": np.zeros((4, 2, 2)), **content}
+    np.savez(tmp_path / "set.npz", **{name: v for name, v in held.items() if v is not None})
+    with pytest.raises(ValueError, match=rf"set\.npz.*{message}"):
+        load_foreign_set(tmp_path / "set.npz", DATASET, TRANSFORM, "pixels")
+
+
+def test_a_set_that_is_not_there_is_said_before_anything_is_read(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "load", lambda *_, **__: pytest.fail("it is read"))
+    for name in ("absent.pt", "absent.safetensors", "absent"):
+        assert evaluate.main([str(run_dir), f"--set={name}"]) == 2
+        assert f"--set={name}: there is no such file or folder" in one_error(capsys)
 
 
 @pytest.mark.parametrize("labels", [[[0], [0], [1], [1]], [0.0, 0.0, 1.0, 1.0], [[0.0]] * 4])

@@ -1,5 +1,6 @@
 """Evaluation: what is trained on what, and which images decide what."""
 
+import io
 import statistics
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from problems import seeded
 from torch import Tensor, nn
 
@@ -14,7 +16,9 @@ from bilevel import Key
 from dd.augmentation import NoAugmentation
 from dd.data import Standardize
 from dd.data.prepared import PreparedData
-from dd.evaluation.evaluator import Accuracy, Evaluator, accuracy
+from dd.evaluation.accuracy import Accuracy, accuracy, confusion
+from dd.evaluation.confusion_picture import confusion_picture
+from dd.evaluation.evaluator import Evaluator
 
 CLASSES = 3
 KEY = Key(0)
@@ -292,3 +296,30 @@ def test_steps_may_come_in_any_order_and_more_than_once(network: nn.Module) -> N
     tidy = evaluator(steps=(1, 60)).distilled(images, labels, network, data(), KEY)
     assert evaluator(steps=[60, 1]).distilled(images, labels, network, data(), KEY) == tidy
     assert evaluator(steps=[60, 1, 60]).distilled(images, labels, network, data(), KEY) == tidy
+
+
+def test_what_is_taken_for_what_is_counted() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    images, labels = torch.randn(23, 1, 2, 2), torch.randint(0, 2, (23,))
+    params = dict(network.named_parameters())
+    counts = confusion(network, params, images, labels, 3, chunk=5)
+    predicted = network(images).argmax(1)
+    expected = [[int(((labels == i) & (predicted == j)).sum()) for j in range(3)] for i in range(3)]
+    assert counts.tolist() == expected
+    right = int(counts.diagonal().sum()) / 23
+    assert right == accuracy(network, params, images, labels, chunk=5)
+    found = Accuracy((right,), 1, counts)
+    assert found.per_class[2] is None
+    shares = [0 if of is None else of for of in found.per_class]
+    assert sum(a * n for a, n in zip(shares, counts.sum(1).tolist(), strict=True)) / 23 == (
+        pytest.approx(right)
+    )
+
+
+@pytest.mark.parametrize(("classes", "names"), [(3, "cat"), (40, "x" * 80), (7, "собака 犬")])
+def test_the_picture_of_it_has_a_cell_for_every_pair(classes: int, names: str) -> None:
+    counts = torch.eye(classes, dtype=torch.int64)
+    drawn = Image.open(io.BytesIO(confusion_picture(counts, [names] * classes))).convert("RGB")
+    assert drawn.size[0] == drawn.size[1] > 20 * 3
+    dark = sum(drawn.getpixel((x, x)) == (8, 48, 107) for x in range(drawn.size[0]))
+    assert dark > drawn.size[0] / 4

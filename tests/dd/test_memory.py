@@ -8,7 +8,7 @@ import torch
 from tiny_runs import experiment
 
 from dd.distillation import memory
-from dd.distillation.memory import advice, parts
+from dd.distillation.memory import out_of_memory_advice, parts
 from dd.objectives.base import Task
 from dd.runtime.memory import check_fits, ran_out
 
@@ -46,7 +46,7 @@ def test_what_an_image_keeps_is_what_autograd_keeps() -> None:
     ],
 )
 def test_the_largest_part_is_to_be_lowered(changes: dict[str, Any], said: str) -> None:
-    assert re.search(said, advice(*made(**changes)))
+    assert re.search(said, out_of_memory_advice(*made(**changes)))
 
 
 def test_it_is_lowered_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,9 @@ def test_it_is_lowered_to_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     room = largest.bytes // 10
     there = int((sum(part.bytes for part in others) + room) / memory.SHARE)
     monkeypatch.setattr(memory, "total", lambda device: there)
-    assert re.search("real_micro_batch from 1000 to (99|100),", advice(settings, task))
+    assert re.search(
+        "real_micro_batch from 1000 to (99|100),", out_of_memory_advice(settings, task)
+    )
 
 
 def test_running_out_of_memory_is_recognised_on_both_kinds_of_device() -> None:

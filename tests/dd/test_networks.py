@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from bilevel import fresh_parameters, refuse_running_statistics
-from dd.networks import VGG11, AlexNet, ConvNet, ResNet18, ViT
+from dd.networks import VGG11, AlexNet, ConvNet, ResNet18, ViT, network_for
 
 Parameters = dict[str, Tensor]
 
@@ -229,3 +229,39 @@ def test_fresh_parameters_are_the_same_bits_as_ever(make: Any) -> None:
     expected = drawn_globally(make(num_classes=5), torch.Generator().manual_seed(3))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Strange(nn.Module):
+    """A network of somebody's own, with one thing wrong, or nothing."""
+
+    wrong = ""
+
+    def __init__(self, num_classes: int, channels: int, image_size: int) -> None:
+        super().__init__()
+        if self.wrong == "made":
+            raise ZeroDivisionError
+        self.body = nn.Linear(7 if self.wrong == "shape" else channels * image_size**2, num_classes)
+
+    def forward(self, images: Tensor) -> Any:
+        assert not self.training
+        logits = self.body(images.flatten(1))
+        return {"tuple": (logits, logits), "logits": logits[:, 1:]}.get(self.wrong, logits)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("made", "cannot be made: ZeroDivisionError"),
+        ("shape", "does not take them: .*shapes"),
+        ("tuple", r"gives tuple of two images; it must be \(2, 4\)"),
+        ("logits", r"gives \(2, 3\) of two images; it must be \(2, 4\)"),
+    ],
+)
+def test_a_network_that_cannot_take_the_images_is_refused_at_once(wrong: str, message: str) -> None:
+    make = type("Own", (Strange,), {"wrong": wrong})
+    image_format = {"num_classes": 4, "channels": 3, "image_size": 5}
+    with pytest.raises(ValueError, match=rf"^network: Own for 4 .* 3×5×5 {message}"):
+        network_for(make, image_format)
+    with pytest.raises(ValueError, match=r"is a list, no torch\.nn\.Module"):
+        network_for(lambda **_: [], image_format)  # type: ignore[arg-type, return-value]
+    assert network_for(Strange, image_format).training

@@ -182,3 +182,54 @@ def test_leftovers_are_neither_classes_nor_images_and_are_counted(
     assert found.class_names == ("cat", "dog")
     assert len(found.train_labels) + len(found.test_labels) == 8
     assert "notes.txt" in caplog.text or ".txt" in caplog.text
+
+
+def test_a_dark_picture_of_sixteen_bits_stays_dark_among_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, white in (("cat", 65535), ("dog", 3000)):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            sixteen_bits(white).save(tmp_path / name / f"{index}.png")
+    bright = image_folder(tmp_path, SIZE, test_fraction=0.5)
+    assert [int(image.max()) for image in bright.train_images] == [255, 3000 // 256]
+    assert "taken for white" not in caplog.text
+    for path in (tmp_path / "cat").iterdir():
+        sixteen_bits(4095).save(path)
+    dark = image_folder(tmp_path, SIZE, test_fraction=0.5)
+    assert [int(image.max()) for image in dark.train_images] == [255, 3000 // 16]
+    assert "4 pictures with 16 bits a channel exceeds 4095, so 4095 is taken" in caplog.text
+    told = image_folder(tmp_path, SIZE, test_fraction=0.5, white=65535)
+    assert [int(image.max()) for image in told.train_images] == [4095 // 256, 3000 // 256]
+    with pytest.raises(ValueError, match=r"go up to 4095, more than white = 1023"):
+        image_folder(tmp_path, SIZE, test_fraction=0.5, white=1023)
+
+
+@pytest.mark.parametrize("size", [(16, 8), (8, 16), (16, 16)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_is_padded_with_the_background(
+    size: tuple[int, int], channels: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", size, "black").save(path)
+    padded = decode_image(str(path), 8, channels, fit="pad", background="#ffffff")
+    expected = torch.full((channels, 8, 8), 255)
+    width, height = (side * 8 // 16 for side in size)
+    top, left = (8 - height) // 2, (8 - width) // 2
+    expected[:, top : top + height, left : left + width] = 0
+    assert torch.equal(padded, expected.byte())
+
+
+def test_what_is_transparent_has_the_background(tmp_path: Path) -> None:
+    CLEAR.save(tmp_path / "a.png")
+    shown = decode_image(str(tmp_path / "a.png"), SIZE, background="red")
+    assert shown[:, 0, 0].tolist() == [255, 0, 0]
+    assert shown[:, -1, -1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "option", [{"fit": "stretch"}, {"background": "no colour"}, {"background": 3}, {"white": 256}]
+)
+def test_how_pictures_are_read_is_checked(option: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        image_folder(tmp_path, SIZE, **option)  # type: ignore[arg-type]

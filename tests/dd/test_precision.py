@@ -49,6 +49,22 @@ def test_bfloat16_changes_the_arithmetic_and_not_the_direction(part: str) -> Non
     assert F.cosine_similarity(low.flatten(), exact.flatten(), dim=0) > 0.95
 
 
+@pytest.mark.parametrize(("capability", "same_as"), [("AVX512", "bfloat16"), ("AVX2", "float32")])
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(
+    capability: str, same_as: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    asked = hypergradient(Precision("auto", "auto"))[0]
+    assert torch.equal(asked, hypergradient(Precision(same_as, same_as))[0])
+
+
+def test_bfloat16_that_is_only_imitated_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    Precision("auto", "auto").warn_if_imitated(CPU)
+    with pytest.warns(UserWarning, match="imitates"):
+        Precision(inner="bfloat16").warn_if_imitated(CPU)
+
+
 def test_the_default_and_the_memory_format_change_nothing() -> None:
     exact, _ = hypergradient(None)
     torch.testing.assert_close(hypergradient(Precision())[0], exact, rtol=0, atol=0)

@@ -18,7 +18,7 @@ from typing import final
 import torch
 
 from bilevel.truncation.base import Truncation
-from bilevel.truncation.plan import Plan
+from bilevel.window import Plan
 from bilevel.window import Window
 
 

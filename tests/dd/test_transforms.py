@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +14,23 @@ from torch import Tensor
 
 from dd.data import (
     KIPWhitening,
+    LowRankKIP,
+    LowRankZCA,
     PixelTransform,
     Standardize,
     ZCAWhitening,
     apply_in_chunks,
+    kip_whitening,
     transform_from_state,
+    zca_whitening,
 )
 
 FITS: dict[str, Callable[..., PixelTransform]] = {
     "standardize": Standardize.fit,
     "zca": ZCAWhitening.fit,
     "kip": KIPWhitening.fit,
+    "zca_low_rank": lambda images, **options: LowRankZCA.of(ZCAWhitening.fit(images, **options), 3),
+    "kip_low_rank": lambda images, **options: LowRankKIP.of(KIPWhitening.fit(images, **options), 3),
 }
 every_transform = pytest.mark.parametrize("kind", FITS)
 
@@ -77,6 +84,41 @@ def test_kip_is_inverted_up_to_each_images_mean_and_norm(images: Tensor) -> None
     expected = normalized(flat) * norms.mean() + flat.mean()
     restored = transform.inverse(transform(images)).flatten(1).numpy()
     np.testing.assert_allclose(restored, expected, atol=2e-5 * max(1.0, norms.mean()))
+
+
+@given(image_sets(), st.data())
+def test_low_rank_whitening_is_the_whole_one_in_the_directions_it_keeps(
+    images: Tensor, data: st.DataObject
+) -> None:
+    dimension = images[0].numel()
+    rank = data.draw(st.integers(1, dimension - 1))
+    full = ZCAWhitening.fit(images)
+    low = LowRankZCA.of(full, rank)
+    torch.testing.assert_close(low.inverse(low(images)), pixels(images), rtol=0, atol=2e-5)
+    kept = full.state()["eigenvectors"][:, -rank:]
+    whole, found = full(images).flatten(1), low(images).flatten(1)
+    torch.testing.assert_close(found @ kept, whole @ kept, rtol=1e-4, atol=2e-5)
+    # Of all multiples of the identity on the other directions, none is nearer on these images.
+    outside = (pixels(images).flatten(1) - full.state()["mean"].flatten()) @ (
+        torch.eye(dimension) - kept @ kept.T
+    )
+    errors = [(whole - found - shift * outside).double().norm() for shift in (0.0, 0.05, -0.05)]
+    assert errors[0] <= min(errors) + 1e-5
+
+
+@given(image_sets())
+def test_low_rank_kip_forgets_what_kip_forgets(images: Tensor) -> None:
+    full = KIPWhitening.fit(images)
+    low = LowRankKIP.of(full, 2)
+    expected = full.inverse(full(images))
+    torch.testing.assert_close(low.inverse(low(images)), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 48, 2.5])
+def test_a_rank_that_cannot_be_is_refused(rank: int, tmp_path: Path) -> None:
+    for fit in (kip_whitening, zca_whitening):
+        with pytest.raises(ValueError, match=f"rank={rank}"):
+            fit(some_images(), rank=rank, cache_folder=tmp_path)
 
 
 @given(image_sets())
@@ -272,5 +314,5 @@ def test_a_damaged_state_is_refused(kind: str) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="kind is 'pca'; allowed are 'kip', 'standardize', 'zca'"):
+    with pytest.raises(ValueError, match="kind is 'pca'; allowed are 'kip', 'kip_low_rank', "):
         transform_from_state("pca", {})

@@ -40,31 +40,37 @@ def is_known(name: str) -> bool:
     return name == CLASS_NAMES or name.lower() in known
 
 
+def find_part(names: Iterable[str], part: str) -> tuple[str, str | None]:
+    """The names of the images of a part, and of its labels if there are any.
+
+    Raises:
+        ValueError: There are no images, or two arrays could be meant.
+    """
+    spelled = _spelled(names)
+    found = _find(spelled, part)
+    if found is None or found[0] not in spelled:
+        raise ValueError(f"the array 'images' is missing; it holds {sorted(spelled.values())}")
+    return spelled[found[0]], spelled.get(found[1])
+
+
 def find_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """From each part that is there to the names of its images and labels; case does not matter.
 
     Raises:
         ValueError: An array is missing, or two could be meant.
     """
-    spelled: dict[str, str] = {}
-    for name in names:
-        if spelled.setdefault(name.lower(), name) != name:
-            raise ValueError(f"it holds both {spelled[name.lower()]!r} and {name!r}; keep one")
+    spelled = _spelled(names)
     parts = {}
     for part in _PREFIXES:
-        found = [pair for pair in _name_pairs(part) if any(name in spelled for name in pair)]
-        if len(found) > 1:
-            both = [next(spelled[name] for name in pair if name in spelled) for pair in found]
+        pair = _find(spelled, part)
+        if pair is None:
+            continue
+        missing = [name for name in pair if name not in spelled]
+        if missing:
             raise ValueError(
-                f"it holds both {both[0]!r} and {both[1]!r} for the {part} images; keep one"
+                f"the array {missing[0]!r} is missing; {pair[0]} and {pair[1]} belong together"
             )
-        for pair in found:
-            missing = [name for name in pair if name not in spelled]
-            if missing:
-                raise ValueError(
-                    f"the array {missing[0]!r} is missing; {pair[0]} and {pair[1]} belong together"
-                )
-            parts[part] = spelled[pair[0]], spelled[pair[1]]
+        parts[part] = spelled[pair[0]], spelled[pair[1]]
     if "train" not in parts:
         raise ValueError(
             "the array 'images' is missing; it must hold images and labels, or train_images and "
@@ -73,13 +79,34 @@ def find_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return parts
 
 
+def _spelled(names: Iterable[str]) -> dict[str, str]:
+    """From names in lower case to how they are spelled."""
+    spelled: dict[str, str] = {}
+    for name in names:
+        if spelled.setdefault(name.lower(), name) != name:
+            raise ValueError(f"it holds both {spelled[name.lower()]!r} and {name!r}; keep one")
+    return spelled
+
+
+def _find(spelled: Mapping[str, str], part: str) -> tuple[str, str] | None:
+    """The pair of names of a part of which at least one is there."""
+    found = [pair for pair in _name_pairs(part) if any(name in spelled for name in pair)]
+    if len(found) > 1:
+        both = [next(spelled[name] for name in pair if name in spelled) for pair in found]
+        raise ValueError(
+            f"it holds both {both[0]!r} and {both[1]!r} for the {part} images; keep one"
+        )
+    return found[0] if found else None
+
+
 def as_pixels(
     arrays: Mapping[str, Array], white: float | None, channels: str | None
 ) -> dict[str, Tensor]:
-    """Images of several parts, uint8 or float32, [N, C, H, W].
+    """Images of several parts, uint8 or float32, [N, C, H, W] with 1 or 3 channels.
 
     Args:
-        arrays: By name, [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels.
+        arrays: By name, [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, or with 4 of
+            which the last is opacity; these are composited on white, and that is said.
         white: The value of white; None for 255 in uint8, 1 in floating point, and in other
             integers the least of 255, 4095 and 65535 that no part exceeds.
         channels: "first" or "last", where the shape does not tell.
@@ -94,11 +121,14 @@ def as_pixels(
             )
     if white is None:
         white = _found_white(arrays)
-    return {
-        name: torch.from_numpy(np.ascontiguousarray(_channels_first(name, pixels, channels)))
-        for name, array in arrays.items()
-        for pixels in [_scaled(name, array, white)]
-    }
+    found = {}
+    for name, array in arrays.items():
+        pixels = _channels_first(name, _scaled(name, array, white), channels)
+        if pixels.shape[1] == 4:
+            _log.warning("note: the fourth channel of %s is taken for opacity, on white", name)
+            pixels = _on_white(pixels)
+        found[name] = torch.from_numpy(np.ascontiguousarray(pixels))
+    return found
 
 
 def _found_white(arrays: Mapping[str, Array]) -> float | None:
@@ -119,7 +149,7 @@ def _found_white(arrays: Mapping[str, Array]) -> float | None:
             f"{name} has dtype {dtype} and values up to {highest}; "
             "say which value is white: arrays.white = 255"
         )
-    white = narrowest_white(np.array([highest]))
+    white = narrowest_white(highest)
     _log.warning("note: %s has dtype %s; %d is taken for white (arrays.white)", name, dtype, white)
     return white
 
@@ -154,22 +184,35 @@ def _channels_first(name: str, array: Array, channels: str | None) -> Array:
         raise ValueError(
             f"{name} has shape {shape}; allowed are [N, H, W], [N, H, W, C] and [N, C, H, W]"
         )
-    axes = [axis for axis in (1, 3) if shape[axis] in _CHANNEL_COUNTS]
-    if channels is not None:
-        axes = [axis for axis in axes if axis == {"first": 1, "last": 3}[channels]]
+    given = {None: (1, 3), "first": (1,), "last": (3,)}[channels]
+    axes = [axis for axis in given if shape[axis] in _CHANNEL_COUNTS]
+    axes = axes or [axis for axis in given if shape[axis] == 4]
     if len(axes) == 1:
         return array if axes == [1] else array.transpose(0, 3, 1, 2)
     if channels is not None:
-        raise ValueError(f"{name} has shape {shape}; with channels={channels!r}, 1 or 3 are meant")
+        raise ValueError(
+            f"{name} has shape {shape}; with channels={channels!r}, there must be 1, 3 or 4"
+        )
     raise ValueError(
         f"{name} has shape {shape}; the channels must be on axis 1 or axis 3, whichever has size "
-        "1 or 3, but "
+        "1, 3 or 4, but "
         + (
             "both have such a size: say arrays.channels = 'last'"
             if axes
             else "neither has such a size"
         )
     )
+
+
+def _on_white(pixels: Array) -> Array:
+    """RGBA [N, 4, H, W] as RGB: each value weighted by its opacity, and white by the rest."""
+    white = 255 if pixels.dtype == np.uint8 else 1
+    parts = []
+    for some in np.array_split(pixels, max(1, len(pixels) // 1000)):
+        opacity = some[:, 3:].astype(np.float32) / white
+        mixed = opacity * some[:, :3] + (1 - opacity) * white
+        parts.append((mixed.round() if white == 255 else mixed).astype(pixels.dtype))
+    return np.concatenate(parts)
 
 
 def as_classes(name: str, array: Array) -> tuple[Array, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_choice, check_integer, check_number, check_path
-from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
+from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.pictures import summary
 from dd.data.sources.array_forms import (
     CLASS_NAMES,
@@ -22,6 +22,7 @@ from dd.data.sources.array_forms import (
     find_parts,
     is_known,
 )
+from dd.data.sources.parts import assembled
 from dd.runtime.changes import Judging
 from dd.runtime.sizes import LARGEST_SEED
 
@@ -39,8 +40,9 @@ def arrays(
 
     The file holds
 
-    - `images`: [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels; uint8, integers of
-      up to 16 bits, or floating point in [0, 1], or in [0, white];
+    - `images`: [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, or with 4, of which
+      the last is opacity and is composited on white; uint8, integers of up to 16 bits, or floating
+      point in [0, 1], or in [0, white];
     - `labels`: whole numbers [N] or [N, 1], 0 … K−1; or one-hot [N, K]; or strings [N], whose
       sorted different ones are the classes;
     - optionally `test_images` and `test_labels`, in the same form; without them a stratified
@@ -75,14 +77,19 @@ def arrays(
         raise DatasetNotFoundError.looked_in(
             path.parent, f"the file {path.name}", "write it with numpy.savez, or correct path"
         )
-    content = _read(path)
+    content = read_npz(path)
     try:
         return _build(path.stem, content, test_fraction, seed, white, channels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Array]:
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an `.npz` file whose names are known; what is left out is said.
+
+    Raises:
+        ValueError: It is damaged, or holds pickles; the message names it.
+    """
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
@@ -122,19 +129,7 @@ def _build(
         )
     names = _class_names(class_names, label_name, *found["train"])
     labels = {part: _numbered(parts[part][1], values, names) for part, (values, _) in found.items()}
-    if "test" not in parts:
-        train, test = stratified_split(labels["train"], test_fraction, seed, "test_fraction")
-        for each in (images, labels):
-            each["test"], each["train"] = each["train"][test], each["train"][train]
-    rows = None
-    if "validation" in parts:
-        count = len(images["train"])
-        rows = torch.arange(count, count + len(images["validation"]))
-        for each in (images, labels):
-            each["train"] = torch.cat([each["train"], each["validation"]])
-    return ImageDataset(
-        name, images["train"], labels["train"], images["test"], labels["test"], names, rows
-    )
+    return assembled(name, images, labels, names, test_fraction, seed)
 
 
 def _class_names(

@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
-from dd.data.pictures import decode_image
+from dd.data.pictures import decode_image, survey
 from dd.runtime.cache import VARIABLE, cache_folder, checksum
 from dd.runtime.files import DamagedFileError, read_json, write_json
 
 #: Changes when the same files are decoded to other pixels.
-FORMAT = "dd-decoded-images-2"
+FORMAT = "dd-decoded-images-3"
 
 _FILES_AT_A_TIME = 1024
 _log = logging.getLogger(__name__)
@@ -140,6 +141,8 @@ def _decode(paths: Sequence[str], array: Path, shape: tuple[int, ...], name: str
         raise OSError(f"it takes {size / 1e9:.1f} GB and there are {free / 1e9:.1f} GB")
     # Under one name, so that what a killed process leaves behind is overwritten by the next.
     temporary = array.with_suffix(".partial")
+    white = survey(paths)
+    read = decode_image if white is None else partial(decode_image, white=white)
     try:
         images = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         # disable=None: no bar where the output is not a terminal.
@@ -147,7 +150,7 @@ def _decode(paths: Sequence[str], array: Path, shape: tuple[int, ...], name: str
         with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
             for start in range(0, len(paths), _FILES_AT_A_TIME):
                 part = paths[start : start + _FILES_AT_A_TIME]
-                decoded = threads.map(lambda path: decode_image(path, shape[-1]).numpy(), part)
+                decoded = threads.map(lambda path: read(path, shape[-1]).numpy(), part)
                 for index, image in enumerate(decoded, start):
                     images[index] = image
                     bar.update()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from tqdm import tqdm
 
 from bilevel.checks import check_integer, check_path
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
-from dd.data.pictures import decode_image, say_about_files
+from dd.data.pictures import check_reading, decode_image, survey
 from dd.data.sources.image_files import check_same_classes, list_class_folders
 from dd.runtime.changes import Judging
 from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_SEED
@@ -30,7 +32,13 @@ _log = logging.getLogger(__name__)
 
 
 def image_folder(
-    root: Judging[str | Path], image_size: int, test_fraction: float = 0.1, seed: int = 0
+    root: Judging[str | Path],
+    image_size: int,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    fit: str = "crop",
+    background: str = "white",
+    white: int | None = None,
 ) -> ImageDataset:
     """Image files in one folder a class, as RGB uint8 images [3, image_size, image_size].
 
@@ -44,6 +52,11 @@ def image_folder(
         image_size: Height and width of the result, at least 1.
         test_fraction: Share held out as test set if there is no `test/`, in (0, 1).
         seed: The same seed gives the same split.
+        fit: How a picture becomes square: "crop" keeps the centre, "pad" keeps all of it.
+        background: The colour under transparent pixels, and around pictures that are padded.
+        white: The value of white where a channel has 16 bits: 255, 1023, 4095, 16383 or 65535;
+            default: the least of 255, 4095 and 65535 that no pixel of the pictures exceeds, which
+            is said.
 
     Raises:
         DatasetNotFoundError: The directory does not have this layout or a class is empty.
@@ -52,6 +65,7 @@ def image_folder(
     """
     check_integer("image_size", image_size, 1, LARGEST_IMAGE)
     check_integer("seed", seed, 0, LARGEST_SEED)
+    check_reading(fit, background, white)
     root = check_path("root", root)
     folders = _split_folders(root)
     directory = root / folders["train"] if folders else root
@@ -68,18 +82,19 @@ def image_folder(
         else:
             validation_paths, validation_labels = found, found_labels
     if "test" not in folders:
-        train, test = stratified_split(labels, test_fraction, seed, "test_fraction")
+        train, test = stratified_split(labels, test_fraction, seed, "test_fraction", class_names)
         test_paths, test_labels = [paths[index] for index in test.tolist()], labels[test]
         paths, labels = [paths[index] for index in train.tolist()], labels[train]
     if validation_paths:
         validation_rows = torch.arange(len(paths), len(paths) + len(validation_paths))
         paths, labels = paths + validation_paths, torch.cat([labels, validation_labels])
-    say_about_files([*paths, *test_paths])
+    white = survey([*paths, *test_paths], white)
+    read = partial(decode_image, fit=fit, background=background, white=white)
     return ImageDataset(
         name=root.absolute().name,
-        train_images=_decode(paths, image_size, "training images"),
+        train_images=_decode(paths, image_size, read, "training images"),
         train_labels=labels,
-        test_images=_decode(test_paths, image_size, "test images"),
+        test_images=_decode(test_paths, image_size, read, "test images"),
         test_labels=test_labels,
         class_names=class_names,
         validation_rows=validation_rows,
@@ -118,9 +133,11 @@ def _split_folders(root: Path) -> dict[str, str]:
     return folders
 
 
-def _decode(paths: list[str], image_size: int, description: str) -> Tensor:
+def _decode(
+    paths: list[str], image_size: int, read: Callable[..., Tensor], description: str
+) -> Tensor:
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     # disable=None: no bar where the output is not a terminal.
     for index, path in enumerate(tqdm(paths, desc=description, unit="image", disable=None)):
-        images[index] = decode_image(path, image_size)
+        images[index] = read(path, image_size)
     return images

@@ -26,6 +26,14 @@ class PixelTransform(abc.ABC):
     elementwise: ClassVar[bool]
     """Whether every value is mapped on its own: cheap enough to do anew for every batch."""
 
+    formula: ClassVar[str] = ""
+    """`__call__` for those without this program: PyTorch that makes y of pixels x, float32
+    [N, C, H, W] in [0, 1], with the tensors of `state` by their names. Text, which nothing here
+    runs."""
+
+    inverse_formula: ClassVar[str] = ""
+    """The same of `inverse`: x of y."""
+
     @abc.abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
         """Transform images.

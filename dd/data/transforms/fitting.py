@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel.checks import check_integer, check_number, check_path
 from dd.data.transforms.base import PixelTransform
 from dd.data.transforms.kip import KIPWhitening
+from dd.data.transforms.low_rank import LowRankKIP, LowRankZCA
 from dd.data.transforms.moments import MAX_DIMENSION
 from dd.data.transforms.zca import ZCAWhitening
 from dd.runtime.cache import cache_folder as find_cache_folder
@@ -34,8 +35,9 @@ def zca_whitening(
     chunk: int = 1000,
     max_dimension: int = MAX_DIMENSION,
     cache_folder: Anytime[str | Path | None] = None,
-) -> ZCAWhitening:
-    """`ZCAWhitening.fit`, remembered.
+    rank: int | None = None,
+) -> ZCAWhitening | LowRankZCA:
+    """`ZCAWhitening.fit`, remembered; with a `rank`, `LowRankZCA` of it.
 
     Args:
         images: The training images [N, C, H, W], uint8, or floating point in [0, 1].
@@ -44,6 +46,8 @@ def zca_whitening(
         max_dimension: Largest C·H·W to accept.
         cache_folder: Where fitted transforms are kept; default: see
             `dd.runtime.cache.cache_folder`.
+        rank: How many directions are whitened each by its own factor, all others by
+            a common one, so that the transform is small enough to travel with a set; default: all.
 
     Raises:
         ValueError: An argument is not allowed.
@@ -54,7 +58,8 @@ def zca_whitening(
     def fit() -> ZCAWhitening:
         return ZCAWhitening.fit(images, epsilon=epsilon, chunk=chunk, max_dimension=max_dimension)
 
-    return _remembered(ZCAWhitening, fit, images, {"epsilon": epsilon}, cache_folder)
+    full = _remembered(ZCAWhitening, fit, images, {"epsilon": epsilon}, cache_folder)
+    return full if rank is None else LowRankZCA.of(full, rank)
 
 
 def kip_whitening(
@@ -64,8 +69,9 @@ def kip_whitening(
     chunk: int = 1000,
     max_dimension: int = MAX_DIMENSION,
     cache_folder: Anytime[str | Path | None] = None,
-) -> KIPWhitening:
-    """`KIPWhitening.fit`, remembered.
+    rank: int | None = None,
+) -> KIPWhitening | LowRankKIP:
+    """`KIPWhitening.fit`, remembered; with a `rank`, `LowRankKIP` of it.
 
     Args:
         images: The training images [N, C, H, W], uint8, or floating point in [0, 1].
@@ -74,6 +80,8 @@ def kip_whitening(
         max_dimension: Largest C·H·W to accept.
         cache_folder: Where fitted transforms are kept; default: see
             `dd.runtime.cache.cache_folder`.
+        rank: How many directions are whitened each by its own factor, all others by
+            a common one, so that the transform is small enough to travel with a set; default: all.
 
     Raises:
         ValueError: An argument is not allowed.
@@ -87,7 +95,8 @@ def kip_whitening(
         )
 
     parameters = {"regularization": regularization}
-    return _remembered(KIPWhitening, fit, images, parameters, cache_folder)
+    full = _remembered(KIPWhitening, fit, images, parameters, cache_folder)
+    return full if rank is None else LowRankKIP.of(full, rank)
 
 
 def _check(chunk: int, max_dimension: int, folder: str | Path | None) -> None:

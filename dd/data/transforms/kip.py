@@ -50,6 +50,16 @@ class KIPWhitening(PixelTransform):
 
     kind: ClassVar[str] = "kip"
     elementwise: ClassVar[bool] = False
+    formula: ClassVar[str] = (
+        "z = x - x.mean((1, 2, 3), keepdim=True)\n"
+        "z = z / (z.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()\n"
+        "W = (eigenvectors * (eigenvalues + ridge).rsqrt()) @ eigenvectors.T\n"
+        "y = (z.flatten(1) @ W).reshape(x.shape)"
+    )
+    inverse_formula: ClassVar[str] = (
+        "W = (eigenvectors * (eigenvalues + ridge).sqrt()) @ eigenvectors.T\n"
+        "x = (y.flatten(1) @ W).reshape(y.shape) * mean_norm + mean_pixel"
+    )
 
     @torch.no_grad()
     def __init__(
@@ -100,13 +110,13 @@ class KIPWhitening(PixelTransform):
         means = torch.empty(len(images), dtype=torch.float64, device=images.device)
         norms = torch.empty_like(means)
         for index, part in enumerate(pixel_chunks(images, chunk)):
-            _, mean, norm = _normalize(part)
+            _, mean, norm = normalize(part)
             means[index * chunk : (index + 1) * chunk] = mean.flatten()
             norms[index * chunk : (index + 1) * chunk] = norm.flatten()
         # An image that varies at all, by even one step of 1/255, is far above this.
         if bool(norms.max() < 2 * _NORM_FLOOR):
             raise ValueError("images are all constant; there is nothing to whiten")
-        moment = second_moment(images, chunk, lambda part: _normalize(part)[0]).div_(len(images))
+        moment = second_moment(images, chunk, lambda part: normalize(part)[0]).div_(len(images))
         ridge = regularization * moment.trace() / len(moment)
         eigenvalues, eigenvectors = eigendecomposition(moment)
         return cls(
@@ -120,7 +130,7 @@ class KIPWhitening(PixelTransform):
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `PixelTransform.__call__`."""
-        normalized, _, _ = _normalize(as_pixels(images, self._shape))
+        normalized, _, _ = normalize(as_pixels(images, self._shape))
         return (normalized.flatten(1) @ self._matrix).reshape(normalized.shape)
 
     def inverse(self, transformed: Tensor) -> Tensor:
@@ -165,7 +175,7 @@ class KIPWhitening(PixelTransform):
         return cls(**state)
 
 
-def _normalize(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalize(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images [N, C, H, W] with mean 0 and norm 1, and the mean and norm they had, [N, 1, 1, 1]."""
     mean = pixels.mean((1, 2, 3), keepdim=True)
     centered = pixels - mean

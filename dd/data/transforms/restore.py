@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dd.data.transforms.base import PixelTransform
-from dd.data.transforms.kip import KIPWhitening
-from dd.data.transforms.standardize import Standardize
-from dd.data.transforms.zca import ZCAWhitening
 
-_KINDS: dict[str, type[PixelTransform]] = {
-    transform.kind: transform for transform in (KIPWhitening, Standardize, ZCAWhitening)
-}
+
+def _kinds(transform: type[PixelTransform] = PixelTransform) -> dict[str, type[PixelTransform]]:
+    """Every transform that is defined, one's own among them, by its kind."""
+    found = {transform.kind: transform} if hasattr(transform, "kind") else {}
+    for derived in transform.__subclasses__():
+        found |= _kinds(derived)
+    return found
 
 
 def transform_from_state(kind: str, state: Mapping[str, Tensor]) -> PixelTransform:
@@ -27,6 +28,10 @@ def transform_from_state(kind: str, state: Mapping[str, Tensor]) -> PixelTransfo
         ValueError: `kind` is unknown, or a tensor is missing, unknown, or has a wrong shape
             or dtype.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind is {kind!r}; allowed are {', '.join(map(repr, sorted(_KINDS)))}")
-    return _KINDS[kind].from_state(state)
+    kinds = _kinds()
+    if kind not in kinds:
+        raise ValueError(
+            f"kind is {kind!r}; allowed are {', '.join(map(repr, sorted(kinds)))}, and those of a "
+            "module of your own once it is imported (--import MODULE)"
+        )
+    return kinds[kind].from_state(state)

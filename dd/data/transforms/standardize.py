@@ -32,6 +32,8 @@ class Standardize(PixelTransform):
 
     kind: ClassVar[str] = "standardize"
     elementwise: ClassVar[bool] = True
+    formula: ClassVar[str] = "y = (x - mean[:, None, None]) / std[:, None, None]"
+    inverse_formula: ClassVar[str] = "x = y * std[:, None, None] + mean[:, None, None]"
 
     def __init__(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
         self._mean = torch.as_tensor(mean, dtype=torch.float32).detach().clone()

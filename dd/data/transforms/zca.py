@@ -37,6 +37,14 @@ class ZCAWhitening(PixelTransform):
 
     kind: ClassVar[str] = "zca"
     elementwise: ClassVar[bool] = False
+    formula: ClassVar[str] = (
+        "W = (eigenvectors * (eigenvalues + epsilon).rsqrt()) @ eigenvectors.T\n"
+        "y = ((x - mean).flatten(1) @ W).reshape(x.shape)"
+    )
+    inverse_formula: ClassVar[str] = (
+        "W = (eigenvectors * (eigenvalues + epsilon).sqrt()) @ eigenvectors.T\n"
+        "x = (y.flatten(1) @ W).reshape(y.shape) + mean"
+    )
 
     @torch.no_grad()
     def __init__(

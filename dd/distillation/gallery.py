@@ -1,0 +1,77 @@
+"""The distilled images as one picture that people can read."""
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from dd.runtime.lettering import label
+
+#: Up to so many classes, each has a column of its own; of more, all are shown, in bands.
+MOST_COLUMNS = 20
+#: Images of a class that are shown at most, and where there are many classes.
+MOST_ROWS, MOST_ROWS_OF_MANY = 10, 3
+#: The least side of an image in pixels, and where there are many.
+LEAST_SIDE, LEAST_SIDE_OF_MANY = 64, 32
+#: How many standard deviations around the mean of a channel fill its range.
+DEVIATIONS = 2.5
+_BORDER = 2
+
+
+def stretched(pixels: Tensor) -> Tensor:
+    """Every channel of every image, centred and stretched, so that any recipe's can be seen.
+
+        0.5 + (x − mean) / (2 · 2.5 · standard deviation), clamped to [0, 1]
+
+    Args:
+        pixels: [N, C, H, W].
+    """
+    mean = pixels.mean(dim=(2, 3), keepdim=True)
+    # Of an even grey there is only rounding, which is not to be seen.
+    rounding = 1e-5 * (1 + mean.abs())
+    deviation = pixels.std(dim=(2, 3), keepdim=True, correction=0).maximum(rounding)
+    return (0.5 + (pixels - mean) / (2 * DEVIATIONS * deviation)).clamp(0, 1)
+
+
+def image_grid(pixels: Tensor, images_per_class: int, class_names: Sequence[str] = ()) -> Tensor:
+    """Images of all classes as one picture, uint8 [3, H', W'].
+
+    A column for each class, under its name; with one image per class, rows of five, ten or more.
+
+    Args:
+        pixels: [K·I, C, H, W] in [0, 1], ordered by class.
+        images_per_class: I.
+        class_names: K names; none are written by default.
+    """
+    by_class = pixels.detach().cpu().unflatten(0, (-1, images_per_class))
+    classes, many = len(by_class), len(by_class) > MOST_COLUMNS
+    rows = min(images_per_class, MOST_ROWS_OF_MANY if many else MOST_ROWS)
+    columns = min(classes, MOST_COLUMNS)
+    if images_per_class == 1:
+        columns = 5 if classes <= 10 else 10 if classes <= 100 else MOST_COLUMNS
+    factor = -(-(LEAST_SIDE_OF_MANY if many else LEAST_SIDE) // pixels.shape[-1])
+    height, width = (side * factor for side in pixels.shape[-2:])
+    name_height = label("", width).height if class_names else 0
+    cell = width + _BORDER
+    band = rows * (height + _BORDER) + name_height
+    size = (columns * cell + _BORDER, -(-classes // columns) * band + _BORDER)
+    canvas = Image.new("RGB", size, "white")
+    for index, images in enumerate(by_class):
+        left = index % columns * cell + _BORDER
+        top = index // columns * band + _BORDER
+        if class_names:
+            canvas.paste(label(class_names[index], width), (left, top - _BORDER))
+        for row, image in enumerate(images[:rows]):
+            shown = to_pil_image(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(shown, (left, top + name_height + row * (height + _BORDER)))
+    return pil_to_tensor(canvas)
+
+
+def png(pixels: Tensor, images_per_class: int, class_names: Sequence[str] = ()) -> bytes:
+    """The grid of stretched images as a PNG file."""
+    buffer = io.BytesIO()
+    grid = image_grid(stretched(pixels), images_per_class, class_names)
+    to_pil_image(grid).save(buffer, "PNG")
+    return buffer.getvalue()
