@@ -30,6 +30,7 @@ from dd.distillation.memory import out_of_memory_advice
 from dd.distillation.monitor import show_result
 from dd.distillation.recorder import DISTILLED, EVENTS, record
 from dd.distillation.rehearsal import rehearsed
+from dd.distillation.resuming import circumstances
 from dd.distillation.settings import Distiller
 from dd.evaluation.assessment import Assessment
 from dd.evaluation.distilled_set import DistilledSet
@@ -38,10 +39,10 @@ from dd.evaluation.foreign_set import load_foreign_set
 from dd.evaluation.names import RESULTS, TRAINING_SETS, TRANSFORMED
 from dd.evaluation.report import Report, new_report, versions, write_results
 from dd.networks import network_for
-from dd.objectives.base import DATA, Task
+from dd.objectives.base import Task
 from dd.objectives.expert_buffer import describe
 from dd.runtime.changes import Judging
-from dd.runtime.devices import chosen_device, device_name
+from dd.runtime.devices import chosen_device
 from dd.runtime.files import write_sealed
 from dd.runtime.memory import NotEnoughMemoryError, check_fits, ran_out
 from dd.runtime.plain import one_line
@@ -186,12 +187,7 @@ class Experiment:
                 "versions": versions(),
             },
             description=self.describe(data),
-            circumstances={
-                DATA: fingerprint(self.dataset),
-                "device": device_name(self.device),
-                "threads": torch.get_num_threads(),
-                **versions(),
-            },
+            circumstances=circumstances(fingerprint(self.dataset), self.device, versions()),
             config=config,
         )
 
@@ -251,14 +247,17 @@ class Experiment:
         except KeyboardInterrupt:
             pass  # a second Ctrl-C while distilling, or the first while evaluating
         except Exception as error:
+            told: Exception = error
+            if ran_out(error):
+                told = NotEnoughMemoryError(out_of_memory_advice(self.distiller, task))
             if run is not None:
                 steps, skipped = run.state.step, run.state.skipped
-                reason = one_line(f"{type(error).__name__}: {error}")
+                reason = one_line(f"{type(told).__name__}: {told}")
                 failed = replace(report, outer_steps=steps, skipped_steps=skipped, reason=reason)
                 with suppress(OSError):  # such as a full disk, which may be what is wrong
                     write(replace(failed, status="failed"))
-            if ran_out(error):
-                raise NotEnoughMemoryError(out_of_memory_advice(self.distiller, task)) from error
+            if told is not error:
+                raise told from error
             raise
         report = replace(report, status="interrupted")
         write(report)

@@ -1,9 +1,15 @@
 """Going on with a run: from which checkpoint, and what is to be said of it."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
 import bilevel
 from dd.distillation.state import TrainingState
 from dd.evaluation.distilled_set import DistilledSet
 from dd.objectives.base import DATA, Task
+from dd.runtime.devices import device_name
 from dd.runtime.files import DamagedFileError
 
 #: The checkpoint in a run's folder.
@@ -12,6 +18,18 @@ CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS, DAMAGED = "checkpoint.previous.safetensors", "checkpoint.damaged.safetensors"
 #: The set that a run has found.
 DISTILLED = "distilled.safetensors"
+
+
+def circumstances(data: str, device: torch.device, versions: Mapping[str, str]) -> dict[str, Any]:
+    """What a run should find again when it goes on.
+
+    Args:
+        data: A checksum of the training data.
+        device: Where it works.
+        versions: Of Python and the libraries, by name.
+    """
+    threads = torch.get_num_threads()
+    return {DATA: data, "device": device_name(device), "threads": threads, **versions}
 
 
 def restored(state: TrainingState, task: Task) -> list[str]:
