@@ -101,6 +101,13 @@ def check_path(name: str, value: Any) -> Path:
     return Path(value).expanduser()
 
 
+def check_text(name: str, value: Any) -> str:
+    """`value`, which must be a string that is not empty."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ConfigurationError(f"{name}={value!r}: it must be a text that is not empty")
+    return value
+
+
 def check_callable(name: str, value: T, hint: str) -> T:
     """`value`, which must be callable; `hint` shows a right one."""
     if not callable(value):

@@ -77,6 +77,10 @@ imagenet.image_size = 16
 tiny_imagenet.root = '{folder}/tiny'
 tiny_imagenet.image_size = 16
 cifar10.root = '{folder}'
+torchvision.name = 'CIFAR10'
+torchvision.root = '{folder}'
+torchvision.download = False
+hugging_face.path = '{folder}/absent'
 cifar100.root = '{folder}'
 cifar10.download = False
 cifar100.download = False
@@ -89,7 +93,8 @@ def made_by(name: str) -> type:
     if isinstance(target, type):
         return target
     made = inspect.signature(target, eval_str=True).return_annotation
-    return target.__self__ if made is typing.Self else made
+    made = target.__self__ if made is typing.Self else made
+    return made if isinstance(made, type) else typing.get_args(made)[0]
 
 
 def in_its_place(name: str) -> list[str]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from bilevel.checks import check_integer
+from bilevel.checks import check_integer, check_number, check_path, check_text
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.pictures import check_reading
 from dd.data.sources.parts import assembled, gathered
+from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_SEED
 
 _SPLITS = {
     "train": ("train",),
@@ -59,10 +60,15 @@ def hugging_face(
         DatasetNotFoundError: It cannot be loaded.
         ValueError: The package is missing, or its columns make no dataset.
     """
-    check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0, LARGEST_SEED)
     check_reading(fit, background, None)
     if image_size is not None:
-        check_integer("image_size", image_size)
+        check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+    check_number("test_fraction", test_fraction, above=0, below=1)
+    check_path("path", path)
+    for name, text in (("configuration", configuration), ("image", image), ("label", label)):
+        if text is not None:
+            check_text(name, text)
     loaded = _loaded(str(path), configuration)
     splits = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
     parts = {

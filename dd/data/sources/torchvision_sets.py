@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from bilevel.checks import check_flag, check_integer
+from bilevel.checks import check_flag, check_integer, check_number, check_path, check_text
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
 from dd.data.pictures import check_reading
 from dd.data.sources.parts import assembled, gathered
 from dd.runtime.changes import Judging
+from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_SEED
 
 #: In torchvision, but not data by a name.
 _MADE_UP_OR_FOLDERS = {"DatasetFolder", "FakeData", "ImageFolder", "VisionDataset"}
@@ -60,13 +61,16 @@ def torchvision(
         DatasetNotFoundError: The data is not there, and was not downloaded.
         ValueError: There is no such dataset, or it holds no pictures with one class each.
     """
-    check_integer("seed", seed, 0)
+    check_integer("seed", seed, 0, LARGEST_SEED)
     check_flag("download", download)
     check_reading(fit, background, None)
     if image_size is not None:
-        check_integer("image_size", image_size)
-    source = _named(name)
-    parts = _parts(source, _opener(source, Path(root), download, variant))
+        check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+    check_number("test_fraction", test_fraction, above=0, below=1)
+    if variant is not None:
+        check_text("variant", variant)
+    source = _named(check_text("name", name))
+    parts = _parts(source, _opener(source, check_path("root", root), download, variant))
     images, labels = {}, {}
     for part, found in parts.items():
         described = f"{part} images of {source.__name__}"
