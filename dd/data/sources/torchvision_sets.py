@@ -122,7 +122,11 @@ def _opener(source: Any, root: Path, download: bool, variant: str | None) -> Cal
             "say torchvision.variant"
         )
     if variant is not None:
-        options[needed[0] if needed else "split"] = variant
+        option = needed[0] if needed else "split"
+        takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+        if option not in parameters and not takes_any:
+            raise ValueError(f"variant={variant!r}: torchvision's {source.__name__} has none")
+        options[option] = variant
     attempts = (False, True) if download else (False,)
 
     def opened(**which: Any) -> Any:
