@@ -279,7 +279,8 @@ def test_each_class_has_its_accuracy(
     classes = found["accuracy"]["distilled"]["per_class"]
     assert found["class_names"] == [str(digit) for digit in range(10)]
     assert len(classes) == 10
-    counts = torch.bincount(config.load([], [], run=run_dir / "config.gin").dataset.test_labels)
+    saved = config.saved_text(run_dir / "config.gin")
+    counts = torch.bincount(config.load([], [], saved=saved).dataset.test_labels)
     mean = (
         sum(of * count for of, count in zip(classes, counts.tolist(), strict=True)) / counts.sum()
     )

@@ -122,7 +122,7 @@ def test_what_is_no_tiny_imagenet_is_refused(
 def test_an_image_size_below_one_is_refused(
     source: Callable[..., ImageDataset], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="image_size=0: it must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"image_size=0: it must be an integer in \[1, "):
         source(tmp_path, image_size=0)
 
 
