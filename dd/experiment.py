@@ -134,7 +134,9 @@ class Experiment:
             return prepare(
                 self.dataset, fit, self.validation_fraction, self.seed, self.device, self.images_on
             )
-        except (ValueError, TypeError) as error:
+        except TypeError as error:
+            raise ValueError(f"transform: it cannot be fitted: {error}") from error
+        except ValueError as error:
             raise ValueError(f"the dataset cannot be prepared: {error}") from error
 
     def notes(self, data: PreparedData) -> list[str]:

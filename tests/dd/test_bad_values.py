@@ -96,6 +96,8 @@ def check(base: Path, name: str, value: str) -> None:
         is_named = parameter.removesuffix("s") in message or (
             owner in message and value.strip("'") in message
         )
+        # A reference may be named by what it refers to.
+        is_named |= value[0] == "@" and value.strip("@()") in message
         is_named |= value == f"@{owner}()" and "refers to itself" in message
         assert is_named, f"{name} = {value}: {message}"
     else:
