@@ -224,7 +224,9 @@ class Experiment:
                 stop.at_once = True
                 distilled = DistilledSet.load(folder / DISTILLED)
                 report = report.of_set(DISTILLED, distilled)
-                for measured in self._assessment(distilled, data).measured(report):
+                assessment = self._assessment(distilled, data)
+                print(assessment.announcement(), flush=True)
+                for measured in assessment.measured(report):
                     report = measured
                     write(report)
                 found = report.outer_steps, config_text, report.means
