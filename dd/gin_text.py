@@ -5,6 +5,7 @@ else, so it is data: `check_is_data` refuses all that is not a value or the name
 """
 
 import difflib
+import inspect
 import io
 import re
 import tokenize
@@ -233,12 +234,24 @@ def parameters(configuration: str) -> dict[str, str]:
 def differences(old: str, new: str, allowed: Callable[[str], bool]) -> list[str]:
     """What two operative configurations disagree in, beyond the parameters that are `allowed`."""
     first, second = parameters(old), parameters(new)
+
+    def value(of: dict[str, str], name: str) -> str:
+        # A run of before a parameter was there did what its default does now.
+        return of[name] if name in of else _default(name)
+
     return [
         f"{name} was {first.get(name, 'unset')}, now {second.get(name, 'unset')}"
         for name in sorted(first.keys() | second.keys())
-        # A run of before a parameter was there has what is None by default now.
-        if first.get(name, "None") != second.get(name, "None") and not allowed(name)
+        if value(first, name) != value(second, name) and not allowed(name)
     ]
+
+
+def _default(name: str) -> str:
+    """What a parameter is by default, as gin writes it."""
+    selector, _, parameter = name.rpartition("/")[2].rpartition(".")
+    target = registered(selector)
+    found = None if target is None else inspect.signature(target).parameters.get(parameter)
+    return "None" if found is None or found.default is found.empty else repr(found.default)
 
 
 def place_in(message: str) -> Place | None:

@@ -56,11 +56,12 @@ def arguments(
     run_dir: Path | str | None, *lines: str, file: str = "digits.gin", **changes: Any
 ) -> list[str]:
     """The arguments of a command for a tiny run."""
-    without = () if file == "digits.gin" else tuple(REAL_IMAGES)
+    asked = {name.replace("__", ".") for name in changes}
+    without = () if file == "digits.gin" else tuple({*REAL_IMAGES} - asked)
     words = [
         f"--gin_param={binding}"
         for binding in bindings(*lines, **changes)
-        if not binding.startswith(without)
+        if binding.partition(" = ")[0] not in without
     ]
     where = [] if run_dir is None else [f"--run_dir={run_dir}"]
     return [f"--gin_file={GIN / file}", *where, *words]

@@ -205,10 +205,9 @@ def test_multi_formation_of_one_is_pixels_to_the_bit(tmp_path: Path) -> None:
         "SyntheticDataset__images_per_class": 2,
         "SyntheticDataset__batch_per_class": 1,
         "Evaluator__full_data_networks": 0,
-        "MultiFormation__factor": 1,
     }
-    for name in ("Pixels", "MultiFormation"):
-        words = {**changes, "SyntheticDataset__parameterisation": f"@{name}()"}
+    for name, own in (("Pixels", {}), ("MultiFormation", {"MultiFormation__factor": 1})):
+        words = {**changes, **own, "SyntheticDataset__parameterisation": f"@{name}()"}
         assert train.main(arguments(tmp_path / name, **words)) == 0
     one, other = (
         DistilledSet.load(tmp_path / name / "distilled.safetensors")

@@ -93,7 +93,11 @@ def test_evaluation_is_in_full_float32_and_leaves_the_flags_as_they_were() -> No
 
     images, labels = torch.randn(6, 1, 1, 2, generator=seeded(0)), torch.arange(6) % 2
     data = SimpleNamespace(
-        validation_images=images, validation_labels=labels, test_images=images, test_labels=labels
+        validation_images=images,
+        validation_labels=labels,
+        test_images=images,
+        test_labels=labels,
+        num_classes=2,
     )
     try:
         allow_tf32(True)
