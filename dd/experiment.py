@@ -240,7 +240,9 @@ class Experiment:
                     report = replace(report, status="complete")
                     write(report)
                     return report
-                for measured in self._assessment(distilled, data).measured(report):
+                assessment = self._assessment(distilled, data)
+                print(assessment.announcement(), flush=True)
+                for measured in assessment.measured(report):
                     report = measured
                     write(report)
                 found = report.outer_steps, config_text, report.means

@@ -9,7 +9,7 @@ from typing import final
 
 from tqdm import tqdm
 
-from dd.runtime.plain import plain
+from dd.runtime.plain import duration, plain
 from dd.runtime.processes import refresh_seconds
 
 #: The time of a step is the median of so many.
@@ -112,12 +112,3 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: "40 s", "12 min", "3.5 h", "11 days"."""
-    for unit, size, most in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600)):
-        if seconds < most:
-            value = seconds / size
-            return f"{value:.1f} {unit}" if value < 10 and unit == "h" else f"{value:.0f} {unit}"
-    return f"{seconds / 86400:.0f} days"

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from bilevel import Key, fresh_parameters
 from dd.distillation.loop import Distillation, outer_step
-from dd.distillation.progress import duration
 from dd.objectives.base import Task
 from dd.runtime.devices import device_name, peak_memory
+from dd.runtime.plain import duration
 
 #: A run on a CPU that takes longer than this, in seconds, is warned of.
 LONG = 24 * 3600.0

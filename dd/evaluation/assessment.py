@@ -18,7 +18,7 @@ from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.names import TRAINING_SETS
 from dd.evaluation.report import Report
 from dd.evaluation.scores import augmentation_robust_score, label_robust_score
-from dd.runtime.plain import one_line
+from dd.runtime.plain import duration, one_line
 
 #: In which order training sets are measured.
 _ORDER = ("distilled", "random_real", "full_data")
@@ -51,6 +51,14 @@ class Assessment:
         self._labels = distilled.labels.to(data.test_labels.device)
         self._problems: dict[str, str] = {}
         self._rate = distilled.provenance.get("learning_rate")
+
+    def announcement(self) -> str:
+        """What comes now, and about how long it takes."""
+        expected = self._evaluator.expected_seconds(
+            self._images, self._labels, self._network, self._data, self._key
+        )
+        parts = (f"{duration(of)} on {name.replace('_', ' ')}" for name, of in expected.items())
+        return f"training networks, about {', '.join(parts)}; Ctrl-C keeps what is measured"
 
     def measured(
         self,

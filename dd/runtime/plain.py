@@ -39,3 +39,12 @@ def plain(text: str) -> str:
 def one_line(text: str) -> str:
     """The text on one line, fit for a terminal."""
     return plain(" ".join(text.split()))
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: "40 s", "12 min", "3.5 h", "11 days"."""
+    for unit, size, most in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600)):
+        if seconds < most:
+            value = seconds / size
+            return f"{value:.1f} {unit}" if value < 10 and unit == "h" else f"{value:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"

@@ -14,7 +14,8 @@ import bilevel
 from dd.distillation.charts import NO_STAGE, STAGES, HeatMap, WindowBand
 from dd.distillation.gallery import image_grid, stretched
 from dd.distillation.monitor import Monitor, show_result
-from dd.distillation.progress import Progress, duration
+from dd.distillation.progress import Progress
+from dd.runtime.plain import duration
 
 
 class Quadratic(bilevel.Problem):
