@@ -188,6 +188,7 @@ def test_only_the_first_process_writes(finished: tuple[Path, str]) -> None:
         "checkpoint.safetensors",
         "checkpoint.previous.safetensors",
         "config.gin",
+        "confusion.png",
         "distilled.png",
         "distilled.safetensors",
         "events",
