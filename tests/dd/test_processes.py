@@ -196,8 +196,8 @@ def test_only_the_first_process_writes(finished: tuple[Path, str]) -> None:
         "snapshots",
         "traceback.txt",  # of the failure before
     }
-    # One file of events for each of the two commands.
-    assert len(list((folder / "events").iterdir())) == 2
+    # One file of events for each of the two commands, and one for the result.
+    assert len(list((folder / "events").iterdir())) == 3
     assert list(scalars(folder, "outer/loss")) == list(range(1, OUTER_STEPS + 1))
     for words in ("resuming the run", "preparing", "test accuracy on digits", "random real"):
         assert printed.count(words) == 1
