@@ -69,7 +69,7 @@ def torchvision(
     check_number("test_fraction", test_fraction, above=0, below=1)
     if variant is not None:
         check_text("variant", variant)
-    source = _named(check_text("name", name))
+    source = _named(name)
     parts = _parts(source, _opener(source, check_path("root", root), download, variant))
     images, labels = {}, {}
     for part, found in parts.items():
