@@ -113,16 +113,13 @@ class Experiment:
         channels, height, width = dataset.image_shape
         if height != width:
             raise ValueError(f"dataset: its images are {height}×{width}; they must be square")
+        classes = dataset.num_classes
         #: What a network is made for.
-        self.image_format = {
-            "num_classes": dataset.num_classes,
-            "channels": channels,
-            "image_size": height,
-        }
+        self.image_format = {"num_classes": classes, "channels": channels, "image_size": height}
         self.network = network_for(network, self.image_format)
         distiller.objective.check(self.network, dataset.image_shape, synthetic)
         # A set has a gradient and Adam's two moments.
-        size = 16 * dataset.num_classes * math.prod(dataset.image_shape)
+        size = 16 * classes * math.prod(dataset.image_shape)
         check_fits("images_per_class", synthetic.images_per_class, size, self.device)
         # On the CPU, so that a seed means the same on every device.
         self.key = bilevel.Key(seed)
@@ -138,17 +135,6 @@ class Experiment:
             raise ValueError(f"transform: it cannot be fitted: {error}") from error
         except ValueError as error:
             raise ValueError(f"the dataset cannot be prepared: {error}") from error
-
-    def notes(self, data: PreparedData) -> list[str]:
-        """What one should know before the first outer step."""
-        counts = torch.bincount(data.train_labels, minlength=data.num_classes)
-        least, wanted = int(counts.min()), self.synthetic.images_per_class
-        if wanted <= least:
-            return []
-        return [
-            f"images_per_class={wanted} is more than the {least} training images of class "
-            f"{data.class_names[int(counts.argmin())]}: random real images are then all of them"
-        ]
 
     def describe(self, data: PreparedData) -> dict[str, Any]:
         """What expert networks must agree with this experiment in."""
@@ -303,13 +289,9 @@ class Experiment:
         else:
             data = self.prepare()
             distilled = load_foreign_set(set_path, self.dataset, data.transform.to("cpu"), values)
-        if distilled.class_names != self.dataset.class_names:
-            raise ValueError(
-                f"{set_path} has {len(distilled.class_names)} classes "
-                f"{list(distilled.class_names)[:3]} …; the dataset {self.dataset.name} has others"
-            )
-        if hard_labels and distilled.labels.is_floating_point():
-            distilled = replace(distilled, labels=distilled.labels.argmax(dim=1))
+        distilled.check_classes(str(set_path), self.dataset)
+        if hard_labels:
+            distilled = distilled.with_hard_labels()
         report = replace(
             self._new_report(len(distilled.images) // self.dataset.num_classes),
             seconds_distilling=distilled.provenance.get("seconds"),
@@ -318,23 +300,15 @@ class Experiment:
         ).of_set(set_path.name, distilled)
         data = self.prepare(distilled.transform) if data is None else data
         folder = RunFolder(results_path.parent)
-        assessment = self._assessment(distilled, data)
         wanted = training_sets, architectures, scores, baselines
-        for measured in assessment.measured(report, *wanted):
+        for measured in self._assessment(distilled, data).measured(report, *wanted):
             report = measured
             write_results(folder, results_path.name, report)
         return report
 
     def _new_report(self, images_per_class: int) -> Report:
-        return new_report(
-            self.dataset,
-            fingerprint(self.dataset),
-            images_per_class,
-            self.network,
-            self.evaluator,
-            self.seed,
-            self.device,
-        )
+        data = self.dataset, fingerprint(self.dataset), images_per_class
+        return new_report(*data, self.network, self.evaluator, self.seed, self.device)
 
     def _assessment(self, distilled: DistilledSet, data: PreparedData) -> Assessment:
         key = self.key.fold("evaluation")

@@ -93,7 +93,7 @@ def _train(options: argparse.Namespace) -> int:
             data = experiment.prepare()
     except (ValueError, BilevelError) as error:
         return fail(config.one_line(error))
-    for note in experiment.notes(data):
+    for note in experiment.synthetic.notes(data.train_labels, data.class_names):
         say(f"note: {note}")
     advice = _advice(options.gin_file[-1])
     try:

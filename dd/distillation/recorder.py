@@ -26,7 +26,7 @@ from dd.distillation.gallery import png
 from dd.distillation.loop import Distillation, outer_loop
 from dd.distillation.monitor import Monitor
 from dd.distillation.progress import Progress
-from dd.distillation.rehearsal import LONG, least_seconds, warning_of_days
+from dd.distillation.rehearsal import LONG, STEPS_TO_WARN, least_seconds, warning_of_days
 from dd.distillation.resuming import CHECKPOINT, DISTILLED, PREVIOUS
 from dd.objectives.base import HELD_OUT
 from dd.runtime.files import read_tensors, write_bytes
@@ -40,8 +40,6 @@ RESERVE = 2**24
 PICTURE = "distilled.png"
 EVENTS = "events"
 AVERAGE = Path("snapshots") / "average.safetensors"
-#: After how many outer steps a run on a CPU is told that it takes too long.
-STEPS_TO_WARN = 3
 #: What TensorBoard calls the accuracies of a validation.
 SHOWN_AS = {"images": "validation/accuracy", "average": "validation/accuracy_of_average"}
 

@@ -17,6 +17,8 @@ from dd.runtime.plain import duration
 
 #: A run on a CPU that takes longer than this, in seconds, is warned of.
 LONG = 24 * 3600.0
+#: After how many outer steps a run on a CPU is told that it takes too long.
+STEPS_TO_WARN = 3
 #: A first outer step that took less is followed by a second one, which is timed instead.
 QUICK = 10.0
 

@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dd.data import PixelTransform, transform_from_state
+from dd.data import ImageDataset, PixelTransform, transform_from_state
 from dd.evaluation.recipe import LABELS
 from dd.runtime.files import DamagedFileError, read_tensors, write_tensors
 
@@ -97,6 +97,20 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         """
         wanted = self.recipe.get("batch_size", len(self)) if batch_size is None else batch_size
         return DataLoader(self, batch_size=min(wanted, len(self)), shuffle=shuffle)
+
+    def with_hard_labels(self) -> "DistilledSet":
+        """The same with the most likely class of every image for its label."""
+        if not self.labels.is_floating_point():
+            return self
+        return replace(self, labels=self.labels.argmax(dim=1))
+
+    def check_classes(self, name: str, dataset: ImageDataset) -> None:
+        """Raise `ValueError`, which calls it `name`, unless its classes are those of a dataset."""
+        if self.class_names != dataset.class_names:
+            raise ValueError(
+                f"{name} has {len(self.class_names)} classes {list(self.class_names)[:3]} …; the "
+                f"dataset {dataset.name} has others"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""

@@ -1,5 +1,6 @@
 """The synthetic set: what is learned, how it starts, and the mini-batches drawn from it."""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -64,6 +65,17 @@ class SyntheticDataset:
         self.parameterisation = _checked_parameterisation(parameterisation, patches_per_side)
         if self.parameterisation.multiple is not None:
             self._check_batch(images_per_class * self.parameterisation.multiple)
+
+    def notes(self, labels: Tensor, class_names: Sequence[str]) -> list[str]:
+        """What one should know before the first outer step, from all training labels."""
+        counts = torch.bincount(labels, minlength=len(class_names))
+        least = int(counts.min())
+        if self.images_per_class <= least:
+            return []
+        return [
+            f"images_per_class={self.images_per_class} is more than the {least} training images of "
+            f"class {class_names[int(counts.argmin())]}: random real images are then all of them"
+        ]
 
     def create(
         self, real_images: Images, real_labels: Tensor, num_classes: int, generator: torch.Generator
