@@ -228,12 +228,29 @@ def show_result(
         accuracies: Fractions, by what they are of.
     """
     found = {f"accuracy/{name}": value for name, value in accuracies.items()}
-    with SummaryWriter(str(folder)) as writer:
+    with _last_writer(folder) as writer:
         file: Any = writer.file_writer
         for summary in hparams(_plain_parameters(config_text), found):
             file.add_summary(summary)
         for name, value in found.items():
             writer.add_scalar(name, value, step)
+
+
+def _last_writer(folder: Path) -> SummaryWriter:
+    """A writer whose file is read last, without waiting for it unless that is needed.
+
+    Files of one second and process are numbered, and "10" comes before "9". What is read before a
+    monitor's events is hidden by them.
+    """
+    before = set(folder.glob("events.out.tfevents.*"))
+    writer = SummaryWriter(str(folder))
+    (made,) = set(folder.glob("events.out.tfevents.*")) - before
+    if all(path < made for path in before):
+        return writer
+    writer.close()
+    made.unlink()
+    _wait_for_a_later_name(folder)
+    return SummaryWriter(str(folder))
 
 
 def _plain_parameters(config_text: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """TensorBoard: what is written can be read back."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,15 @@ def test_what_is_left_does_not_count_the_first_step(
 )
 def test_a_duration_is_said_as_people_say_it(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_what_a_run_found_is_read_after_all_else_of_the_same_second(tmp_path: Path) -> None:
+    other = tmp_path / f"events.out.tfevents.{int(time.time())}.zzz"
+    other.touch()
+    show_result(tmp_path, 2, "", {"distilled": 0.5})
+    (made,) = set(tmp_path.iterdir()) - {other}
+    assert made > other
+    assert EventAccumulator(str(made)).Reload().Scalars("accuracy/distilled")[0].value == 0.5
 
 
 def test_what_is_resumed_in_the_same_second_is_read_after_what_was_before(tmp_path: Path) -> None:
