@@ -34,6 +34,7 @@ def test_every_example_is_one_short_file_with_a_test():
         assert f'table("{file.name}", tmp_path)' in Path(__file__).read_text(), file.name
 
 
+@pytest.mark.slow
 def test_many_weight_decays_beat_the_best_single_one(tmp_path):
     rows = table("weight_decays.py", tmp_path)
     grid, implicit = rows["one decay, grid"], rows["650 decays, Implicit"]
@@ -73,6 +74,7 @@ def test_learned_sequences_train_a_recurrent_network(tmp_path):
     assert rows["Full, Adjoint"]["peak MB"] < 0.5 * rows["Full, Reverse"]["peak MB"]
 
 
+@pytest.mark.slow
 def test_averaged_hypergradients_suit_every_client(tmp_path):
     rows = table("federated.py", tmp_path)
     learned = rows["hypergradients, Adjoint"]["personalised"]

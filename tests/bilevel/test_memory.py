@@ -76,8 +76,15 @@ def tensors_with_a_graph():
 @pytest.mark.parametrize(
     ("name", "estimator"),
     [
-        *itertools.product(["quadratic", "data_cleaning"], ESTIMATORS + IMPLICIT),
-        *itertools.product(["learned_start", "learned_rate"], ESTIMATORS),
+        *itertools.product(["quadratic"], ESTIMATORS + IMPLICIT),
+        *itertools.product(["learned_rate"], ESTIMATORS),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *itertools.product(["data_cleaning"], ESTIMATORS + IMPLICIT),
+                *itertools.product(["learned_start"], ESTIMATORS),
+            )
+        ),
     ],
 )
 def test_no_graph_outlives_a_call(name, estimator):
