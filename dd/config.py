@@ -99,6 +99,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "WithinTrajectoryPolicy": bilevel.truncation.WithinTrajectoryPolicy,
     "Adjoint": bilevel.estimators.Adjoint,
     "Reverse": bilevel.estimators.Reverse,
+    "FirstOrder": bilevel.estimators.FirstOrder,
     "LowRank": bilevel.estimators.LowRank,
     "Krylov": bilevel.basis.Krylov,
     "Eigenvectors": bilevel.basis.Eigenvectors,

@@ -21,6 +21,7 @@ from bilevel.estimators import (
     Estimator,
     EvolutionStrategies,
     FiniteDifference,
+    FirstOrder,
     FixedPoint,
     Forward,
     Implicit,
@@ -39,6 +40,7 @@ ESTIMATORS = [
     LowRank(guard=None),
     LowRank(guard=1e-9),
     FiniteDifference(),
+    FirstOrder(),
     EvolutionStrategies(0.1, pairs=2),
     PersistentEvolutionStrategies(0.1, 100, pairs=2),
 ]
