@@ -41,8 +41,11 @@ from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.low_rank import LowRank
+from bilevel.estimators.moreau_envelope import MoreauEnvelope
+from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.persistent_evolution_strategies import PersistentEvolutionStrategies
 from bilevel.estimators.reptile import Reptile
+from bilevel.estimators.value_function import ValueFunction
 
 __all__ = [
     "Adjoint",
@@ -54,7 +57,10 @@ __all__ = [
     "Forward",
     "Implicit",
     "LowRank",
+    "MoreauEnvelope",
+    "Penalty",
     "PersistentEvolutionStrategies",
     "Reptile",
     "Reverse",
+    "ValueFunction",
 ]

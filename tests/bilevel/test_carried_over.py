@@ -16,8 +16,11 @@ from bilevel.estimators import (
     Forward,
     Implicit,
     LowRank,
+    MoreauEnvelope,
+    Penalty,
     PersistentEvolutionStrategies,
     Reverse,
+    ValueFunction,
 )
 from bilevel.linear import ConjugateGradient
 
@@ -29,6 +32,9 @@ INDEPENDENT = {
     "first_order": FirstOrder,
     "evolution_strategies": lambda: EvolutionStrategies(0.1, 2),
     "implicit": lambda: Implicit(damping=0.1),
+    "penalty": Penalty,
+    "moreau_envelope": MoreauEnvelope,
+    "value_function": ValueFunction,
     "fixed_point": FixedPoint,
     "krylov": lambda: LowRank(guard=None),
     "eigenvectors": lambda: LowRank(Eigenvectors(2), guard=None),

@@ -26,8 +26,11 @@ from bilevel.estimators import (
     Forward,
     Implicit,
     LowRank,
+    MoreauEnvelope,
+    Penalty,
     PersistentEvolutionStrategies,
     Reverse,
+    ValueFunction,
 )
 from bilevel.linear import Dense
 from bilevel.recording.record import affordable_spacing
@@ -49,6 +52,9 @@ IMPLICIT = [
     Implicit(Dense(), damping=1.0, batches=2),
     Implicit(damping=1.0, warm_start=True),
     FixedPoint(Dense()),
+    Penalty(steps=3),
+    ValueFunction(steps=3),
+    MoreauEnvelope(steps=3),
 ]
 ADAM = bilevel.optim.adam(1e-2)
 

@@ -20,8 +20,9 @@ ESTIMATORS = [
     estimators.Adjoint(), estimators.EvolutionStrategies(0.1, 2), estimators.FiniteDifference(),
     estimators.FirstOrder(), estimators.FixedPoint(linear.Dense()), estimators.Forward(),
     estimators.Implicit(damping=0.1, warm_start=True), estimators.LowRank(guard=None),
+    estimators.MoreauEnvelope(steps=5), estimators.Penalty(steps=5),
     estimators.PersistentEvolutionStrategies(0.1, 20, 2), estimators.Reptile(),
-    estimators.Reverse(),
+    estimators.Reverse(), estimators.ValueFunction(steps=5),
 ]  # fmt: skip
 SOLVERS = [
     linear.ConjugateGradient(), linear.Dense(), linear.GMRES(), linear.Neumann(0.1),
