@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::bilevel.ConvergenceWarning")
 
 ESTIMATORS = [
     estimators.Adjoint(), estimators.EvolutionStrategies(0.1, 2), estimators.FiniteDifference(),
-    estimators.FirstOrder(), estimators.FixedPoint(linear.Dense()), estimators.Forward(),
+    estimators.FirstOrder(), estimators.FixedPoint(linear.Dense()), estimators.Forward(2),
     estimators.Implicit(damping=0.1, warm_start=True), estimators.LowRank(guard=None),
     estimators.MoreauEnvelope(steps=5), estimators.Penalty(steps=5),
     estimators.PersistentEvolutionStrategies(0.1, 20, 2), estimators.Reptile(),
