@@ -30,37 +30,35 @@ class MeanHessian(LinearOperator):
         super().__init__(params, symmetric=True)
         self._inner, self._params, self._batches = inner, params.detach(), list(batches)
         self.takes_vmap = inner.compiler is None
-        self._linear: HessianOperator | None = None
-        self._product: Callable[[Tensor], Tensor] | None = None
         leaves, rebuild = partition(self._batches, needs_gradient)
         self._learned = [leaf.detach().requires_grad_() for leaf in leaves]
         self._at = rebuild(self._learned)
+        self._linear = self._linearised() if inner.compiler is None else None
+        self._product: Callable[[Tensor], Tensor] | None = None
+        if self._linear is not None:
+            self._product = self._linear.product
 
     def product(self, vector: Tensor) -> Tensor:
         if self._product is None:
             compiler, given = self._inner.compiler, (self._inner, self._params, self._batches)
-            if compiler is not None:
-                self._product = compiler.linearised(_product, *given, vector=vector)
-            if self._product is None:
-                self._product = self._linearised().product
+            assert compiler is not None
+            found = compiler.linearised(_product, *given, vector=vector)
+            self._product = self._linearised().product if found is None else found
         return self._product(vector)
 
     def mixed(self, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(∇ℓ, (∂∇ℓ/∂b)ᵀ v by leaf of the batches that is learned)."""
-        if self._inner.compiler is None:
-            linear = self._linearised()
-            return linear.gradient, linear.pull(vector, self._learned)
+        if self._linear is not None:
+            return self._linear.gradient, self._linear.pull(vector, self._learned)
         gradient, *pulled = self._inner.run(
             _mixed, self._inner, self._params, self._batches, vector
         )
         return gradient, pulled
 
     def _linearised(self) -> HessianOperator:
-        if self._linear is None:
-            self._linear = HessianOperator(
-                lambda params: _gradient(self._inner, params, self._at), self._params
-            )
-        return self._linear
+        return HessianOperator(
+            lambda params: _gradient(self._inner, params, self._at), self._params
+        )
 
 
 def _gradient(inner: InnerLoop, params: Tensor, batches: Sequence[Any]) -> Tensor:

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bilevel.compiler import inductor
+from bilevel.compiler import Compiler, inductor
+from bilevel.compiler.rewriting import split
+from bilevel.errors import CompileWarning
 
 aten = torch.ops.aten
 
@@ -126,3 +128,65 @@ def test_scores_that_are_far_apart_stay_finite():
     given = [1e3 * x for x in tensors(4, 3, torch.float32)]
     graph, constants = inductor.trace(function, given)
     torch.testing.assert_close(graph(*given, *constants), function(*given))
+
+
+def hessian_product(loss):
+    """(θ, v) ↦ Hv."""
+
+    def product(params, vector):
+        params = params.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(params), params, create_graph=True)
+        return torch.autograd.grad(gradient, params, vector, materialize_grads=True)[0]
+
+    return product
+
+
+QUARTIC = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+LOSSES = {
+    "a quartic": lambda params: (QUARTIC * params**4).sum() + params.prod(),
+    # Its Hessian depends on nothing, so that there is nothing to save.
+    "a quadratic": lambda params: 0.5 * (QUARTIC * params**2).sum(),
+    # Views of what is saved, and of the argument.
+    "products": lambda params: torch.tanh(params[:, None] @ params[None, :]).sum(),
+    "a soft-maximum": lambda params: F.cross_entropy(
+        params.expand(40, 5) * QUARTIC.outer(torch.ones(40, dtype=torch.float64)[:1]).t(),
+        torch.arange(40) % 5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_product_in_two_graphs_is_the_product(name, backend):
+    function, compiler = hessian_product(LOSSES[name]), Compiler(backend)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(2):  # The second point uses the graphs of the first.
+        params, *vectors = torch.randn(4, 5, generator=draw, dtype=torch.float64)
+        product = compiler.linearised(function, params, vector=vectors[0])
+        for vector in vectors:
+            expected = function(params, vector)
+            torch.testing.assert_close(product(vector), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_does_not_depend_on_the_vector_is_made_once():
+    given = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    graph, _ = inductor.trace(
+        lambda *given: [hessian_product(LOSSES["products"])(*given)], list(given)
+    )
+    before, after = split(graph, 1)
+    assert counts(before, aten.tanh.default) == 1
+    assert counts(after, aten.tanh.default) == 0
+    whole = len(graph.graph.nodes)
+    assert len(before.graph.find_nodes(op="call_function", target=aten.mm.default)) > 0
+    assert len(after.graph.nodes) < whole
+
+
+def test_a_product_that_cannot_be_traced_is_refused_with_a_warning():
+    def branching(params, vector):
+        return params * vector if params.sum() > 0 else vector
+
+    compiler = Compiler("eager")
+    with pytest.warns(CompileWarning, match="is run in eager mode"):
+        assert compiler.linearised(branching, torch.ones(2), vector=torch.ones(2)) is None
+    assert compiler.refused == 1
