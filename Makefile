@@ -33,6 +33,7 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/pip install --quiet -e '.[benchmark]'
+	$(BIN)/pip install --quiet --no-deps 'boat-torch>=1.1.1,<2'
 	$(BIN)/python benchmarks/hypergradient.py --windows 10 40 --repeats 2 --methods compiled --json runs/bench/hypergradient.json
 	$(BIN)/python benchmarks/memory.py --threads 1 --json runs/bench/memory.json
 	$(BIN)/python benchmarks/inner_loops.py --short --json runs/bench/inner_loops.json

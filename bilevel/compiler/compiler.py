@@ -6,20 +6,23 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bilevel.compiler import inductor
 from bilevel.compiler.comparison import DifferenceError, compare
-from bilevel.compiler.loop import Loop, describe
+from bilevel.compiler.loop import Call, Loop, describe
+from bilevel.compiler.rewriting import split
 from bilevel.contract.held import Snapshot
 from bilevel.errors import CompileWarning
 
 #: Compiled graphs of one function after which new argument shapes are run in eager mode.
 GRAPHS_PER_FUNCTION = 8
+
+Made = TypeVar("Made")
 
 #: Steps of a loop that are compared with eager mode: after many, a chaotic run has parted from it.
 STEPS_COMPARED = 2
@@ -87,12 +90,30 @@ class Compiler:
             (function, "is run in eager mode"),
             (spec, *map(describe, leaves)),
             leaves,
-            lambda: self._compile(function, leaves, spec),
+            lambda: self._compile(Call(function, leaves, spec), leaves),
         )
         if graph is None:
             return function(*args)
         with torch.no_grad():
             return graph(leaves)
+
+    def linearised(
+        self, function: Callable[..., Tensor], *args: Any, vector: Tensor
+    ) -> Callable[[Tensor], Tensor] | None:
+        """v ↦ `function(*args, v)`: what does not depend on v is computed once, now.
+
+        `vector` is an example of v, for which the graph is compared with eager mode before its
+        first use. None where there shall be no graph.
+        """
+        arguments: Any = (*args, vector)
+        leaves, spec = optree.tree_flatten(arguments)
+        graph = self._graph(
+            (function, "is run in eager mode"),
+            (spec, *map(describe, leaves)),
+            leaves,
+            lambda: self._compile_linearised(Call(function, leaves, spec), leaves),
+        )
+        return None if graph is None else graph(leaves)
 
     @torch.no_grad()
     def scan(self, function: Callable[..., tuple[Any, Any]], *args: Any) -> tuple[Any, Any]:
@@ -163,39 +184,50 @@ class Compiler:
         return None
 
     @torch.no_grad()
-    def _compile(self, function: Callable[..., Any], leaves: list[Any], spec: Any) -> _Graph:
-        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        needs_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-        structure: Any = None
-
-        def flat(*tensors: Tensor) -> list[Tensor]:
-            nonlocal structure
-            remaining = iter(tensors)
-            arguments = [
-                next(remaining) if chosen else x
-                for x, chosen in zip(leaves, is_tensor, strict=True)
-            ]
-            arguments = [
-                x.detach().requires_grad_() if wanted else x
-                for x, wanted in zip(arguments, needs_gradient, strict=True)
-            ]
-            outputs, structure = optree.tree_flatten(
-                function(*optree.tree_unflatten(spec, arguments))
-            )
-            return [output.detach() for output in outputs]
-
-        def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
-            return [x.detach() for x, chosen in zip(arguments, is_tensor, strict=True) if chosen]
-
-        compiled = self._traced(flat, tensors_of(leaves))
+    def _compile(self, call: Call, leaves: Sequence[Any]) -> _Graph:
+        compiled = self._traced(call.run, call.tensors(leaves))
 
         @torch.no_grad()
         def check(arguments: Sequence[Any]) -> None:
-            tensors = tensors_of(arguments)
-            compare(compiled(tensors), flat, tensors)
+            tensors = call.tensors(arguments)
+            compare(compiled(tensors), call.run, tensors)
 
-        def run(arguments: Sequence[Any]) -> Any:
-            return optree.tree_unflatten(structure, list(compiled(tensors_of(arguments))))
+        return _Graph(lambda leaves: call.arranged(compiled(call.tensors(leaves))), check)
+
+    @torch.no_grad()
+    def _compile_linearised(self, call: Call, leaves: Sequence[Any]) -> _Graph:
+        def make() -> tuple[inductor.Compiled, inductor.Compiled]:
+            tensors = call.tensors(leaves)
+            graph, constants = inductor.trace(call.run, tensors)
+            example = [*tensors, *constants]
+            before, after = split(graph, len(tensors) - 1)
+            saved = list(before(*example))
+            first = self._built(before, example) if saved else lambda _: []
+            second = self._built(after, [*example, *saved])
+            return (
+                lambda args: first([*args, *constants]),
+                lambda args: second([*args[: len(tensors)], *constants, *args[len(tensors) :]]),
+            )
+
+        first, second = _or_refuse(make)
+
+        def run(leaves: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+            tensors = call.tensors(leaves)
+            with torch.no_grad():
+                saved = first(tensors)
+
+            @torch.no_grad()
+            def product(vector: Tensor) -> Tensor:
+                given = [*tensors[:-1], vector.detach().contiguous(), *saved]
+                found: Tensor = call.arranged(second(given))
+                return found
+
+            return product
+
+        @torch.no_grad()
+        def check(leaves: Sequence[Any]) -> None:
+            tensors = call.tensors(leaves)
+            compare([run(leaves)(tensors[-1])], call.run, tensors)
 
         return _Graph(run, check)
 
@@ -237,13 +269,16 @@ class Compiler:
     ) -> inductor.Compiled:
         def make() -> inductor.Compiled:
             graph, constants = inductor.trace(function, tensors)
-            if self.backend == "inductor":
-                compiled = inductor.compile_graph(graph, [*tensors, *constants])
-                return lambda args: compiled([*args, *constants])
-            called = graph if self.backend == "eager" else self.backend(graph, tensors)  # type: ignore[operator]
-            return lambda args: list(called(*args, *constants))
+            built = self._built(graph, [*tensors, *constants])
+            return lambda args: built([*args, *constants])
 
         return _or_refuse(make)
+
+    def _built(self, graph: fx.GraphModule, args: Sequence[Tensor]) -> inductor.Compiled:
+        if self.backend == "inductor":
+            return inductor.compile_graph(graph, args)
+        called = graph if self.backend == "eager" else self.backend(graph, args)  # type: ignore[operator]
+        return lambda args: list(called(*args))
 
 
 @final
@@ -266,7 +301,7 @@ def _compiled_scan(loop: Loop, first: Sequence[Tensor]) -> inductor.Compiled:
     return lambda tensors: compiled([*tensors, *constants])
 
 
-def _or_refuse(make: Callable[[], inductor.Compiled]) -> inductor.Compiled:
+def _or_refuse(make: Callable[[], Made]) -> Made:
     try:
         return make()
     except Exception as error:  # whatever a tracer or a compiler raises

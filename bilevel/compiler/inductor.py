@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.compiler.decompositions import DECOMPOSITIONS
+from bilevel.compiler.rewriting import simplify
 
 #: A compiled function of tensors.
 Compiled = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -45,8 +46,7 @@ def trace(
                 constants[node.target], last = placeholder, [placeholder]
             node.replace_all_uses_with(constants[node.target])
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
+    graph.graph = simplify(graph.graph)
     return graph, [getattr(graph, name) for name in constants]
 
 

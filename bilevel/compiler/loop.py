@@ -1,4 +1,4 @@
-"""A loop over a step, on lists of tensors: what a compiler is given."""
+"""Calls of functions, and loops over a step, on lists of tensors: what a compiler is given."""
 
 from __future__ import annotations
 
@@ -8,6 +8,45 @@ from typing import Any, final
 import optree
 import torch
 from torch import Tensor
+
+
+@final
+class Call:
+    """`function(*args)` of lists of tensors.
+
+    Args:
+        function: Of pytrees, to a pytree of tensors.
+        leaves: Those of its arguments. What is no tensor is a constant, and a tensor that requires
+            a gradient is a leaf that does.
+        spec: Their structure.
+    """
+
+    def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> None:
+        self._function, self._leaves, self._spec = function, list(leaves), spec
+        self._output_spec: Any = None
+
+    def tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
+        """What `run` takes of such leaves."""
+        pairs = zip(leaves, self._leaves, strict=True)
+        return [leaf.detach() for leaf, known in pairs if isinstance(known, Tensor)]
+
+    def run(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors of the result, off any graph."""
+        remaining = iter(tensors)
+        leaves = [
+            next(remaining).detach().requires_grad_(known.requires_grad)
+            if isinstance(known, Tensor)
+            else known
+            for known in self._leaves
+        ]
+        outputs, self._output_spec = optree.tree_flatten(
+            self._function(*optree.tree_unflatten(self._spec, leaves))
+        )
+        return [output.detach() for output in outputs]
+
+    def arranged(self, outputs: Sequence[Tensor]) -> Any:
+        """The pytree of what `run` returns, once it was made."""
+        return optree.tree_unflatten(self._output_spec, list(outputs))
 
 
 @final

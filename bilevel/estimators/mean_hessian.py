@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -17,8 +17,8 @@ from bilevel.tree import needs_gradient, partition
 class MeanHessian(LinearOperator):
     """H = ∂²ℓ/∂θ², and ∂²ℓ/∂b∂θ, of the mean inner loss over some batches.
 
-    In eager mode ∇ℓ is linearised once, and a product is one backward pass through its graph. A
-    loop that compiles has a graph for a product, in which ∇ℓ is taken anew: that is faster still.
+    ∇ℓ is linearised once, and a product is one backward pass through its graph. A loop that
+    compiles has a graph of what a product takes beside ∇ℓ, and one of the rest.
 
     Args:
         inner: The inner loop.
@@ -30,29 +30,35 @@ class MeanHessian(LinearOperator):
         super().__init__(params, symmetric=True)
         self._inner, self._params, self._batches = inner, params.detach(), list(batches)
         self.takes_vmap = inner.compiler is None
-        if inner.compiler is None:
-            leaves, rebuild = partition(self._batches, needs_gradient)
-            self._learned = [leaf.detach().requires_grad_() for leaf in leaves]
-            at = rebuild(self._learned)
-            self._linear = HessianOperator(lambda params: _gradient(inner, params, at), params)
+        leaves, rebuild = partition(self._batches, needs_gradient)
+        self._learned = [leaf.detach().requires_grad_() for leaf in leaves]
+        self._at = rebuild(self._learned)
+        self._linear = self._linearised() if inner.compiler is None else None
+        self._product: Callable[[Tensor], Tensor] | None = None
+        if self._linear is not None:
+            self._product = self._linear.product
 
     def product(self, vector: Tensor) -> Tensor:
-        if self._inner.compiler is None:
-            return self._linear.product(vector)
-        return self._compiled(vector, mixed=False)[1]
+        if self._product is None:
+            compiler, given = self._inner.compiler, (self._inner, self._params, self._batches)
+            assert compiler is not None
+            found = compiler.linearised(_product, *given, vector=vector)
+            self._product = self._linearised().product if found is None else found
+        return self._product(vector)
 
     def mixed(self, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(∇ℓ, (∂∇ℓ/∂b)ᵀ v by leaf of the batches that is learned)."""
-        if self._inner.compiler is None:
+        if self._linear is not None:
             return self._linear.gradient, self._linear.pull(vector, self._learned)
-        gradient, *pulled = self._compiled(vector, mixed=True)
+        gradient, *pulled = self._inner.run(
+            _mixed, self._inner, self._params, self._batches, vector
+        )
         return gradient, pulled
 
-    def _compiled(self, vector: Tensor, *, mixed: bool) -> list[Tensor]:
-        found: list[Tensor] = self._inner.run(
-            _products, self._inner, self._params, self._batches, vector, mixed
+    def _linearised(self) -> HessianOperator:
+        return HessianOperator(
+            lambda params: _gradient(self._inner, params, self._at), self._params
         )
-        return found
 
 
 def _gradient(inner: InnerLoop, params: Tensor, batches: Sequence[Any]) -> Tensor:
@@ -61,12 +67,22 @@ def _gradient(inner: InnerLoop, params: Tensor, batches: Sequence[Any]) -> Tenso
     return gradients[0] if len(gradients) == 1 else torch.stack(gradients).mean(0)
 
 
-def _products(
-    inner: InnerLoop, params: Tensor, batches: Sequence[Any], vector: Tensor, mixed: bool
-) -> list[Tensor]:
-    """[∇ℓ, Hv], or with `mixed` [∇ℓ, the products by the learned leaves of the batches]."""
+def _product(inner: InnerLoop, params: Tensor, batches: Sequence[Any], vector: Tensor) -> Tensor:
+    """Hv."""
     params = params.detach().requires_grad_()
-    at = partition(batches, needs_gradient)[0] if mixed else [params]
+    with torch.enable_grad():
+        gradient = _gradient(inner, params, batches)
+    if not gradient.requires_grad:
+        return torch.zeros_like(params)
+    return torch.autograd.grad(gradient, params, vector, materialize_grads=True)[0]
+
+
+def _mixed(
+    inner: InnerLoop, params: Tensor, batches: Sequence[Any], vector: Tensor
+) -> list[Tensor]:
+    """[∇ℓ, the products by the learned leaves of the batches]."""
+    params = params.detach().requires_grad_()
+    at = partition(batches, needs_gradient)[0]
     with torch.enable_grad():
         gradient = _gradient(inner, params, batches)
     pulled = [torch.zeros_like(x) for x in at]
