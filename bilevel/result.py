@@ -154,7 +154,7 @@ def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
 
     The standard error is that of the mean, from the spread over the runs: it covers all that is
     random in them. Solver and low-rank numbers are the worst of all runs, products their sum;
-    parameters, trace and cotangent norms are those of the first.
+    parameters, trace, cotangent norms and penalty are those of the first.
 
     Raises:
         ProblemError: A metric has not the same shape in all runs.

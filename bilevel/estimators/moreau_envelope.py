@@ -36,7 +36,7 @@ class MoreauEnvelope(Estimator):
     Raises:
         ConfigurationError: An argument outside its range; in a call, fewer steps than `batches`.
 
-    Source: Liu et al. (MEHA), arXiv 2405.09927, algorithm 1.
+    Source: Liu, Liu, Yao, Zeng and Zhang (MEHA), ICML 2024, algorithm 1.
     """
 
     uses_second_derivatives = False

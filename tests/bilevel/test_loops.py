@@ -19,6 +19,7 @@ from bilevel.estimators import (
     Forward,
     Implicit,
     LowRank,
+    Penalty,
     Reverse,
 )
 from bilevel.recording import stacking
@@ -106,7 +107,8 @@ def test_signals_come_out_of_the_loop(signals):
 
 
 @pytest.mark.parametrize(
-    "estimator", [FiniteDifference(), FirstOrder(), Forward(), LowRank(), Adjoint("forward")]
+    "estimator",
+    [FiniteDifference(), FirstOrder(), Forward(), LowRank(), Penalty(steps=8), Adjoint("forward")],
 )
 def test_other_estimators_follow_a_run_made_as_a_loop(estimator):
     case = problems.make("ridge", 0)
