@@ -96,7 +96,8 @@ class FurtherRun:
         if not residual <= NOTABLE_RESIDUAL:
             status = (
                 f"the further run is not at rest: a relative residual of {residual:.2g} after "
-                f"{self._steps} steps; raise steps, or lower the inner learning rate"
+                f"{self._steps} steps; raise steps, use SGD, or put the optimizer's weight decay "
+                "into the inner loss"
             )
         params = self.start.params
         loss, metrics = outer_loss_value(inner, params, self._outer, self._outer_batch)

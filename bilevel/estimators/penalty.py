@@ -21,11 +21,12 @@ class Penalty(Estimator):
     is λ⁻¹ times `steps` terms of the Neumann series of the inverse Hessian. It costs 2·steps inner
     gradients and steps outer ones; memory is that of two iterates, whatever the length of the run.
 
-    Exact for: a converged run, as λ and `steps` grow. The bias is O(1/λ): where F has curvature C
-    and g has H, (H + C/λ)⁻¹ stands for H⁻¹, relatively ‖C‖/(λ·λ_min(H)). Rounding adds about λ
-    times the rounding unit, so in float32 1e2 to 1e3 is best, in float64 1e4 to 1e7. Not for: short
-    runs, a learned initialisation or learning rate (an optimum depends on neither), optimizers that
-    do not come to rest on this loss at their rate.
+    Exact for: a run of SGD, as λ and `steps` grow; its own weight decay counts as part of g. The
+    bias is O(1/λ): where F has curvature C and g has H, (H + C/λ)⁻¹ stands for H⁻¹, relatively
+    ‖C‖/(λ·λ_min(H)). Rounding adds about λ times the rounding unit, so in float32 about 1e3 is
+    best, in float64 1e4 to 1e7. Not for: short runs, a learned initialisation or learning rate (an
+    optimum depends on neither), Adam and its kin, which divide the small pull of F/λ by second
+    moments of the run before.
 
     Args:
         penalty: λ > 0, in units of F over g.

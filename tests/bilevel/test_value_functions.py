@@ -110,6 +110,18 @@ def test_what_the_run_still_has_to_go_is_no_error_of_a_penalty(steps, size, seed
     assert relative_error(short.grads, long.grads) < 1e-6
 
 
+@settings(max_examples=5)
+@given(st.floats(0.1, 1), sizes, seeds)
+def test_weight_decay_in_the_optimizer_is_part_of_the_inner_loss(decay, size, seed):
+    case, eye = quadratic(seed, size), torch.eye(size, dtype=DTYPE)
+    A, B, phi = case.problem.A + decay * eye, case.problem.B, case.outer["phi"]
+    optimizer = bilevel.optim.sgd(1 / 5, weight_decay=decay)
+    result = solve(case, optimizer, ENOUGH, Penalty(1e4, ENOUGH))
+    slope = torch.linalg.solve(A, B @ phi) - case.outer_batch
+    expected = B.T @ torch.linalg.solve(A + eye / 1e4, slope) + case.problem.penalty * phi
+    assert relative_error(result.grads, expected) < 1e-8
+
+
 def cleaning(seed):
     """Logistic regression with weights, converged: neither loss is quadratic."""
     case = problems.make("data_cleaning", seed)
