@@ -97,8 +97,17 @@ class Layout:
 
     def ravel(self, tree: Any) -> Tensor:
         """The leaves as one vector."""
-        leaves = [leaf.reshape(-1) for leaf in optree.tree_leaves(tree)]
-        return leaves[0] if len(leaves) == 1 else torch.cat(leaves)
+        return self.join(self.flatten(tree))
+
+    def join(self, leaves: Sequence[Tensor]) -> Tensor:
+        """The vector with these leaves."""
+        flat = [leaf.reshape(-1) for leaf in leaves]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def flatten(self, tree: Any) -> list[Tensor]:
+        """The leaves of a pytree of this structure."""
+        leaves: Any = self.spec.flatten_up_to(tree)
+        return list(leaves)
 
     def unflatten(self, leaves: Sequence[Tensor]) -> Any:
         """The pytree with these leaves."""

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
-import optree
 import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
@@ -179,7 +178,7 @@ class InnerLoop:
         updates, _ = self._made(inputs.hyperparameters).update(
             self.layout.unflatten(gradients), state, params=tree, inplace=False
         )
-        changes = optree.tree_leaves(updates)
+        changes = self.layout.flatten(updates)
         return [leaf + change for leaf, change in zip(leaves, changes, strict=True)], loss
 
     def advance(

@@ -72,7 +72,7 @@ class Unrolled:
         """(θ, s) after the last step, flat and without a graph."""
         last = self.points[-1]
         params = (
-            self._inner.layout.ravel([leaf.detach() for leaf in last])
+            self._inner.layout.join([leaf.detach() for leaf in last])
             if self._by_leaves
             else last[0]
         )
@@ -85,7 +85,7 @@ class Unrolled:
     def flat(self, index: int) -> Tensor:
         """The point at `index` as one vector on the graph."""
         point = self.points[index]
-        return self._inner.layout.ravel(point) if self._by_leaves else point[0]
+        return self._inner.layout.join(point) if self._by_leaves else point[0]
 
 
 @final
