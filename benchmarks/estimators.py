@@ -9,7 +9,8 @@ Problems, all in float64
                   far from converged. φ: the inputs, 160 scalars.
 
 Columns
-    setting       What is varied: steps of the window, iterations of the solver, rank, pairs.
+    setting       What is varied: steps of the window, iterations of the solver, rank, pairs,
+                  directions, further steps (after the penalty).
     evaluations   Times the inner loss was evaluated within the estimator.
     products      Hessian-vector products within it. Those for a dense matrix, Nyström and the
                   low-rank solver are computed together by `vmap`, so they cost less time each.
@@ -36,7 +37,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,12 @@ def settings(name: str, case: Case) -> Iterator[tuple[str, int, e.Estimator, int
         yield "Adjoint", window, e.Adjoint(), window
     for window in (1, min(steps, 80)):
         yield "FiniteDifference", window, e.FiniteDifference(1e-3), window
+    yield "FirstOrder", 1, e.FirstOrder(), 1
     if name == "ridge":
         yield "Forward", steps, e.Forward(), steps
+    if not case.converged:
+        for count in (1, 5, 25):
+            yield "Forward, random", count, e.Forward(count), steps
     solvers = {
         "conjugate gradient": lambda k: linear.ConjugateGradient(k, 1e-12),
         "normal equations": lambda k: linear.NormalConjugateGradient(k, 1e-12),
@@ -211,6 +216,11 @@ def settings(name: str, case: Case) -> Iterator[tuple[str, int, e.Estimator, int
     if case.converged:
         for count in (5, 20, 80, 300):
             yield "FixedPoint, Neumann", count, e.FixedPoint(linear.Neumann(1.0, count, 1e-12)), 1
+        for count in (20, 80, 300):
+            yield "Penalty, 1e2", count, e.Penalty(1e2, count), 1
+            yield "Penalty, 1e5", count, e.Penalty(1e5, count), 1
+            yield "MoreauEnvelope, 1e5", count, e.MoreauEnvelope(1e5, 10.0, count), 1
+            yield "ValueFunction", count, e.ValueFunction(1.0, count), 1
         for count in (5, 20, 80):
             solver = linear.GMRES(count, 1e-12, restart=100)
             yield "FixedPoint, GMRES", count, e.FixedPoint(solver), 1
@@ -237,8 +247,8 @@ def reference(case: Case) -> Tensor:
     return e.Implicit(linear.Dense())(polished, case.outer_batch).grads
 
 
-def measure_cost(name: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """One row for each setting of each method."""
+def measure_cost(name: str, repeats: int, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One row for each setting of each method whose name begins with one of `methods`."""
     case = make(name)
     trajectory = case.run()
     expected = reference(case)
@@ -252,6 +262,8 @@ def measure_cost(name: str, repeats: int) -> Iterator[dict[str, Any]]:
 
     case.problem.inner_loss = counted  # type: ignore[method-assign]
     for method, setting, estimator, width in settings(name, case):
+        if not method.startswith(tuple(methods)):
+            continue
         window = trajectory.select(bilevel.Window(case.steps - width, case.steps))
         persistent = isinstance(estimator, e.PersistentEvolutionStrategies)
         seconds = []
@@ -308,6 +320,8 @@ MEMORY_OF: dict[str, e.Estimator] = {
     "Reverse": e.Reverse(),
     "Adjoint": e.Adjoint(),
     "FiniteDifference": e.FiniteDifference(),
+    "FirstOrder": e.FirstOrder(),
+    "Penalty": e.Penalty(steps=20),
     "Implicit, conjugate gradient": e.Implicit(linear.ConjugateGradient(20), damping=1.0),
     "Implicit, GMRES": e.Implicit(linear.GMRES(20), damping=1.0),
     "Implicit, Nystrom": e.Implicit(linear.Nystrom(20), damping=1.0),
@@ -361,6 +375,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument(
+        "--methods", nargs="+", default=[""], help="those whose name begins so; default: all"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
@@ -384,11 +401,13 @@ def main() -> None:
     cost = [
         row
         for name in args.problems
-        for row in tqdm(measure_cost(name, args.repeats), name, disable=None)
+        for row in tqdm(measure_cost(name, args.repeats, args.methods), name, disable=None)
     ]
-    length = measure_length()
+    length = measure_length() if args.methods == [""] else []
     memory = [
-        {"method": method, "MB": memory_in_a_process(method, args.threads)} for method in MEMORY_OF
+        {"method": method, "MB": memory_in_a_process(method, args.threads)}
+        for method in MEMORY_OF
+        if method.startswith(tuple(args.methods))
     ]
     print(" | ".join(f"{name}: {value}" for name, value in machine().items()))
     for rows, columns in ((cost, COST), (length, LENGTH), (memory, MEMORY)):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from inner_methods import AsProblem, Call
+from inner_problem import InnerProblem, Params
 from inner_problems import Penalties
 from torch import Tensor
 from torch.autograd import grad
@@ -13,6 +14,29 @@ import bilevel
 
 #: By the name in the table: iterations of the solver.
 ITERATIONS = {"implicit-10": 10, "implicit-50": 50}
+
+
+def inner_optimum(problem: InnerProblem, outer: Params) -> Params:
+    """θ* for some outer variables, by L-BFGS from the problem's start, in its dtype."""
+    params = {name: value.clone().requires_grad_() for name, value in problem.start.items()}
+    batch = {name: value.detach() for name, value in problem.batch(outer, 0).items()}
+    optimizer = torch.optim.LBFGS(
+        list(params.values()),
+        max_iter=3000,
+        tolerance_grad=1e-11,
+        tolerance_change=0,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = problem.inner_loss(params, batch)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return {name: value.detach() for name, value in params.items()}
 
 
 class Optimum:
@@ -28,25 +52,7 @@ class Optimum:
     def __init__(self, iterations: int) -> None:
         self.iterations = iterations
         self._double = double = Penalties().double()
-        params = {k: value.clone().requires_grad_() for k, value in double.start.items()}
-        batch = {name: value.detach() for name, value in double.batch(double.outer, 0).items()}
-        optimizer = torch.optim.LBFGS(
-            list(params.values()),
-            max_iter=3000,
-            tolerance_grad=1e-11,
-            tolerance_change=0,
-            history_size=50,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = double.inner_loss(params, batch)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        self._params = {name: value.detach() for name, value in params.items()}
+        self._params = inner_optimum(double, double.outer)
         self.problem = Penalties()
         self.problem.start = {name: value.float() for name, value in self._params.items()}
 

@@ -75,6 +75,8 @@ class Stats:
             outer variables. A scalar tensor: with `inner_replicas`, from their spread; else from
             that of the samples, of estimators that sample more than once.
         low_rank: How `LowRank` came to its result.
+        penalty: λ, by which the inner objective is weighted against the outer one, of estimators
+            that descend on both.
         method: How the window was differentiated where there is a choice: by the "recorded graph",
             or by the "recursion" and why.
     """
@@ -87,6 +89,7 @@ class Stats:
     outer_loss_gap: Tensor | None = None
     standard_error: Tensor | None = None
     low_rank: LowRankStats | None = None
+    penalty: float | None = None
     method: str = ""
 
 
@@ -151,7 +154,7 @@ def mean(results: Sequence[HypergradientResult]) -> HypergradientResult:
 
     The standard error is that of the mean, from the spread over the runs: it covers all that is
     random in them. Solver and low-rank numbers are the worst of all runs, products their sum;
-    parameters, trace and cotangent norms are those of the first.
+    parameters, trace, cotangent norms and penalty are those of the first.
 
     Raises:
         ProblemError: A metric has not the same shape in all runs.

@@ -200,3 +200,24 @@ def test_inner_loops_benchmark_writes_sound_tables(tmp_path):
         assert row["MB"] is not None
         if row["method"] == "plain":
             assert row["time/plain"] == row["wall/plain"] == 1
+
+
+@pytest.mark.slow
+def test_the_referee_writes_a_sound_table_of_each_problem(tmp_path):
+    out = tmp_path / "result.json"
+    methods = ["by hand", "Implicit, CG(20)", "AmIGO", "Penalty", "FirstOrder, Last(1)"]
+    options = ["--problems", "quadratic", "--seconds", "1.5", "--json", str(out)]
+    script = ROOT / "benchmarks" / "referee.py"
+    benchmark([sys.executable, str(script), "--methods", *methods, *options])
+    result = json.loads(out.read_text())
+    assert result["summary"] == {"seconds a run": 1.5}
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == methods
+    assert not any(row["remark"] for row in rows.values())
+    # The four that converge to the hypergradient at the optimum end at the same outer loss.
+    best = min(row["F*"] for row in rows.values())
+    for method in methods[:-1]:
+        assert rows[method]["F*"] == pytest.approx(best, rel=1e-2)
+        assert 0 < rows[method]["s, 90%"] <= rows[method]["s, 99%"]
+        assert 0 < rows[method]["evals, 90%"] <= rows[method]["evals, 99%"]
+    assert rows["FirstOrder, Last(1)"]["F*"] > best

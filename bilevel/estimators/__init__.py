@@ -36,21 +36,31 @@ from bilevel.estimators.adjoint import Adjoint, Reverse
 from bilevel.estimators.base import Estimator
 from bilevel.estimators.evolution_strategies import EvolutionStrategies
 from bilevel.estimators.finite_difference import FiniteDifference
+from bilevel.estimators.first_order import FirstOrder
 from bilevel.estimators.fixed_point import FixedPoint
 from bilevel.estimators.forward import Forward
 from bilevel.estimators.implicit import Implicit
 from bilevel.estimators.low_rank import LowRank
+from bilevel.estimators.moreau_envelope import MoreauEnvelope
+from bilevel.estimators.penalty import Penalty
 from bilevel.estimators.persistent_evolution_strategies import PersistentEvolutionStrategies
+from bilevel.estimators.reptile import Reptile
+from bilevel.estimators.value_function import ValueFunction
 
 __all__ = [
     "Adjoint",
     "Estimator",
     "EvolutionStrategies",
     "FiniteDifference",
+    "FirstOrder",
     "FixedPoint",
     "Forward",
     "Implicit",
     "LowRank",
+    "MoreauEnvelope",
+    "Penalty",
     "PersistentEvolutionStrategies",
+    "Reptile",
     "Reverse",
+    "ValueFunction",
 ]

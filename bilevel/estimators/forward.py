@@ -1,4 +1,4 @@
-"""The exact hypergradient by forward mode, for a few outer variables."""
+"""The hypergradient by forward mode: exact for a few outer variables, else sampled."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -6,9 +6,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_integer
 from bilevel.contract.derivatives import check_forward_mode
 from bilevel.errors import ProblemError
 from bilevel.estimators.base import Estimator, WindowEnd, make_result
+from bilevel.estimators.evolution_strategies import set_to_mean
+from bilevel.estimators.tangents import random_signs, unit_tangents
 from bilevel.random import Key
 from bilevel.recording.inner import InnerLoop
 from bilevel.recording.trajectory import Trajectory
@@ -19,18 +22,41 @@ from bilevel.variables import Iterate, OuterVariables, StepInputs
 
 @final
 class Forward(Estimator):
-    """Exact: carry Z_t = dθ_t/dφ (and the optimizer state's) forward along the window.
+    """Carry the derivative z_t of θ_t (and of the optimizer's state) along a direction v of φ
+    forward through the window, for several v side by side:
 
-        Z_{t+1} = ∂Φ_t Z_t + ∂Φ_t/∂φ,      dF/dφ = Z_stopᵀ ∂F/∂θ + ∂F/∂φ
+        z_{t+1} = ∂Φ_t z_t + ∂Φ_t/∂φ v,      ⟨dF/dφ, v⟩ = ⟨∂F/∂θ, z_stop⟩ + ⟨∂F/∂φ, v⟩
 
-    and the same at every step for losses along the run. Time grows with the number m of outer
-    scalars (m forward-mode steps for each inner step) and memory with m·p, neither with the width
-    of the window beyond that: right for up to about ten outer scalars (a learned rate, a few
-    penalties), wrong for images. Everything that the problem computes, batches included, must have
-    a forward derivative (`grid_sample` has none).
+    and the same at every step for losses along the run. Time is that of k forward-mode steps for
+    each inner step, memory k copies of θ, with k the number of directions, whatever the width of
+    the window. Everything that the problem computes, batches included, must have a forward
+    derivative (`grid_sample` has none).
+
+    Exact for: `directions=None`, all m unit directions: right for up to about ten outer scalars (a
+    learned rate, a few penalties), wrong for images. With `directions=k` they are random signs, and
+
+        dF/dφ ≈ ∂F/∂φ + 1/k Σᵢ vᵢ ⟨g, vᵢ⟩,      g = dF/dφ − ∂F/∂φ
+
+    is unbiased, since E vvᵀ = I, with a variance of (m − 1)/k · ‖g‖², summed over the m outer
+    scalars: a direction at best below k = m, and exact at any k for a single scalar. An outer
+    variable that nothing depends on then gets noise, not an error.
+
+    Args:
+        directions: k ≥ 1; None: all of them.
+
+    Raises:
+        ConfigurationError: `directions` is neither.
+
+    Source: Williams and Zipser, Neural Computation 1 (1989), 270–280; Franceschi et al.,
+    arXiv 1703.01785; with random directions, Shen et al. ((FG)²U), arXiv 2406.14095.
     """
 
     runs_again = True
+
+    def __init__(self, directions: int | None = None) -> None:
+        self.directions = None if directions is None else check_integer("directions", directions)
+        if self.directions is not None:
+            self.leaves_out = f"it is sampled along {self.directions} random directions"
 
     def check_step(
         self,
@@ -61,7 +87,10 @@ class Forward(Estimator):
         window, key, inner = trajectory.window, trajectory.key, trajectory.inner
         variables = trajectory.variables
         primals = tuple(leaf.detach() for leaf in variables.leaves)
-        directions = _unit_tangents(primals)
+        if self.directions is None:
+            directions = unit_tangents(primals)
+        else:
+            directions = random_signs(primals, self.directions, key.fold("directions"))
 
         def start(*leaves: Tensor) -> tuple[Tensor, ...]:
             tree = variables.like(leaves)
@@ -74,14 +103,11 @@ class Forward(Estimator):
         else:
             columns = [tuple(map(torch.zeros_like, _tensors_of(iterate))) for _ in directions]
 
-        def gather(slope: Tensor) -> None:
-            products = torch.stack([column[0] @ slope for column in columns])
-            pieces = products.split([leaf.numel() for leaf in primals])
-            end.gradient.add(
-                [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, primals, strict=True)]
-            )
+        def along(slope: Tensor) -> Tensor:
+            """⟨slope, z⟩ for every direction."""
+            return torch.stack([column[0] @ slope for column in columns])
 
-        losses = [end.loss]
+        losses, products = [end.loss], end.cotangent.new_zeros(len(directions))
         for step in range(window.start, window.stop):
             rebuild_state = partition(iterate.state)[1]
 
@@ -107,14 +133,24 @@ class Forward(Estimator):
             if inner.has_step_loss:
                 loss, slope = end.gradient.step_loss_at(iterate.params, step)
                 losses.append(loss.to(end.loss))
-                gather(slope)
+                products = products + along(slope)
         _check_same_end(iterate.params, end.iterate.params)
-        gather(end.cotangent)
+        products = products + along(end.cotangent)
+        parts = [
+            [product.to(v) * v for v in direction]
+            for product, direction in zip(products, directions, strict=True)
+        ]
+        error = None
+        if self.directions is None:
+            end.gradient.add([torch.stack(part).sum(0) for part in zip(*parts, strict=True)])
+        else:
+            error = set_to_mean(end.gradient, parts)
         return make_result(
             trajectory,
             end,
             loss=torch.stack(losses).sum(),
             hessian_vector_products=window.width * len(directions),
+            standard_error=error,
         )
 
 
@@ -133,16 +169,3 @@ def _check_same_end(again: Tensor, recorded: Tensor) -> None:
 def _tensors_of(iterate: Iterate) -> tuple[Tensor, ...]:
     """(θ, every differentiable leaf of s)."""
     return iterate.params, *partition(iterate.state)[0]
-
-
-def _unit_tangents(leaves: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """The unit tangents of a list of tensors, one for each scalar in it."""
-    tangents_of_all = []
-    for index, leaf in enumerate(leaves):
-        for position in range(leaf.numel()):
-            tangents = [torch.zeros_like(other) for other in leaves]
-            flat = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
-            flat[position] = 1
-            tangents[index] = flat.view(leaf.shape)
-            tangents_of_all.append(tuple(tangents))
-    return tangents_of_all

@@ -1,6 +1,6 @@
 """The backward recursion with one Hessian of low rank for the whole window."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -14,6 +14,8 @@ from bilevel.estimators.recursion import (
     BackwardRecursion,
     WindowEnd,
     gradient_response,
+    inner_gradient,
+    pull_mixed,
     pull_update,
 )
 from bilevel.linear import HessianOperator
@@ -21,7 +23,6 @@ from bilevel.recording.inner import InnerLoop
 from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult, LowRankStats
 from bilevel.tree import detach, needs_gradient, partition
-from bilevel.variables import Iterate, StepInputs
 from bilevel.window import Window
 
 
@@ -130,7 +131,7 @@ class LowRank(Estimator):
                 inner,
                 iterate.params,
                 iterate.state,
-                _gradient(inner, iterate, inputs),
+                inner_gradient(inner, iterate, inputs),
                 inputs.hyperparameters,
                 recursion.cotangent,
                 recursion.state_cotangents,
@@ -145,7 +146,7 @@ class LowRank(Estimator):
             if step == group[0]:
                 leaves = partition(batch, needs_gradient)[0]
                 if leaves:
-                    cotangents = inner.run(_mixed, inner, params, batch, total)
+                    cotangents = inner.run(pull_mixed, inner, params, batch, total)
                     end.gradient.pull(leaves, cotangents)
                     mixed_products += 1
                 group, total = groups.pop() if groups else [], torch.zeros_like(total)
@@ -184,21 +185,6 @@ class LowRank(Estimator):
         self.basis.load_state_dict(state)
 
 
-def _mixed(inner: InnerLoop, params: Tensor, batch: Any, cotangent: Tensor) -> Sequence[Tensor]:
-    """∂_b⟨∇_θ ℓ(θ, b), ḡ⟩ by leaf of b that requires a gradient.
-
-    By autograd over autograd: in eager mode that beats `torch.func.vjp(torch.func.grad(…))`, which
-    cannot use the fused first-order kernels, nor add gradients up in place.
-    """
-    given, rebuild = partition(batch, needs_gradient)
-    leaves = [leaf.detach().requires_grad_() for leaf in given]
-    with torch.enable_grad():
-        gradient, _ = inner.gradient_with_graph(params.detach().requires_grad_(), rebuild(leaves))
-    if not (leaves and gradient.requires_grad):
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return torch.autograd.grad(gradient, leaves, cotangent, materialize_grads=True)
-
-
 def _hessian(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[HessianOperator, Tensor]:
     """∇²_θ ℓ(θ, b) for many products, and ℓ(θ, b)."""
     losses = []
@@ -209,13 +195,6 @@ def _hessian(inner: InnerLoop, params: Tensor, batch: Any) -> tuple[HessianOpera
         return gradient
 
     return HessianOperator(gradient, params), losses[0]
-
-
-def _gradient(inner: InnerLoop, iterate: Iterate, inputs: StepInputs) -> Tensor:
-    """g_t, taken again where it was not kept."""
-    if iterate.gradient is not None:
-        return iterate.gradient
-    return inner.gradient_without_graph(iterate.params, inputs.batch)[0]
 
 
 def _staleness(trajectory: Trajectory, anchor: Anchor) -> float:

@@ -146,6 +146,28 @@ def pull(
     return list(torch.autograd.grad(outputs, at, cotangents, materialize_grads=True))
 
 
+def pull_mixed(inner: InnerLoop, params: Tensor, batch: Any, cotangent: Tensor) -> Sequence[Tensor]:
+    """∂_b⟨∇_θ ℓ(θ, b), ḡ⟩ by leaf of b that requires a gradient.
+
+    By autograd over autograd: in eager mode that beats `torch.func.vjp(torch.func.grad(…))`, which
+    cannot use the fused first-order kernels, nor add gradients up in place.
+    """
+    given, rebuild = partition(batch, needs_gradient)
+    leaves = [leaf.detach().requires_grad_() for leaf in given]
+    with torch.enable_grad():
+        gradient, _ = inner.gradient_with_graph(params.detach().requires_grad_(), rebuild(leaves))
+    if not (leaves and gradient.requires_grad):
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(gradient, leaves, cotangent, materialize_grads=True)
+
+
+def inner_gradient(inner: InnerLoop, iterate: Iterate, inputs: StepInputs) -> Tensor:
+    """g_t, taken again where it was not kept."""
+    if iterate.gradient is not None:
+        return iterate.gradient
+    return inner.gradient_without_graph(iterate.params, inputs.batch)[0]
+
+
 def gradient_response(
     inner: InnerLoop, iterate: Iterate, gradient: Tensor, hyperparameters: Any, *, steps: int
 ) -> Tensor:

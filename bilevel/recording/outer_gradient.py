@@ -269,3 +269,16 @@ def outer_loss_value(
     return torch.stack(losses).sum(), {
         name: torch.stack([each[name] for each in metrics]).sum(0) for name in metrics[0]
     }
+
+
+def outer_loss_slope(inner: InnerLoop, params: Tensor, outer: Any, outer_batch: Any) -> Tensor:
+    """∂F/∂θ at θ = `params`, alone."""
+    total = torch.zeros_like(params)
+    params = params.detach().requires_grad_()
+    for batch, weight in _pieces(outer_batch):
+        with torch.enable_grad():
+            loss, _ = inner.outer_loss(params, outer, batch)
+        (slope,) = _gradients(loss, [params])
+        if slope is not None:
+            total = total + slope * weight
+    return total

@@ -12,7 +12,16 @@ from problems import Fixed, relative_error, seeded
 
 import bilevel
 from bilevel.compiler import Compiler
-from bilevel.estimators import Adjoint, FiniteDifference, Forward, Implicit, LowRank, Reverse
+from bilevel.estimators import (
+    Adjoint,
+    FiniteDifference,
+    FirstOrder,
+    Forward,
+    Implicit,
+    LowRank,
+    Penalty,
+    Reverse,
+)
 from bilevel.recording import stacking
 
 EXACT = 1e-8
@@ -98,7 +107,8 @@ def test_signals_come_out_of_the_loop(signals):
 
 
 @pytest.mark.parametrize(
-    "estimator", [FiniteDifference(), Forward(), LowRank(), Adjoint("forward")]
+    "estimator",
+    [FiniteDifference(), FirstOrder(), Forward(), LowRank(), Penalty(steps=8), Adjoint("forward")],
 )
 def test_other_estimators_follow_a_run_made_as_a_loop(estimator):
     case = problems.make("ridge", 0)

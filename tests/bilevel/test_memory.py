@@ -21,12 +21,16 @@ from bilevel.estimators import (
     Estimator,
     EvolutionStrategies,
     FiniteDifference,
+    FirstOrder,
     FixedPoint,
     Forward,
     Implicit,
     LowRank,
+    MoreauEnvelope,
+    Penalty,
     PersistentEvolutionStrategies,
     Reverse,
+    ValueFunction,
 )
 from bilevel.linear import Dense
 from bilevel.recording.record import affordable_spacing
@@ -39,6 +43,7 @@ ESTIMATORS = [
     LowRank(guard=None),
     LowRank(guard=1e-9),
     FiniteDifference(),
+    FirstOrder(),
     EvolutionStrategies(0.1, pairs=2),
     PersistentEvolutionStrategies(0.1, 100, pairs=2),
 ]
@@ -47,6 +52,9 @@ IMPLICIT = [
     Implicit(Dense(), damping=1.0, batches=2),
     Implicit(damping=1.0, warm_start=True),
     FixedPoint(Dense()),
+    Penalty(steps=3),
+    ValueFunction(steps=3),
+    MoreauEnvelope(steps=3),
 ]
 ADAM = bilevel.optim.adam(1e-2)
 

@@ -18,9 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::bilevel.ConvergenceWarning")
 
 ESTIMATORS = [
     estimators.Adjoint(), estimators.EvolutionStrategies(0.1, 2), estimators.FiniteDifference(),
-    estimators.FixedPoint(linear.Dense()), estimators.Forward(),
+    estimators.FirstOrder(), estimators.FixedPoint(linear.Dense()), estimators.Forward(2),
     estimators.Implicit(damping=0.1, warm_start=True), estimators.LowRank(guard=None),
-    estimators.PersistentEvolutionStrategies(0.1, 20, 2), estimators.Reverse(),
+    estimators.MoreauEnvelope(steps=5), estimators.Penalty(steps=5),
+    estimators.PersistentEvolutionStrategies(0.1, 20, 2), estimators.Reptile(),
+    estimators.Reverse(), estimators.ValueFunction(steps=5),
 ]  # fmt: skip
 SOLVERS = [
     linear.ConjugateGradient(), linear.Dense(), linear.GMRES(), linear.Neumann(0.1),
@@ -64,9 +66,27 @@ def test_one_of_every_class_is_here():
     assert wanted == {name(value) for value in given}
 
 
-def same_calls(hypergradient, way):
-    """A copy made before the first call, and one made after it, go on as the original does."""
+class Start(problems.DataCleaning):
+    """The initialisation is learned, and nothing else."""
+
+    def init(self, outer, *, generator):
+        return {"weight": outer[0]}
+
+    def inner_batch(self, outer, step, *, generator):
+        ones = torch.ones(len(self.labels), dtype=problems.DTYPE)
+        return super().inner_batch([ones], step, generator=generator)
+
+
+def learned_start():
     case = problems.make("data_cleaning", 0)
+    problem = Start(case.problem.inputs, case.problem.labels, case.problem.size)
+    start = torch.zeros(problem.inputs.shape[1], 3, dtype=problems.DTYPE)
+    return problems.Case(problem, [start], case.outer_batch)
+
+
+def same_calls(hypergradient, way, case=None):
+    """A copy made before the first call, and one made after it, go on as the original does."""
+    case = problems.make("data_cleaning", 0) if case is None else case
 
     def call(made, seed):
         result = made(case.outer, case.outer_batch, seeded(seed))
@@ -90,7 +110,12 @@ def made(optimizer=None, schedule=None, estimator=None, **settings):
 @every_way
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=name)
 def test_of_every_estimator(estimator, way):
-    same_calls(made(bilevel.optim.sgd(0.1, momentum=0.5), None, copy.deepcopy(estimator)), way)
+    estimator, optimizer = copy.deepcopy(estimator), bilevel.optim.sgd(0.1, momentum=0.5)
+    if isinstance(estimator, estimators.Reptile):
+        case = learned_start()
+        same_calls(bilevel.Hypergradient(case.problem, optimizer, 6, None, estimator), way, case)
+    else:
+        same_calls(made(optimizer, None, estimator), way)
 
 
 @every_way

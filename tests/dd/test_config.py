@@ -406,6 +406,26 @@ def test_low_rank_hessians_are_configured_by_name() -> None:
     assert (estimator.basis.max_rank, estimator.group_size) == (8, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "bindings", "expected"),
+    [
+        ("FirstOrder", [], {}),
+        ("Penalty", ["penalty = 50.0", "steps = 30"], {"penalty": 50.0, "steps": 30}),
+        ("ValueFunction", ["barrier = 2.0"], {"barrier": 2.0}),
+        ("MoreauEnvelope", ["gamma = 5.0", "batches = 2"], {"gamma": 5.0, "batches": 2}),
+    ],
+)
+def test_first_order_estimators_are_configured_by_name(
+    name: str, bindings: list[str], expected: dict[str, float]
+) -> None:
+    settings = [f"{name}.{binding}" for binding in bindings]
+    estimator = config.load(
+        [DIGITS], [f"Distiller.estimator = @{name}()", *settings]
+    ).distiller.estimator
+    assert isinstance(estimator, getattr(bilevel.estimators, name))
+    assert {key: getattr(estimator, key) for key in expected} == expected
+
+
 def test_eigenvectors_are_not_kept_from_network_to_network() -> None:
     message = error(
         "Distiller.estimator = @LowRank()",
