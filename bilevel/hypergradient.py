@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.bridge import Bridge
-from bilevel.checks import check_instance, check_integer
+from bilevel.checks import check_device, check_flag, check_instance, check_integer
 from bilevel.compiler import constants_of
 from bilevel.contract.derivatives import missing_derivatives_named
 from bilevel.contract.graph import inside_transform
@@ -139,7 +139,7 @@ class Hypergradient:
             )
         for name, module in modules_held_by(problem):
             refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
-        self.inner = InnerLoop(problem, optimizer, compile=compile)
+        self.inner = InnerLoop(problem, optimizer, compile=check_flag("compile", compile))
         if self.inner.has_step_loss and not self.estimator.uses_step_losses:
             raise ConfigurationError(
                 f"estimator={type(self.estimator).__name__}: it differentiates where the run ends, "
@@ -157,7 +157,7 @@ class Hypergradient:
         self._calls = 0
         self._constants: Snapshot | None = None
         self._watch: Watch | None = None
-        self.keep_on = None if keep_on is None else torch.device(keep_on)
+        self.keep_on = None if keep_on is None else check_device("keep_on", keep_on)
 
     def __call__(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
@@ -184,6 +184,11 @@ class Hypergradient:
             raise ProblemError(
                 "a hypergradient cannot be taken inside a transform of torch.func (grad, vmap, "
                 "jvp): call it outside, or use Hypergradient.loss with torch.autograd"
+            )
+        if torch.is_inference_mode_enabled():
+            raise ProblemError(
+                "a hypergradient cannot be taken under torch.inference_mode, where nothing is "
+                "differentiated: use torch.no_grad there"
             )
         problem = self.inner.problem
         key = Key.draw(generator)

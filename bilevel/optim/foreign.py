@@ -179,10 +179,17 @@ def _naming(transformation: Any) -> Iterator[None]:
     """PyTorch's errors as ours, with the name of the transformation."""
     try:
         yield
+    except ConfigurationError:
+        raise
     except RuntimeError as error:
         raise ConfigurationError(
             f"{name_of(transformation)} cannot be run without a graph, or not be differentiated: "
             f"{error}"
+        ) from error
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{name_of(transformation)} cannot be run on the pytree that init returned, as "
+            f"update(updates, state, params=…, inplace=False): {type(error).__name__}: {error}"
         ) from error
 
 
@@ -205,6 +212,15 @@ def _check_pure(transformation: Any, like: Any) -> None:
         raise ConfigurationError(
             f"{name_of(transformation)} returned updates of the structure "
             f"{optree.tree_structure(first)} for parameters of {optree.tree_structure(params)}"
+        )
+    shapes, wanted = (
+        [tuple(getattr(leaf, "shape", "?")) for leaf in optree.tree_leaves(tree)]
+        for tree in (first, params)
+    )
+    if shapes != wanted:
+        raise ConfigurationError(
+            f"{name_of(transformation)} returned updates of the shapes {shapes} for parameters of "
+            f"{wanted}"
         )
     if not optree.tree_all(optree.tree_map(torch.equal, first, again)):
         raise ConfigurationError(
