@@ -25,7 +25,7 @@ from dd.data import ImageDataset, PixelTransform
 from dd.data.image_dataset import fingerprint
 from dd.data.prepared import PreparedData, prepare
 from dd.distillation.events import Event
-from dd.distillation.loop import begin
+from dd.distillation.loop import begin, progress
 from dd.distillation.memory import out_of_memory_advice
 from dd.distillation.monitor import show_result
 from dd.distillation.recorder import DISTILLED, EVENTS, record
@@ -34,6 +34,7 @@ from dd.distillation.resuming import circumstances
 from dd.distillation.settings import Distiller
 from dd.evaluation.assessment import Assessment
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.earlier import earlier_results
 from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.evaluation.names import RESULTS, TRAINING_SETS, TRANSFORMED
@@ -43,7 +44,7 @@ from dd.objectives.base import Task
 from dd.objectives.expert_buffer import describe
 from dd.runtime.changes import Judging
 from dd.runtime.devices import chosen_device
-from dd.runtime.files import write_sealed
+from dd.runtime.files import DamagedFileError, write_sealed
 from dd.runtime.memory import NotEnoughMemoryError, check_fits, ran_out
 from dd.runtime.plain import one_line
 from dd.runtime.run_folder import RunFolder
@@ -201,14 +202,18 @@ class Experiment:
         """
         report = self._new_report(self.synthetic.images_per_class)
         task = self.task(data, folder, config=config_text)
+        earlier = earlier_results(folder / RESULTS)
 
         def write(report: Report) -> None:
-            write_results(task.folder, RESULTS, report)
+            write_results(task.folder, RESULTS, report, earlier)
 
         run = None
         try:
             run = begin(self.distiller, task)
             report = report.of_size(run.candidate("images"))
+            if progress(self.distiller, run.state) >= 1:  # so what was measured is of this set
+                with suppress(DamagedFileError, FileNotFoundError):  # then it is written anew
+                    report = report.of_set(DISTILLED, DistilledSet.load(folder / DISTILLED))
             task.folder.write(CONFIG, partial(write_sealed, text=config_text))
             write(report)
             record(run, folder, stop, config_text, advice, watch)
@@ -299,11 +304,11 @@ class Experiment:
             skipped_steps=distilled.provenance.get("skipped_steps", 0),
         ).of_set(set_path.name, distilled)
         data = self.prepare(distilled.transform) if data is None else data
-        folder = RunFolder(results_path.parent)
+        folder, earlier = RunFolder(results_path.parent), earlier_results(results_path)
         wanted = training_sets, architectures, scores, baselines
         for measured in self._assessment(distilled, data).measured(report, *wanted):
             report = measured
-            write_results(folder, results_path.name, report)
+            write_results(folder, results_path.name, report, earlier)
         return report
 
     def _new_report(self, images_per_class: int) -> Report:

@@ -16,8 +16,10 @@ from dd.data import ImageDataset
 from dd.evaluation.accuracy import Accuracy
 from dd.evaluation.confusion_picture import confusion_picture
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.earlier import with_earlier
 from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.names import TRAINING_SETS
+from dd.runtime.cache import checksum
 from dd.runtime.devices import device_name
 from dd.runtime.files import write_bytes, write_json
 from dd.runtime.run_folder import RunFolder
@@ -97,7 +99,12 @@ class Report:
     def of_set(self, file: str, distilled: DistilledSet) -> "Report":
         """The report with what a distilled set says of itself."""
         return replace(
-            self.of_size(distilled), distilled_set={"file": file, **distilled.provenance}
+            self.of_size(distilled),
+            distilled_set={
+                "file": file,
+                "checksum": checksum([distilled.images, distilled.labels]),
+                **distilled.provenance,
+            },
         )
 
     def of_size(self, distilled: DistilledSet) -> "Report":
@@ -190,15 +197,20 @@ def new_report(
     )
 
 
-def write_results(folder: RunFolder, name: str, report: Report) -> None:
+def write_results(
+    folder: RunFolder, name: str, report: Report, earlier: Mapping[str, Any] | None = None
+) -> None:
     """Write what is known, and a picture of what the set's networks take for what.
 
     Args:
         folder: Where.
         name: Of the results, such as `results.json`, whose picture is `confusion.png`.
         report: What is known.
+        earlier: What was in the file before; its figures of the same set are kept until they are
+            measured again.
     """
-    folder.write(name, partial(write_json, content=report.as_dict()))
+    content = with_earlier(report.as_dict(), earlier or {})
+    folder.write(name, partial(write_json, content=content))
     found = report.accuracy.get("distilled")
     if found is not None and found.confusion is not None:
         drawn = confusion_picture(found.confusion, report.class_names)

@@ -29,6 +29,7 @@ from tiny_runs import (
 
 from dd import config, evaluate, experts, train
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
 from dd.runtime.files import read_sealed, read_tensors
 
 
@@ -255,6 +256,22 @@ def test_a_signal_stops_an_evaluation(tmp_path: Path) -> None:
     results = results_of(tmp_path / "run")
     assert results["status"] == "interrupted"
     assert 0 <= results["accuracy"]["distilled"]["mean"] <= 1
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    words = arguments(tmp_path / "run", Distiller__outer_steps=1)
+    assert train.main(words) == 0
+    before = results_of(tmp_path / "run")
+    monkeypatch.setattr(Evaluator, "random_real", interrupt)
+    assert train.main(words) == 130
+    after = results_of(tmp_path / "run")
+    assert after["status"] == "interrupted"
+    assert after["accuracy"] == before["accuracy"]
 
 
 # Mistakes.
