@@ -107,6 +107,16 @@ class Report:
             },
         )
 
+    def of_saved_set(self, file: str, distilled: DistilledSet) -> "Report":
+        """The same, with the steps that it says led to it, where no run knows them."""
+        told = distilled.provenance
+        done = told.get("outer_step"), told.get("skipped_steps", 0), told.get("seconds")
+        return self.of_set(file, distilled).after(*done)
+
+    def after(self, steps: int | None, skipped: int, seconds: float | None) -> "Report":
+        """The report after so many outer steps, of which some were skipped, and seconds of work."""
+        return replace(self, outer_steps=steps, skipped_steps=skipped, seconds_distilling=seconds)
+
     def of_size(self, distilled: DistilledSet) -> "Report":
         """The report with the size of a distilled set."""
         return replace(

@@ -200,8 +200,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
 
 def stopped_by(
     number: signal.Signals, cwd: Path, ready: Callable[[Path], bool], **changes: Any
-) -> tuple[int, str]:
-    """Start a long run, send a signal once its folder is `ready`; the exit status and stderr."""
+) -> tuple[int, str, str]:
+    """Start a long run, send a signal once its folder is `ready`; exit status, stdout, stderr."""
     running = process(cwd, "dd.train", *arguments("run", **changes))
     try:
         deadline = time.monotonic() + 60
@@ -210,10 +210,10 @@ def stopped_by(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         running.send_signal(number)
-        _, err = running.communicate(timeout=15)
+        out, err = running.communicate(timeout=15)
     finally:
         running.kill()
-    return running.returncode, err
+    return running.returncode, out, err
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def stopped_by(
 )
 def test_a_signal_stops_a_run_that_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    status, err = stopped_by(
+    status, _, err = stopped_by(
         number, tmp_path, lambda run: (run / SNAPSHOT).exists(), Distiller__outer_steps=10**6
     )
     assert status == 130, err
@@ -248,7 +248,7 @@ def test_a_signal_stops_an_evaluation(tmp_path: Path) -> None:
             results_of(run)["accuracy"]["distilled"] is not None
         )
 
-    status, err = stopped_by(
+    status, out, err = stopped_by(
         signal.SIGINT, tmp_path, evaluating, Evaluator__full_data_steps=[10**6]
     )
     assert status == 130, err
@@ -256,6 +256,11 @@ def test_a_signal_stops_an_evaluation(tmp_path: Path) -> None:
     results = results_of(tmp_path / "run")
     assert results["status"] == "interrupted"
     assert 0 <= results["accuracy"]["distilled"]["mean"] <= 1
+    assert out.endswith(
+        "the distilled set is kept: run/distilled.safetensors\n"
+        "to evaluate it later: dd-evaluate run\n"
+    )
+    assert (tmp_path / "run" / "distilled.safetensors").exists()
 
 
 def test_a_finished_run_that_is_started_again_keeps_its_figures(

@@ -306,7 +306,7 @@ def test_the_same_command_again_keeps_what_it_does_not_come_to(
         patch.setattr(Evaluator, "random_real", interrupt)
         assert run_command(evaluate, words) == 130
     after = json.loads(path.read_text())
-    assert after["status"] == "evaluating"
+    assert after["status"] == "interrupted"
     for name in ("accuracy", "architectures", "baselines"):
         assert after[name] == before[name]
     # Of another set nothing is kept.

@@ -161,6 +161,22 @@ def test_what_is_left_does_not_count_the_first_step(
     assert progress.remaining() == pytest.approx(expected)
 
 
+def test_the_bar_says_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(12, None, validate_every=5, then="evaluation")
+    shown = []
+    for step in range(1, 13):
+        progress.update(step, 60.0 * step, 0.5, {})
+        progress.validating(50.0, may_be_put_off=step == 5)
+        shown.append(capsys.readouterr().err)
+        progress.validated()
+    progress.close()
+    assert "validating, about 50 s, Ctrl-C puts it off " in shown[4]
+    assert "validating, about 50 s " in shown[5]
+    assert "7 min left, validation in 5 min, step 5" in shown[4]
+    assert "60 s left, then evaluation, step 11" in shown[10]
+    assert "distilling 100%" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0.4, "0 s"), (99, "99 s"), (720, "12 min"), (12_600, "3.5 h"), (950_000, "11 days")],
