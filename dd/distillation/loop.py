@@ -278,7 +278,11 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
         metrics=metrics,
         objective=run.objective.report(result),
         schedule={**state.truncation.report(), **signals},
-        parts={"hypergradient": differentiated - began, "outer_update": updated - differentiated},
+        parts={
+            "hypergradient": differentiated - began,
+            **result.stats.seconds,
+            "outer_update": updated - differentiated,
+        },
         stage=stage,
     )
     return stepped, sentence

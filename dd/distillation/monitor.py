@@ -30,7 +30,7 @@ LAYOUT = {
             "Multiline",
             ["^hypergradient/norm$", "^hypergradient/clip_bound$"],
         ],
-        "seconds of an outer step": ["Multiline", ["^time/"]],
+        "seconds of an outer step, and of its parts": ["Multiline", ["^time/"]],
     }
 }
 #: What the curves are, for the button beside each.
@@ -47,7 +47,10 @@ DESCRIPTIONS = {
     "inner/loss_at_start": "The loss on the distilled images at the first inner step.",
     "inner/loss_at_stop": "The loss on the distilled images at the end of the window.",
     "time/seconds_per_step": "Wall clock of an outer step.",
-    "time/hypergradient": "Of it, the inner run and the way back.",
+    "time/hypergradient": "Of it, reading real images and the next three.",
+    "time/rollout": "The inner run, without a graph or with one.",
+    "time/selection": "Choosing the window that is differentiated.",
+    "time/backward": "The outer loss, and the way back through the window.",
     "time/outer_update": "Of it, clipping and the outer optimizer.",
     "memory/peak_MiB": "The most memory so far, of the GPU or else of the process.",
     "validation/accuracy": "Of fresh networks trained on the set, on the validation split.",

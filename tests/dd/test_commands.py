@@ -125,6 +125,19 @@ def test_tensorboard_shows_every_step(finished: tuple[Path, str]) -> None:
     assert all(0 <= value <= 1 for value in curve(shown, "outer/accuracy"))
 
 
+def test_tensorboard_says_what_the_time_of_a_step_went_to(finished: tuple[Path, str]) -> None:
+    shown = shown_in(finished[0])
+    parts = [curve(shown, f"time/{name}") for name in ("rollout", "selection", "backward")]
+    for of_parts, whole in zip(
+        zip(*parts, strict=True), curve(shown, "time/hypergradient"), strict=True
+    ):
+        assert all(seconds >= 0 for seconds in of_parts)
+        assert 0 < sum(of_parts) <= whole * (1 + 1e-6)
+    for name in ("rollout", "selection", "backward", "outer_update"):
+        (said,) = {shown.SummaryMetadata(f"time/{name}").summary_description}
+        assert said
+
+
 def test_the_clipping_bound_follows_the_average_norm_of_all_steps(
     finished: tuple[Path, str],
 ) -> None:
