@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -35,13 +36,21 @@ def stretched(pixels: Tensor) -> Tensor:
     return (0.5 + (pixels - mean) / (2 * DEVIATIONS * deviation)).clamp(0, 1)
 
 
+def beside(pixels: Tensor, real: Tensor | None) -> Tensor:
+    """Every image and, to the right of it, a real one: [N, C, H, 2W + 1], or `pixels` without."""
+    if real is None:
+        return pixels
+    gap = torch.ones_like(pixels[..., :1])
+    return torch.cat([pixels, gap, real.to(pixels.device)], dim=-1)
+
+
 def image_grid(pixels: Tensor, images_per_class: int, class_names: Sequence[str] = ()) -> Tensor:
     """Images of all classes as one picture, uint8 [3, H', W'].
 
     A column for each class, under its name; with one image per class, rows of five, ten or more.
 
     Args:
-        pixels: [K·I, C, H, W] in [0, 1], ordered by class.
+        pixels: [K·I, C, H, W] in [0, 1], ordered by class; of images side by side, W is larger.
         images_per_class: I.
         class_names: K names; none are written by default.
     """
@@ -51,7 +60,7 @@ def image_grid(pixels: Tensor, images_per_class: int, class_names: Sequence[str]
     columns = min(classes, MOST_COLUMNS)
     if images_per_class == 1:
         columns = 5 if classes <= 10 else 10 if classes <= 100 else MOST_COLUMNS
-    factor = -(-(LEAST_SIDE_OF_MANY if many else LEAST_SIDE) // pixels.shape[-1])
+    factor = -(-(LEAST_SIDE_OF_MANY if many else LEAST_SIDE) // pixels.shape[-2])
     height, width = (side * factor for side in pixels.shape[-2:])
     name_height = label("", width).height if class_names else 0
     cell = width + _BORDER
@@ -69,9 +78,15 @@ def image_grid(pixels: Tensor, images_per_class: int, class_names: Sequence[str]
     return pil_to_tensor(canvas)
 
 
-def png(pixels: Tensor, images_per_class: int, class_names: Sequence[str] = ()) -> bytes:
-    """The grid of stretched images as a PNG file."""
+def png(
+    pixels: Tensor,
+    images_per_class: int,
+    class_names: Sequence[str] = (),
+    real: Tensor | None = None,
+) -> bytes:
+    """The grid of stretched images as a PNG file, each beside its `real` one if there are any."""
     buffer = io.BytesIO()
-    grid = image_grid(stretched(pixels), images_per_class, class_names)
+    shown = beside(stretched(pixels), None if real is None else stretched(real))
+    grid = image_grid(shown, images_per_class, class_names)
     to_pil_image(grid).save(buffer, "PNG")
     return buffer.getvalue()

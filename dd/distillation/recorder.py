@@ -3,6 +3,7 @@
 import gc
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
@@ -24,8 +25,10 @@ from dd.distillation.gallery import png
 from dd.distillation.loop import Distillation
 from dd.distillation.monitor import Monitor
 from dd.distillation.progress import Progress
+from dd.distillation.prototypes import nearest_real
 from dd.distillation.rehearsal import LONG, STEPS_TO_WARN, least_seconds, warning_of_days
 from dd.distillation.resuming import CHECKPOINT, DISTILLED, PREVIOUS
+from dd.evaluation.distilled_set import DistilledSet
 from dd.objectives.base import HELD_OUT
 from dd.runtime.files import write_bytes
 
@@ -160,7 +163,7 @@ class FolderRecorder(Recorder):
     def show(self) -> None:
         shown = self.run.candidate("images")
         step = self.run.state.step
-        self.monitor.images(step, shown.pixels(), shown.images_per_class, shown.class_names)
+        self.monitor.images(step, *self._pictured(shown))
         self.monitor.charts(step)
 
     def close(self) -> None:
@@ -244,5 +247,10 @@ class FolderRecorder(Recorder):
         """Make a candidate the run's distilled set."""
         kept = self.run.candidate(candidate)
         kept.save(self.folder / DISTILLED)
-        picture = png(kept.pixels(), kept.images_per_class, kept.class_names)
-        write_bytes(self.folder / PICTURE, picture)
+        write_bytes(self.folder / PICTURE, png(*self._pictured(kept)))
+
+    def _pictured(self, shown: DistilledSet) -> tuple[Tensor, int, Sequence[str], Tensor | None]:
+        """What a picture of the set is made of."""
+        asked, data = self.run.settings.nearest_real, self.run.task.data
+        real = nearest_real(shown, data) if asked else None
+        return shown.pixels(), shown.images_per_class, shown.class_names, real
