@@ -14,26 +14,30 @@ from dd.runtime.lettering import label
 MOST_COLUMNS = 20
 #: Images of a class that are shown at most, and where there are many classes.
 MOST_ROWS, MOST_ROWS_OF_MANY = 10, 3
-#: The least side of an image in pixels, and where there are many.
-LEAST_SIDE, LEAST_SIDE_OF_MANY = 64, 32
-#: How many standard deviations around the mean of a channel fill its range.
-DEVIATIONS = 2.5
+#: The least side of an image in pixels, above which a name can be read, and up to how many classes.
+LEAST_SIDE, LEAST_SIDE_OF_MANY, MOST_NAMED = 64, 32, 200
+#: The share of a channel's pixels that may be too dark, and too bright, to be told apart.
+OUTSIDE = 0.01
 _BORDER = 2
 
 
 def stretched(pixels: Tensor) -> Tensor:
     """Every channel of every image, centred and stretched, so that any recipe's can be seen.
 
-        0.5 + (x − mean) / (2 · 2.5 · standard deviation), clamped to [0, 1]
+        0.5 + (x − (low + high) / 2) / (high − low), clamped to [0, 1]
+
+    Low and high are the values that 1 % of the channel's pixels lie below, and above.
 
     Args:
         pixels: [N, C, H, W].
     """
-    mean = pixels.mean(dim=(2, 3), keepdim=True)
+    ordered = pixels.flatten(2).sort(dim=2).values
+    outside = round(OUTSIDE * (ordered.shape[2] - 1))
+    low, high = ordered[..., outside, None, None], ordered[..., -1 - outside, None, None]
+    middle = (low + high) / 2
     # Of an even grey there is only rounding, which is not to be seen.
-    rounding = 1e-5 * (1 + mean.abs())
-    deviation = pixels.std(dim=(2, 3), keepdim=True, correction=0).maximum(rounding)
-    return (0.5 + (pixels - mean) / (2 * DEVIATIONS * deviation)).clamp(0, 1)
+    spread = (high - low).maximum(5e-5 * (1 + middle.abs()))
+    return (0.5 + (pixels - middle) / spread).clamp(0, 1)
 
 
 def beside(pixels: Tensor, real: Tensor | None) -> Tensor:
@@ -57,10 +61,11 @@ def image_grid(pixels: Tensor, images_per_class: int, class_names: Sequence[str]
     by_class = pixels.detach().cpu().unflatten(0, (-1, images_per_class))
     classes, many = len(by_class), len(by_class) > MOST_COLUMNS
     rows = min(images_per_class, MOST_ROWS_OF_MANY if many else MOST_ROWS)
-    columns = min(classes, MOST_COLUMNS)
+    columns = min(classes, MOST_COLUMNS // max(1, pixels.shape[-1] // pixels.shape[-2]))
     if images_per_class == 1:
-        columns = 5 if classes <= 10 else 10 if classes <= 100 else MOST_COLUMNS
-    factor = -(-(LEAST_SIDE_OF_MANY if many else LEAST_SIDE) // pixels.shape[-2])
+        columns = min(columns, 5 if classes <= 10 else 10 if classes <= 100 else MOST_COLUMNS)
+    least = LEAST_SIDE if classes <= MOST_NAMED else LEAST_SIDE_OF_MANY
+    factor = -(-least // pixels.shape[-2])
     height, width = (side * factor for side in pixels.shape[-2:])
     name_height = label("", width).height if class_names else 0
     cell = width + _BORDER
