@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import optree
@@ -308,13 +309,9 @@ def _weighed(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
 
 def random_like(like: Any, scale: float, seed: int) -> Any:
     """Normal float64 numbers of this size in the structure of some parameters."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(leaf: Tensor) -> Tensor:
-        numbers = torch.randn(leaf.shape, dtype=torch.float64, generator=generator)
-        return scale * numbers.to(leaf.device)
-
-    return optree.tree_map(draw, like)
+    draw = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, dtype=torch.float64, generator=draw)
+    return optree.tree_map(lambda leaf: scale * normal(leaf.shape).to(leaf.device), like)
 
 
 def _is_learned(tree: Any) -> bool:
