@@ -18,6 +18,12 @@ class Bridge(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise ProblemError(
+            "Hypergradient.loss has no forward derivative: differentiate it by backward()"
+        )
+
+    @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise ProblemError(

@@ -5,7 +5,7 @@ argument, the value and what is allowed. True and False are no numbers; NumPy's 
 are.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from math import inf, isfinite
 from numbers import Integral, Real
 from os import PathLike
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import optree
+import torch
 from torch import Tensor
 
 from bilevel.errors import ConfigurationError, ProblemError
-from bilevel.tree import is_differentiable, named_leaves
+from bilevel.tree import is_dense, is_variable, kind_of, named_leaves, needs_gradient
 
 T = TypeVar("T")
 
@@ -94,6 +95,19 @@ def check_instance(name: str, value: T, wanted: type, hint: str) -> T:
     return value
 
 
+def check_device(name: str, value: Any) -> torch.device:
+    """`value` as a device that holds numbers: one, or its name."""
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f'{name}={value!r}: it must be a device, such as "cpu" or "cuda:0"'
+        ) from error
+    if device.type == "meta":
+        raise ConfigurationError(f"{name}={value!r}: the meta device holds no numbers")
+    return device
+
+
 def check_path(name: str, value: Any) -> Path:
     """`value` as a path: one, or a string, that can be a file's; "~" is the user's home."""
     if not isinstance(value, (str, PathLike)) or not str(value) or "\0" in str(value):
@@ -152,10 +166,10 @@ def check_params(params: Any) -> None:
     """Raise `ProblemError` unless `params` are floating-point tensors, all of one dtype."""
     leaves = named_leaves(params)
     for name, leaf in leaves:
-        if not is_differentiable(leaf):
+        if not is_variable(leaf):
             raise ProblemError(
-                f"init returned {_kind(leaf)} at {name!r}; parameters must be floating-point "
-                "tensors"
+                f"init returned {kind_of(leaf)} at {name!r}; parameters must be dense "
+                "floating-point tensors of at least 16 bits"
             )
     dtypes = {leaf.dtype for _, leaf in leaves}
     if len(dtypes) != 1:
@@ -165,11 +179,47 @@ def check_params(params: Any) -> None:
         )
 
 
+def check_batch(batch: Any) -> None:
+    """Raise `ProblemError` for what can be read only once, or has no dense derivative by φ."""
+    for name, leaf in named_leaves(batch):
+        if isinstance(leaf, Iterator):
+            raise ProblemError(
+                f"inner_batch returned {kind_of(leaf)} at {name!r}, which can be read only once, "
+                "and a step reads its batch more often: return a tuple or list of what it gives"
+            )
+        if needs_gradient(leaf) and not is_dense(leaf):
+            raise ProblemError(
+                f"inner_batch returned {kind_of(leaf)} at {name!r} that depends on outer "
+                "variables: return its values as a dense tensor, and put them where they belong "
+                "in inner_loss"
+            )
+
+
+def check_metrics(value: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
+    """(the loss, its metrics) of a tuple, or `ProblemError` unless these are tensors or numbers."""
+    if len(value) != 2 or not isinstance(value[1], Mapping):
+        kinds = ", ".join(map(kind_of, value))
+        raise ProblemError(
+            f"outer_loss returned the tuple ({kinds}); it must be a scalar tensor, or a pair of "
+            "one and a dict of metrics"
+        )
+    metrics = {}
+    for name, metric in value[1].items():
+        try:
+            metrics[name] = torch.as_tensor(metric)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ProblemError(
+                f"the metric {name!r} of outer_loss is {kind_of(metric)}; it must be a tensor or "
+                "a number"
+            ) from error
+    return value[0], metrics
+
+
 def check_scalar(value: Any, name: str) -> Tensor:
     """`value`, or `ProblemError` unless it is a floating-point scalar tensor."""
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
         raise ProblemError(
-            f"{name} returned {_kind(value)}; it must be a floating-point scalar tensor"
+            f"{name} returned {kind_of(value)}; it must be a floating-point scalar tensor"
         )
     return value
 
@@ -178,21 +228,16 @@ def check_hyperparameters(values: Any) -> dict[str, Any]:
     """`values` as a dict, or `ProblemError` unless each is a tensor or a pytree of tensors."""
     if not isinstance(values, Mapping):
         raise ProblemError(
-            f'hyperparameters returned {_kind(values)}; it must be a dict by name, as {{"lr": ...}}'
+            f"hyperparameters returned {kind_of(values)}; it must be a dict by name, as "
+            '{"lr": ...}'
         )
     for name, value in values.items():
         leaves = [value] if isinstance(value, Tensor) else optree.tree_leaves(value)
         wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         if wrong or not leaves:
-            kind = _kind(wrong[0]) if wrong else "nothing"
+            kind = kind_of(wrong[0]) if wrong else "nothing"
             raise ProblemError(
                 f"hyperparameters()[{name!r}] holds {kind}; it must be a tensor, or a pytree of "
                 "tensors like the parameters"
             )
     return dict(values)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"

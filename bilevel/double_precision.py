@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bilevel.contract.held import reachable
 from bilevel.recording.outer_gradient import MicroBatches
-from bilevel.tree import is_differentiable
+from bilevel.tree import in_double, is_differentiable
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def to_float64(tree: Any) -> Any:
     if isinstance(tree, MicroBatches):
         return MicroBatches([to_float64(batch) for batch in tree.batches], tree.weights)
     return optree.tree_map(
-        lambda leaf: leaf.detach().double() if is_differentiable(leaf) else leaf, tree
+        lambda leaf: in_double(leaf.detach()) if is_differentiable(leaf) else leaf, tree
     )
 
 

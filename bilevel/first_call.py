@@ -12,6 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_batch
 from bilevel.contract.derivatives import wrong_second_derivative
 from bilevel.contract.graph import functions_of, is_differentiable_once, leaves_of
 from bilevel.contract.repeatable import (
@@ -65,7 +66,12 @@ class FirstCall:
         self._first, self._hyperparameters = first, hyperparameters
 
     def drawn(self, inputs: StepInputs, step: int) -> None:
-        """Take note of what a step takes of φ, as soon as it is made."""
+        """Take note of what a step takes of φ, as soon as it is made.
+
+        Raises:
+            ProblemError: The batch can be read only once, or is sparse and depends on φ.
+        """
+        check_batch(inputs.batch)
         self._kept[step] = Kept(self._variables, inputs)
 
     def step(self, iterate: Iterate, inputs: StepInputs, step: int, *, briefly: bool) -> None:
@@ -90,8 +96,8 @@ class FirstCall:
                 self._inner.loss(iterate.params.detach().requires_grad_(), detach(inputs.batch))
             return
         self._check_inner_loss(iterate, inputs)
+        self._check_others(iterate, inputs, step)
         if step == 0:
-            self._check_others(iterate, inputs)
             self._check_optimizer(iterate, inputs)
             with self._inner.watched(None):
                 self._estimator.check_step(self._inner, self._variables, self._key, iterate, inputs)
@@ -189,19 +195,25 @@ class FirstCall:
 
         return wrong_second_derivative(gradient, [here, *leaves])
 
-    def _check_others(self, iterate: Iterate, inputs: StepInputs) -> None:
+    def _check_others(self, iterate: Iterate, inputs: StepInputs, step: int) -> None:
         """Look at the other methods: do they give the same again?"""
         inner, outer = self._inner, detach(self._variables.tree)
-        one, other = detach((self._hyperparameters, inputs.hyperparameters))
+        begun = self._hyperparameters if step == 0 else inner.hyperparameters(outer, step)
+        one, other = detach((inputs.hyperparameters, begun))
+        if sorted(one) != sorted(self._hyperparameters):
+            raise ProblemError(
+                f"hyperparameters returned {sorted(self._hyperparameters)} at step 0 and "
+                f"{sorted(one)} at step {step}: they must have the same names at every step"
+            )
         if not is_same(one, other):
             raise impure("hyperparameters", one, other)
         if inner.has_step_loss:
             first, again = (
-                inner.step_loss(iterate.params, outer, 0, self._key).detach() for _ in range(2)
+                inner.step_loss(iterate.params, outer, step, self._key).detach() for _ in range(2)
             )
             if not is_same(first, again):
                 raise impure("step_loss", float(first), float(again))
-        if self._estimator.runs_again:
+        if self._estimator.runs_again and step == 0:
             hyperparameters = detach(inputs.hyperparameters)
             check_made_again(
                 "init",

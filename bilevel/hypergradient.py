@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.bridge import Bridge
-from bilevel.checks import check_instance, check_integer
+from bilevel.checks import check_device, check_flag, check_instance, check_integer
 from bilevel.compiler import constants_of
 from bilevel.contract.derivatives import missing_derivatives_named
 from bilevel.contract.graph import inside_transform
@@ -25,6 +25,7 @@ from bilevel.recording.inner import InnerLoop
 from bilevel.recording.record import record
 from bilevel.recording.unrolled import GraphBudget
 from bilevel.result import HypergradientResult, check_finite, mean
+from bilevel.stopwatch import Stopwatch
 from bilevel.tree import named_leaves, tensors_in
 from bilevel.truncation import Full, Truncation
 from bilevel.variables import add_to_grad, leaves_with_grad
@@ -139,7 +140,7 @@ class Hypergradient:
             )
         for name, module in modules_held_by(problem):
             refuse_running_statistics(module, f"{type(problem).__name__}.{name}")
-        self.inner = InnerLoop(problem, optimizer, compile=compile)
+        self.inner = InnerLoop(problem, optimizer, compile=check_flag("compile", compile))
         if self.inner.has_step_loss and not self.estimator.uses_step_losses:
             raise ConfigurationError(
                 f"estimator={type(self.estimator).__name__}: it differentiates where the run ends, "
@@ -157,7 +158,7 @@ class Hypergradient:
         self._calls = 0
         self._constants: Snapshot | None = None
         self._watch: Watch | None = None
-        self.keep_on = None if keep_on is None else torch.device(keep_on)
+        self.keep_on = None if keep_on is None else check_device("keep_on", keep_on)
 
     def __call__(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
@@ -185,7 +186,12 @@ class Hypergradient:
                 "a hypergradient cannot be taken inside a transform of torch.func (grad, vmap, "
                 "jvp): call it outside, or use Hypergradient.loss with torch.autograd"
             )
-        problem = self.inner.problem
+        if torch.is_inference_mode_enabled():
+            raise ProblemError(
+                "a hypergradient cannot be taken under torch.inference_mode, where nothing is "
+                "differentiated: use torch.no_grad there"
+            )
+        problem, clock = self.inner.problem, Stopwatch()
         key = Key.draw(generator)
         if self.inner.compiler is not None:
             if self._constants is None or not self._constants.unchanged():
@@ -196,6 +202,7 @@ class Hypergradient:
         horizon = check_integer("Plan.horizon", plan.horizon, maximum=self.steps)
         keep_from, window = plan.earliest_start, plan.window
         results = []
+        clock.lap("selection")
         for replica in range(self.inner_replicas):
             watch = self._watch_over(outer)
             first_call = None
@@ -223,10 +230,12 @@ class Hypergradient:
                     window=window if self.estimator.uses_graph else None,
                     first_call=first_call,
                 )
+            clock.lap("rollout")
             if window is None:
                 window = self.truncation.select(trajectory.trace, schedule_generator)
                 # The other replicas need no more than that window of their runs.
                 horizon, keep_from = window.stop, window.start
+                clock.lap("selection")
             with (
                 missing_derivatives_named(self.estimator),
                 sdpa_kernel(SDPBackend.MATH),
@@ -236,8 +245,10 @@ class Hypergradient:
                 result = self.estimator(chosen, outer_batch)
             check_finite(result)
             results.append(result if first_call is None else first_call.remarked(result))
+            clock.lap("backward")
         self._calls += 1
-        return results[0] if len(results) == 1 else mean(results)
+        result = results[0] if len(results) == 1 else mean(results)
+        return replace(result, stats=replace(result.stats, seconds=clock.seconds))
 
     def loss(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None

@@ -153,6 +153,11 @@ def overrides(problem: Problem, name: str) -> bool:
 def check_signatures(problem: Problem) -> None:
     """Raise `ProblemError` unless every method takes the arguments that it is called with."""
     for name, (count, has_generator) in _ARGUMENTS.items():
+        if not callable(getattr(problem, name)):
+            raise ProblemError(
+                f"{type(problem).__name__}.{name} is {getattr(problem, name)!r}; it must be a "
+                f"method that takes {_shown(name)}"
+            )
         signature = _signature(getattr(problem, name))
         if signature is None:
             continue

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bilevel.errors import ProblemError
+from bilevel.errors import ConfigurationError, ProblemError
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Key:
 
         Generators derived from the key live on the device of `generator`.
         """
+        if not isinstance(generator, torch.Generator | None):
+            raise ConfigurationError(f"generator={generator!r}: it must be a torch.Generator")
         device = torch.device("cpu") if generator is None else generator.device
         seed = torch.randint(2**62, (), generator=generator, device=device)
         return cls(int(seed), device)

@@ -79,6 +79,9 @@ class Stats:
             that descend on both.
         method: How the window was differentiated where there is a choice: by the "recorded graph",
             or by the "recursion" and why.
+        seconds: Wall clock of the "rollout", the "selection" of the window and the way "backward",
+            which begins with the outer loss. Nothing waits for a device to be measured, so work
+            that a GPU was given in one part may be counted to a later one, which needs its result.
     """
 
     status: str
@@ -91,6 +94,7 @@ class Stats:
     low_rank: LowRankStats | None = None
     penalty: float | None = None
     method: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,36 @@ from torch import Tensor
 
 
 def is_differentiable(leaf: object) -> bool:
-    """Whether a leaf is a tensor that can carry a derivative."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    """Whether a leaf is a tensor that can carry a derivative, real or complex."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def is_variable(leaf: object) -> bool:
+    """Whether a leaf can be optimised: a dense tensor of real numbers of at least 16 bits."""
+    return (
+        isinstance(leaf, Tensor)
+        and leaf.is_floating_point()
+        and leaf.itemsize > 1
+        and is_dense(leaf)
+        and not leaf.is_meta
+    )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has an entry for every index of a regular shape."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def needs_gradient(leaf: object) -> bool:
     """Whether a leaf is a tensor whose derivative is asked for."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """A differentiable tensor in double precision, another one as it is."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def partition(
@@ -50,6 +73,17 @@ def tensors_in(tree: Any) -> list[Tensor]:
 def detach(tree: Any) -> Any:
     """The same pytree with every tensor cut off its graph."""
     return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in words: "a torch.float64 tensor of shape (2, 3)", "a list"."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_nested:
+        return f"a nested {value.dtype} tensor"
+    layout = "" if value.layout is torch.strided else f" and layout {value.layout}"
+    where = " on the meta device" if value.is_meta else ""
+    return f"a {value.dtype} tensor of shape {tuple(value.shape)}{layout}{where}"
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
@@ -97,8 +131,20 @@ class Layout:
 
     def ravel(self, tree: Any) -> Tensor:
         """The leaves as one vector."""
-        leaves = [leaf.reshape(-1) for leaf in optree.tree_leaves(tree)]
-        return leaves[0] if len(leaves) == 1 else torch.cat(leaves)
+        return self.join(self.flatten(tree))
+
+    def join(self, leaves: Sequence[Tensor]) -> Tensor:
+        """The vector with these leaves."""
+        # An expanded leaf stays one when it is reshaped, and forward mode cannot write to it.
+        flat = [leaf.reshape(-1).contiguous() for leaf in leaves]
+        vector = flat[0] if len(flat) == 1 else torch.cat(flat)
+        # Made under torch.inference_mode; a copy has no such mark.
+        return vector.clone() if vector.is_inference() else vector
+
+    def flatten(self, tree: Any) -> list[Tensor]:
+        """The leaves of a pytree of this structure."""
+        leaves: Any = self.spec.flatten_up_to(tree)
+        return list(leaves)
 
     def unflatten(self, leaves: Sequence[Tensor]) -> Any:
         """The pytree with these leaves."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from bilevel.errors import ProblemError
 from bilevel.tree import (
     detach,
-    is_differentiable,
+    is_variable,
+    kind_of,
     named_leaves,
     needs_gradient,
     partition,
@@ -44,11 +45,10 @@ class OuterVariables:
         self.names = []
         self.leaves: list[Tensor] = []
         for name, leaf in named_leaves(outer):
-            if not is_differentiable(leaf):
-                kind = f"{leaf.dtype} tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
+            if not is_variable(leaf):
                 raise ProblemError(
-                    f"outer variable {name!r} is a {kind}; outer variables must be floating-point "
-                    "tensors, constants belong in the problem"
+                    f"outer variable {name!r} is {kind_of(leaf)}; outer variables must be dense "
+                    "floating-point tensors of at least 16 bits, constants belong in the problem"
                 )
             self.names.append(name)
             self.leaves.append(leaf.detach().clone().requires_grad_())

@@ -1,6 +1,7 @@
 """The inner steps that are differentiated, and what a schedule knows of them before the run."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import final
 
 from bilevel.errors import ConfigurationError
@@ -11,16 +12,18 @@ class Window:
     """The inner steps [start, stop) that are differentiated; the outer loss is taken at θ_stop.
 
     Raises:
-        ConfigurationError: Unless 0 ≤ start < stop.
+        ConfigurationError: Unless 0 ≤ start < stop, both integers.
     """
 
     start: int
     stop: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
+        integers = isinstance(self.start, Integral) and isinstance(self.stop, Integral)
+        if not (integers and 0 <= self.start < self.stop):
             raise ConfigurationError(
-                f"window [{self.start}, {self.stop}): start must be at least 0 and below stop"
+                f"window [{self.start}, {self.stop}): start must be at least 0 and below stop, "
+                "both integers"
             )
 
     @property

@@ -275,10 +275,17 @@ def changeable(mark: str) -> Callable[[str], bool]:
         target = registered(owner) if owner else None
         if target is None:
             return False
-        judges = isinstance(target, type) and issubclass(target, JUDGES)
-        if mark == WHEN_JUDGED and (judges or _is_network(owner)):
+        if mark == WHEN_JUDGED and judges(owner):
             return True
         found = inspect.signature(target, eval_str=True).parameters.get(parameter)
         return found is not None and mark in getattr(found.annotation, "__metadata__", ())
 
     return is_marked
+
+
+def judges(owner: str) -> bool:
+    """Whether it is a network, of one's own too, or one of `JUDGES`."""
+    target = registered(owner) if owner else None
+    if target is None:
+        return False
+    return (isinstance(target, type) and issubclass(target, JUDGES)) or _is_network(owner)

@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--json",
         metavar="FILE",
         help="where the results go (default: results.json of the run, or a name of its own for "
-        "another set, network or protocol)",
+        "another set, network or protocol, and for what is asked for beside them)",
     )
     parser.add_argument(
         "--only",
@@ -152,6 +152,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "and of networks"
             )
         names = [name for name in options.architectures.split(",") if name]
+        architectures = {name: config.network(name, experiment) for name in names}
         name = _results_name(options, judged, chosen, experiment, _judged_otherwise(saved))
         results = Path(options.json) if options.json else folder / name
         # Beside a run that goes on, all may be judged but what it writes itself.
@@ -162,7 +163,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 results,
                 options.only or TRAINING_SETS,
                 values=options.values,
-                architectures={name: config.network(name, experiment) for name in names},
+                architectures=architectures,
                 hard_labels=options.hard_labels,
                 scores=options.scores,
                 baselines=baselines,
@@ -231,23 +232,36 @@ def _results_name(
 ) -> str:
     """`results.json` for the judgement of the run itself, and for each other one its own name.
 
-    It says the set, and the network and the protocol if they are not the run's; what else is
-    different makes a checksum at its end.
+    It says the set, the network and the protocol if they are not the run's, and what was asked for
+    beside them; what else is different makes a checksum at its end.
     """
+    from dd.gin_text import parameters
     from dd.runtime.cache import checksum
 
+    # Networks beside the run's own: how they are configured is no change of that.
+    others = {*options.architectures.split(",")}
+    others -= {parameters(judged.config).get("Experiment.network", "").removeprefix("@")}
     parts, different = [], list(changes)
     is_own = chosen.resolve() == judged.set_path.resolve()
     if not (is_own and judged.is_run):
         parts.append(chosen.stem)
         if not (is_own or chosen.resolve().is_relative_to(judged.folder.resolve())):
             different += [str(chosen.resolve()), options.values]
-    if changes:
+    if any(_owner(change) not in others for change in changes):
         parts += [type(experiment.network).__name__, experiment.evaluator.protocol.name]
     parts += options.only or []
     parts += ["hard_labels"] if options.hard_labels else []
+    for asked in ("architectures", "baselines"):
+        names = {name for name in getattr(options, asked).split(",") if name}
+        parts += [f"{asked}-{'+'.join(sorted(names))}"] if names else []
+    parts += ["scores"] if options.scores else []
     parts += [checksum(different)[:6]] if different else []
     return "-".join([Path(RESULTS).stem, *parts]) + ".json"
+
+
+def _owner(change: str) -> str:
+    """What a parameter belongs to; the text may go on after its name."""
+    return change.partition(" ")[0].rpartition("/")[2].rpartition(".")[0]
 
 
 def _judged_otherwise(saved: str) -> list[str]:
@@ -256,15 +270,14 @@ def _judged_otherwise(saved: str) -> list[str]:
     How many networks are trained for how long is left out: that is the same, more precisely.
     """
     from dd import config
-    from dd.gin_text import registered
     from dd.runtime.changes import WHEN_RESUMED
 
     is_precision = config.changeable(WHEN_RESUMED)
 
     def says_nothing(name: str) -> bool:
-        target = registered(name.rpartition("/")[2].rpartition(".")[0])
-        judges = isinstance(target, type) and issubclass(target, config.JUDGES)
-        return is_precision(name) or not (judges or name == "Experiment.network")
+        return is_precision(name) or not (
+            config.judges(_owner(name)) or name == "Experiment.network"
+        )
 
     return config.differences(saved, f"{saved}\n{config.text()}", says_nothing)
 

@@ -25,15 +25,17 @@ from dd.data import ImageDataset, PixelTransform
 from dd.data.image_dataset import fingerprint
 from dd.data.prepared import PreparedData, prepare
 from dd.distillation.events import Event
-from dd.distillation.loop import begin
+from dd.distillation.loop import begin, progress
 from dd.distillation.memory import out_of_memory_advice
 from dd.distillation.monitor import show_result
-from dd.distillation.recorder import DISTILLED, EVENTS, record
+from dd.distillation.recorder import DISTILLED, EVENTS
+from dd.distillation.recording import record
 from dd.distillation.rehearsal import rehearsed
 from dd.distillation.resuming import circumstances
 from dd.distillation.settings import Distiller
 from dd.evaluation.assessment import Assessment
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.earlier import earlier_results
 from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.foreign_set import load_foreign_set
 from dd.evaluation.names import RESULTS, TRAINING_SETS, TRANSFORMED
@@ -43,7 +45,7 @@ from dd.objectives.base import Task
 from dd.objectives.expert_buffer import describe
 from dd.runtime.changes import Judging
 from dd.runtime.devices import chosen_device
-from dd.runtime.files import write_sealed
+from dd.runtime.files import DamagedFileError, write_sealed
 from dd.runtime.memory import NotEnoughMemoryError, check_fits, ran_out
 from dd.runtime.plain import one_line
 from dd.runtime.run_folder import RunFolder
@@ -201,23 +203,22 @@ class Experiment:
         """
         report = self._new_report(self.synthetic.images_per_class)
         task = self.task(data, folder, config=config_text)
+        earlier = earlier_results(folder / RESULTS)
 
         def write(report: Report) -> None:
-            write_results(task.folder, RESULTS, report)
+            write_results(task.folder, RESULTS, report, earlier)
 
         run = None
         try:
             run = begin(self.distiller, task)
             report = report.of_size(run.candidate("images"))
+            if progress(self.distiller, run.state) >= 1:  # so what was measured is of this set
+                with suppress(DamagedFileError, FileNotFoundError):  # then it is written anew
+                    report = report.of_set(DISTILLED, DistilledSet.load(folder / DISTILLED))
             task.folder.write(CONFIG, partial(write_sealed, text=config_text))
             write(report)
-            record(run, folder, stop, config_text, advice, watch)
-            report = replace(
-                report,
-                outer_steps=run.state.step,
-                skipped_steps=run.state.skipped,
-                seconds_distilling=run.state.seconds,
-            )
+            record(run, folder, stop, config_text, advice, watch, "evaluation" if evaluate else "")
+            report = report.after(run.state.step, run.state.skipped, run.state.seconds)
             if not stop.agreed():
                 stop.at_once = True
                 distilled = DistilledSet.load(folder / DISTILLED)
@@ -235,17 +236,18 @@ class Experiment:
                 task.folder.write(EVENTS, lambda events: show_result(events, *found))
                 return report
         except KeyboardInterrupt:
-            pass  # a second Ctrl-C while distilling, or the first while evaluating
+            # A second one while distilling, or the first while the set is judged.
+            if run is not None and not run.half_done:
+                report = report.after(run.state.step, run.state.skipped, run.state.seconds)
         except Exception as error:
             told: Exception = error
             if ran_out(error):
                 told = NotEnoughMemoryError(out_of_memory_advice(self.distiller, task))
             if run is not None:
-                steps, skipped = run.state.step, run.state.skipped
+                failed = report.after(run.state.step, run.state.skipped, run.state.seconds)
                 reason = one_line(f"{type(told).__name__}: {told}")
-                failed = replace(report, outer_steps=steps, skipped_steps=skipped, reason=reason)
                 with suppress(OSError):  # such as a full disk, which may be what is wrong
-                    write(replace(failed, status="failed"))
+                    write(replace(failed, status="failed", reason=reason))
             if told is not error:
                 raise told from error
             raise
@@ -292,18 +294,19 @@ class Experiment:
         distilled.check_classes(str(set_path), self.dataset)
         if hard_labels:
             distilled = distilled.with_hard_labels()
-        report = replace(
-            self._new_report(len(distilled.images) // self.dataset.num_classes),
-            seconds_distilling=distilled.provenance.get("seconds"),
-            outer_steps=distilled.provenance.get("outer_step"),
-            skipped_steps=distilled.provenance.get("skipped_steps", 0),
-        ).of_set(set_path.name, distilled)
+        report = self._new_report(distilled.images_per_class)
+        report = report.of_saved_set(set_path.name, distilled)
         data = self.prepare(distilled.transform) if data is None else data
-        folder = RunFolder(results_path.parent)
+        folder, earlier = RunFolder(results_path.parent), earlier_results(results_path)
         wanted = training_sets, architectures, scores, baselines
-        for measured in self._assessment(distilled, data).measured(report, *wanted):
-            report = measured
-            write_results(folder, results_path.name, report)
+        try:
+            for measured in self._assessment(distilled, data).measured(report, *wanted):
+                report = measured
+                write_results(folder, results_path.name, report, earlier)
+        except KeyboardInterrupt:
+            report = replace(report, status="interrupted")
+            write_results(folder, results_path.name, report, earlier)
+            raise
         return report
 
     def _new_report(self, images_per_class: int) -> Report:

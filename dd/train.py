@@ -1,6 +1,7 @@
 """Distil a dataset: `python -m dd.train --gin_file=gin/digits.gin`."""
 
 import argparse
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -156,6 +157,12 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData", advi
         if any(report.accuracy.values()):
             print_results(report.as_dict())
         done = report.outer_steps
+        if report.distilled_set is not None:
+            print(
+                f"stopped while evaluating; the distilled set is kept: {folder / DISTILLED}\n"
+                f"to evaluate it later: dd-evaluate {shlex.quote(str(folder))}"
+            )
+            return INTERRUPTED
         print(
             ("stopped at once" if done is None else f"stopped after outer step {done}")
             + f"; to go on, repeat the command with --run_dir={folder}"

@@ -1,12 +1,20 @@
 """The benchmark scripts run, and what they write has the promised form."""
 
+import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from fake_data import write_tiny_imagenet
+
+from dd.data import Standardize, digits
+from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.scores import label_robust_score
 
 ROOT = Path(__file__).parent.parent
 
@@ -221,3 +229,67 @@ def test_the_referee_writes_a_sound_table_of_each_problem(tmp_path):
         assert 0 < rows[method]["s, 90%"] <= rows[method]["s, 99%"]
         assert 0 < rows[method]["evals, 90%"] <= rows[method]["evals, 99%"]
     assert rows["FirstOrder, Last(1)"]["F*"] > best
+
+
+class LabelRobustScore:
+    """What DD-Ranking 0.2.0 documents of its score: what it is given, and what it returns."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+        self.dst_train = self.test_loader_real = self.test_loader_syn = self.class_to_indices = None
+
+    def compute_metrics(self, image_tensor, hard_labels, syn_lr):
+        LabelRobustScore.seen = self, image_tensor, hard_labels, syn_lr
+        names = ("hard_label_recovery", "improvement_over_random", "label_robust_score")
+        return {f"{name}_{of}": torch.tensor(1.0) for name in names for of in ("mean", "std")}
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_dd_ranking_is_given_all_images_behind_the_transform_of_the_set(
+    soft, tmp_path, monkeypatch
+):
+    spec = importlib.util.spec_from_file_location(
+        "dd_ranking", ROOT / "benchmarks" / "dd_ranking.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    cached = {}
+    for name, parts in (
+        ("ddranking", {}),
+        (
+            "ddranking.metrics",
+            {"LabelRobustScoreHard": LabelRobustScore, "hard_label": ModuleType("hard_label")},
+        ),
+        ("ddranking.utils", {"REAL_DATA_ACC_CACHE": cached}),
+    ):
+        module = ModuleType(name)
+        vars(module).update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    data = digits()
+    transform = Standardize.fit(data.train_images)
+    labels = torch.eye(10) if soft else torch.arange(10)
+    learned = {} if soft else {"learning_rate": 0.02}
+    images = transform(torch.rand(10, 1, 8, 8))
+    distilled = DistilledSet(images, labels, transform, data.class_names, learned)
+    script.write_inputs(distilled, data, tmp_path, 50)
+    settings = {"data": "data", "num_eval": 5, "num_epochs": 300, "real_accuracy": 0.8}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    script.inside(tmp_path)
+
+    evaluator, given, classes, rate = LabelRobustScore.seen
+    assert torch.equal(given, images)
+    assert classes.tolist() == list(range(10))
+    assert rate is None if soft else float(rate) == pytest.approx(0.02)
+    assert cached == {"CIFAR10-ConvNet-3": 80.0}
+    assert evaluator.settings["ipc"] == 1
+    assert not evaluator.settings["eval_full_data"]
+    real = torch.stack([image for image, _ in evaluator.dst_train])
+    assert torch.equal(real, transform(data.train_images))
+    for wanted, rows in enumerate(evaluator.class_to_indices):
+        assert {evaluator.dst_train[row][1] for row in rows} == {wanted}
+    (batch,) = evaluator.test_loader_syn
+    assert torch.equal(batch[0], transform(data.test_images[:50]))
+    assert set(json.loads((tmp_path / "found.json").read_text()).values()) == {1.0}
+    assert script.score(0.3, 0.1) == pytest.approx(label_robust_score(0.8, 0.5, 0.5, 0.4))
+    assert math.isclose(script.score(-1, 1), 1)

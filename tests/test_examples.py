@@ -1,11 +1,13 @@
 """Every example runs as a user runs it, and its table supports what it claims."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -96,3 +98,31 @@ def test_a_folder_of_pictures_is_distilled_from_python(tmp_path):
     rows = table("distil_your_own.py", tmp_path)
     learned, real = rows["10 learned images"], rows["10 real images"]
     assert learned["test accuracy"] > real["test accuracy"] + 0.02
+
+
+def test_the_notebook_of_the_docs_runs_on_a_folder_of_pictures(tmp_path, monkeypatch, capsys):
+    path = EXAMPLES.parent / ".ci" / "notebook_pages.py"
+    spec = importlib.util.spec_from_file_location("notebook_pages", path)
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    cells = pages.cells_of((EXAMPLES / "distil_your_own.py").read_text())
+    page = pages.as_page("distil_your_own", cells)
+    assert page.startswith("# Distil your own pictures")
+    assert page.count("```python\n") == page.count("\n## ") == len(cells) - 1
+
+    for index, colour in enumerate(["darkred", "navy", "olive"]):
+        folder = tmp_path / "photos" / colour
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (12, 9), colour).rotate(number + index).save(folder / f"{number}.png")
+    words = ["--photos", str(tmp_path / "photos"), "--outer_steps=2", "--out"]
+    monkeypatch.setattr(sys, "argv", ["notebook", *words, str(tmp_path / "picture.png")])
+    names = {"__name__": "__main__"}
+    for cell in pages.as_notebook(cells)["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    shown = capsys.readouterr().out
+    assert names["distilled"].class_names == ("darkred", "navy", "olive")
+    assert re.search(r"^3 learned images +[01]\.\d{3} ", shown, re.MULTILINE)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size[0] > 30

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.tree import is_differentiable
+from bilevel.tree import in_double, is_differentiable
 
 #: Largest relative error of a compiled result against eager mode, by the result's dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -37,14 +37,14 @@ def compare(
     expected, perturbed = function(*tensors), function(*map(_perturbed, tensors))
 
     @functools.cache
-    def in_double() -> list[Tensor] | None:
+    def exactly() -> list[Tensor] | None:
         try:
-            return function(*map(_in_float64, tensors))
+            return function(*map(in_double, tensors))
         except (RuntimeError, TypeError):  # It has constants of another dtype.
             return None
 
     def distance(value: Tensor, other: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(value.double() - other.double())
+        return torch.linalg.vector_norm(in_double(value) - in_double(other))
 
     for index, (got, wanted, moved) in enumerate(zip(found, expected, perturbed, strict=True)):
         if not is_differentiable(wanted):
@@ -52,10 +52,10 @@ def compare(
                 raise DifferenceError(f"output {index} of its graph differs from eager mode")
             continue
         error, rounding = distance(got, wanted), distance(moved, wanted)
-        size = torch.linalg.vector_norm(wanted.double())
+        size = torch.linalg.vector_norm(in_double(wanted))
         tolerance = TOLERANCE.get(wanted.dtype, 1e-3)
         if bool(torch.isfinite(size)) and not bool(error <= tolerance * size + 10 * rounding):
-            exact = in_double()
+            exact = exactly()
             if exact is not None and bool(
                 distance(got, exact[index]) <= 2 * distance(wanted, exact[index])
             ):
@@ -74,7 +74,3 @@ def _perturbed(tensor: Tensor) -> Tensor:
     signs = torch.ones(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     signs[::2] = -1
     return tensor * (1 + signs.view(tensor.shape) * torch.finfo(tensor.dtype).eps)
-
-
-def _in_float64(tensor: Tensor) -> Tensor:
-    return tensor.double() if is_differentiable(tensor) else tensor

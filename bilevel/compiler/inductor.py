@@ -1,5 +1,7 @@
-"""PyTorch's compiler without Dynamo, and its `scan`: all the private API that this package uses.
+"""PyTorch's compiler without Dynamo, and its `scan`.
 
+They are private, as are the decompositions and the merging of equal operations that the modules
+beside this one use; the rest of the package has nothing that is.
 Written for torch 2.11 to 2.14. Whatever is missing in another version raises, and `Compiler` then
 does without, with a warning.
 """

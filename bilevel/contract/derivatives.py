@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import BilevelError, ProblemError
+from bilevel.tree import in_double
 
 #: What PyTorch says of an operation that lacks the derivative that was asked for.
 _MISSING = (
@@ -42,7 +43,7 @@ _UNFIT = (
         "Adjoint(), which does without",
     ),
     (
-        "jvp",
+        "implement the jvp function",
         "a custom torch.autograd.Function has no jvp, the forward derivative that {estimator} "
         "needs: give it one, or use Adjoint(), which does without",
     ),
@@ -61,6 +62,17 @@ _UNFIT = (
         "mutate a captured Tensor",
         "a method writes in place to a tensor that it was not given, which torch.func, through "
         "which {estimator} differentiates, cannot follow: make a new tensor instead",
+    ),
+    (
+        "`.data` inside functorch",
+        "a method writes through .data, as making or initialising a module does, which torch.func, "
+        "through which {estimator} differentiates, cannot follow: do that before, or use Adjoint()",
+    ),
+    (
+        "ATen/functorch/",
+        "a method keeps a tensor that it has computed, in an attribute, a buffer or a list, and "
+        "uses it in a later call, which torch.func, through which {estimator} may differentiate, "
+        "cannot follow: compute it anew in every call",
     ),
     (
         "doesn't have storage",
@@ -144,12 +156,15 @@ class Direction:
         at = [point.clone().requires_grad_() for point in self._points]
         with torch.enable_grad():
             outputs = function(*at)
-            self.size = float(sum(x.detach().double().square().sum() for x in outputs)) ** 0.5
+            self.size = (
+                float(sum(in_double(x.detach()).abs().square().sum() for x in outputs)) ** 0.5
+            )
             value = self._weighed(outputs)
             if not value.requires_grad:
                 return 0.0
             found = torch.autograd.grad(value, at, materialize_grads=True)
-        return float(sum((f * v).sum().double() for f, v in zip(found, self._along, strict=True)))
+        along = zip(found, self._along, strict=True)
+        return float(sum((f * v).real.sum().double() for f, v in along))
 
     def forward(self, function: Callable[..., Sequence[Tensor]]) -> float:
         """By `torch.func.jvp`."""
@@ -169,6 +184,7 @@ class Direction:
         return (value(distance) - value(-distance)) / (2 * distance)
 
     def _weighed(self, outputs: Sequence[Tensor]) -> Tensor:
+        outputs = [torch.view_as_real(x) if x.is_complex() else x for x in outputs]
         self._weights = self._weights or [self._draw(x) / max(1, x.numel()) ** 0.5 for x in outputs]
         return torch.stack(
             [(w * x).sum().double() for w, x in zip(self._weights, outputs, strict=True)]
@@ -193,7 +209,7 @@ def wrong_second_derivative(gradient: Callable[..., Tensor], points: Sequence[Te
     def values(*at: Tensor) -> list[Tensor]:
         return [gradient(at[0].requires_grad_(), *at[1:]).detach()]
 
-    rounding = torch.finfo(points[0].dtype).eps
+    rounding = _rounding(points)
     distance = rounding ** (1 / 3)
     near, far = (direction.differences(values, distance * part) for part in (0.25, 1.0))
     larger = max(abs(near), abs(slope), rounding ** (1 / 2) * direction.size)
@@ -205,6 +221,8 @@ def check_forward_mode(
     reverse: Callable[..., Sequence[Tensor]],
     points: Sequence[Tensor],
     estimator: object,
+    *,
+    beside: Sequence[Tensor] = (),
 ) -> None:
     """Raise `ProblemError` if forward mode sees another derivative of a step than reverse mode.
 
@@ -215,6 +233,7 @@ def check_forward_mode(
         reverse: The same function, on the graph of its arguments.
         points: What they are given.
         estimator: The estimator that takes forward derivatives.
+        beside: What else the step is made of, for its dtypes.
     """
     direction = Direction(points)
     try:
@@ -222,7 +241,7 @@ def check_forward_mode(
     except RuntimeError:  # Reverse mode has no such derivative, and so no say.
         return
     other = direction.forward(forward)
-    rounding = torch.finfo(points[0].dtype).eps
+    rounding = _rounding([*points, *beside])
     tolerance = 10 * rounding**0.5 * max(abs(one), abs(other)) + 1000 * rounding * direction.size
     if abs(one - other) > tolerance:
         name = type(estimator).__name__
@@ -235,8 +254,13 @@ def check_forward_mode(
 
 def typical_size(point: Tensor) -> float:
     """The size of an entry, 1 where all are zero."""
-    size = float(point.double().square().mean().sqrt()) if point.numel() else 0.0
+    size = float(in_double(point).abs().square().mean().sqrt()) if point.numel() else 0.0
     return size or 1.0
+
+
+def _rounding(tensors: Sequence[Tensor]) -> float:
+    """The rounding unit of the coarsest dtype among those of some tensors."""
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors)
 
 
 def _first_line(text: str) -> str:

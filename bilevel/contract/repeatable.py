@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import ProblemError
-from bilevel.tree import detach, tensors_in
+from bilevel.tree import detach, is_differentiable, tensors_in
 from bilevel.variables import OuterVariables
 
 #: Two results of the same computation may differ by so many rounding units, where sums are split
@@ -32,7 +32,7 @@ def _is_same_leaf(one: Any, other: Any) -> bool:
             return False
         if one.layout is not torch.strided:
             one, other = one.to_dense(), other.to_dense()
-        if not one.is_floating_point() or not one.numel():
+        if not is_differentiable(one) or not one.numel():
             return torch.equal(one, other)
         # Of the largest entry: in sums that cancel, rounding is as large as what they are made of.
         tolerance = ROUNDING_UNITS * torch.finfo(one.dtype).eps

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel.contract.graph import leaves_behind, leaves_of, nodes_of, nodes_so_far
 from bilevel.contract.held import modules_held_by
 from bilevel.errors import ProblemError
-from bilevel.tree import needs_gradient, partition, tensors_in
+from bilevel.tree import is_dense, needs_gradient, partition, tensors_in
 
 
 @final
@@ -32,7 +32,7 @@ class Watch:
 
     def begin(self, outer: Any) -> None:
         """A run begins; `outer` is φ as the user holds it."""
-        given = tensors_in(outer)
+        given = [leaf for leaf in tensors_in(outer) if is_dense(leaf)]
         self._outer = {id(leaf) for leaf in (*given, *leaves_of(given))}
         self._addresses = {leaf.data_ptr() for leaf in given if leaf.numel()}
         #: The private leaves that methods were given.

@@ -146,7 +146,7 @@ class Adjoint(Estimator):
         if self.hvp == "reverse":
             return
         leaves, rebuild = partition(inputs.batch, needs_gradient)
-        leaves = [leaf.detach() for leaf in leaves]
+        leaves = [leaf.detach().contiguous() for leaf in leaves]
 
         def reverse(params: Tensor) -> Sequence[Tensor]:
             at = [params, *(leaf.requires_grad_() for leaf in leaves)]
@@ -156,7 +156,7 @@ class Adjoint(Estimator):
         def forward(params: Tensor) -> Sequence[Tensor]:
             return _gradients(inner, rebuild)(params, *leaves)
 
-        check_forward_mode(forward, reverse, [iterate.params], self)
+        check_forward_mode(forward, reverse, [iterate.params], self, beside=leaves)
 
     def through_window(
         self,
@@ -257,7 +257,8 @@ def _step_back_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """As `_step_back`, by a directional derivative of (∇_θ ℓ, ∇_b ℓ)."""
     batch_leaves, rebuild_batch = partition(inputs.batch, needs_gradient)
-    batch_leaves = [leaf.detach() for leaf in batch_leaves]
+    # Forward mode cannot write to expanded tensors.
+    batch_leaves = [leaf.detach().contiguous() for leaf in batch_leaves]
     gradient, loss = inner.gradient_without_graph(params, rebuild_batch(batch_leaves))
     through_update, state_cotangents, direction, hyper_cotangents = pull_update(
         inner, params, state, gradient, inputs.hyperparameters, cotangent, state_cotangents

@@ -120,8 +120,8 @@ class Elementwise(Rule):
             update, *after = _like(grads, formula(rule, grads, params, *moments, *shared))
             return update, after
         leaves, spec = optree.tree_flatten(grads)
-        columns = [optree.tree_leaves(moment) for moment in moments]
-        thetas = [None] * len(leaves) if params is None else optree.tree_leaves(params)
+        columns = [spec.flatten_up_to(moment) for moment in moments]
+        thetas = [None] * len(leaves) if params is None else spec.flatten_up_to(params)
         rows = [
             _like(grad, formula(rule, grad, theta, *own, *shared))
             for rule, grad, theta, *own in zip(

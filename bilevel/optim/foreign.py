@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import optree
@@ -179,10 +180,17 @@ def _naming(transformation: Any) -> Iterator[None]:
     """PyTorch's errors as ours, with the name of the transformation."""
     try:
         yield
+    except ConfigurationError:
+        raise
     except RuntimeError as error:
         raise ConfigurationError(
             f"{name_of(transformation)} cannot be run without a graph, or not be differentiated: "
             f"{error}"
+        ) from error
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{name_of(transformation)} cannot be run on the pytree that init returned, as "
+            f"update(updates, state, params=…, inplace=False): {type(error).__name__}: {error}"
         ) from error
 
 
@@ -205,6 +213,15 @@ def _check_pure(transformation: Any, like: Any) -> None:
         raise ConfigurationError(
             f"{name_of(transformation)} returned updates of the structure "
             f"{optree.tree_structure(first)} for parameters of {optree.tree_structure(params)}"
+        )
+    shapes, wanted = (
+        [tuple(getattr(leaf, "shape", "?")) for leaf in optree.tree_leaves(tree)]
+        for tree in (first, params)
+    )
+    if shapes != wanted:
+        raise ConfigurationError(
+            f"{name_of(transformation)} returned updates of the shapes {shapes} for parameters of "
+            f"{wanted}"
         )
     if not optree.tree_all(optree.tree_map(torch.equal, first, again)):
         raise ConfigurationError(
@@ -292,13 +309,9 @@ def _weighed(weights: list[Tensor], updates: list[Tensor]) -> Tensor:
 
 def random_like(like: Any, scale: float, seed: int) -> Any:
     """Normal float64 numbers of this size in the structure of some parameters."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(leaf: Tensor) -> Tensor:
-        numbers = torch.randn(leaf.shape, dtype=torch.float64, generator=generator)
-        return scale * numbers.to(leaf.device)
-
-    return optree.tree_map(draw, like)
+    draw = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, dtype=torch.float64, generator=draw)
+    return optree.tree_map(lambda leaf: scale * normal(leaf.shape).to(leaf.device), like)
 
 
 def _is_learned(tree: Any) -> bool:

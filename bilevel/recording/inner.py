@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
-import optree
 import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from bilevel.checks import check_hyperparameters, check_params, check_scalar
+from bilevel.checks import check_hyperparameters, check_metrics, check_params, check_scalar
 from bilevel.compiler import Compiler
 from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.optim.base import on_vector
@@ -166,21 +165,22 @@ class InnerLoop:
 
     def step_on_leaves(
         self, leaves: list[Tensor], state: Any, inputs: StepInputs
-    ) -> tuple[list[Tensor], Tensor]:
-        """(the leaves of θ_{t+1}, ℓ) on the graph of those of θ_t, for optimizers without a state.
+    ) -> tuple[list[Tensor], Any, Tensor]:
+        """(the leaves of θ_{t+1}, s_{t+1}, ℓ) on the graph of those of θ_t.
 
-        With so little to compute for each, that is faster than cutting up a vector and joining it.
+        For optimizers that begin without a tensor in their state: with so little to compute for
+        each leaf, that is faster than cutting up a vector and joining it.
         """
         tree = self.layout.unflatten(leaves)
         loss = check_scalar(self._call("inner_loss", tree, inputs.batch), "inner_loss")
         gradients = tuple(map(torch.zeros_like, leaves))
         if loss.requires_grad:
             gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
-        updates, _ = self._made(inputs.hyperparameters).update(
+        updates, state = self._made(inputs.hyperparameters).update(
             self.layout.unflatten(gradients), state, params=tree, inplace=False
         )
-        changes = optree.tree_leaves(updates)
-        return [leaf + change for leaf, change in zip(leaves, changes, strict=True)], loss
+        changes = self.layout.flatten(updates)
+        return [leaf + change for leaf, change in zip(leaves, changes, strict=True)], state, loss
 
     def advance(
         self,
@@ -216,9 +216,8 @@ class InnerLoop:
         value = self._call("outer_loss", self.unravel(params), outer, batch)
         if value is None and self.has_step_loss:
             return None, {}
-        loss, metrics = value if isinstance(value, tuple) else (value, {})
-        check_scalar(loss, "outer_loss")
-        return loss, {name: torch.as_tensor(metric) for name, metric in metrics.items()}
+        loss, metrics = check_metrics(value) if isinstance(value, tuple) else (value, {})
+        return check_scalar(loss, "outer_loss"), metrics
 
     def step_loss(self, params: Tensor, outer: Any, step: int, key: Key) -> Tensor:
         """f_t(θ_{t+1}, φ), t = `step`, for problems that have losses along the run; 0 for None."""

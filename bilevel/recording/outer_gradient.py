@@ -203,7 +203,7 @@ class OuterGradient:
         leaves, tree = self.variables.leaves, self.variables.tree
 
         def add_used(outputs: Any) -> None:
-            found = [leaf.sum().double() for leaf in partition(outputs, needs_gradient)[0]]
+            found = [leaf.sum().abs().double() for leaf in partition(outputs, needs_gradient)[0]]
             if found:
                 grads = torch.autograd.grad(torch.stack(found).sum(), leaves, allow_unused=True)
                 used.update(index for index, grad in enumerate(grads) if grad is not None)

@@ -27,7 +27,7 @@ class Unrolled:
     Attributes:
         start: That number.
         points: θ_start and every iterate after it, each as tensors on the graph: one flat vector,
-            or the leaves of the pytree where the optimizer has no state.
+            or the leaves of the pytree where the optimizer begins without a state.
     """
 
     @torch.enable_grad()
@@ -49,7 +49,7 @@ class Unrolled:
         """Make one step; returns ℓ before it, without a graph."""
         here = self.points[-1]
         if self._by_leaves:
-            after, loss = self._inner.step_on_leaves(here, self._state, inputs)
+            after, self._state, loss = self._inner.step_on_leaves(here, self._state, inputs)
         else:
             gradient, loss = self._inner.gradient_with_graph(here[0], inputs.batch)
             iterate = Iterate(here[0], self._state)
@@ -72,7 +72,7 @@ class Unrolled:
         """(θ, s) after the last step, flat and without a graph."""
         last = self.points[-1]
         params = (
-            self._inner.layout.ravel([leaf.detach() for leaf in last])
+            self._inner.layout.join([leaf.detach() for leaf in last])
             if self._by_leaves
             else last[0]
         )
@@ -85,7 +85,7 @@ class Unrolled:
     def flat(self, index: int) -> Tensor:
         """The point at `index` as one vector on the graph."""
         point = self.points[index]
-        return self._inner.layout.ravel(point) if self._by_leaves else point[0]
+        return self._inner.layout.join(point) if self._by_leaves else point[0]
 
 
 @final

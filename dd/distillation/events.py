@@ -81,6 +81,20 @@ class StageChanged:
 
 @final
 @dataclass(frozen=True)
+class Validating:
+    """The set will now be judged on the validation split: a run may stop here, and does it later.
+
+    Attributes:
+        step: Outer steps done.
+        seconds: About how long it takes.
+    """
+
+    step: int
+    seconds: float
+
+
+@final
+@dataclass(frozen=True)
 class Validated:
     """The set was judged on the validation split.
 
@@ -104,4 +118,4 @@ class Finished:
     step: int
 
 
-Event = Ready | Stepped | Skipped | WentBack | StageChanged | Validated | Finished
+Event = Ready | Stepped | Skipped | WentBack | StageChanged | Validating | Validated | Finished

@@ -28,7 +28,7 @@ from dd.distillation.events import (
     Skipped,
     StageChanged,
     Stepped,
-    Validated,
+    Validating,
     WentBack,
 )
 from dd.distillation.resuming import (
@@ -40,6 +40,7 @@ from dd.distillation.resuming import (
 )
 from dd.distillation.settings import Distiller
 from dd.distillation.state import TrainingState
+from dd.distillation.validation import expected_seconds, validate
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.recipe import student_recipe
 from dd.objectives.base import HELD_OUT, Task
@@ -48,8 +49,6 @@ from dd.runtime.processes import from_first_process, is_first_process, own_key
 
 #: Outer steps in a row whose hypergradient may be non-finite (and is skipped) before giving up.
 MOST_SKIPPED = 10
-#: Which networks judge a candidate in a validation: a step has others for each of the two.
-CANDIDATE_KEYS = {"images": "validation", "average": "validation/accuracy_of_average"}
 
 
 @final
@@ -75,6 +74,8 @@ class Distillation:
         self.task = task
         self.state = state
         self.notes = notes
+        #: How long the last validation took.
+        self.validation_seconds: float | None = None
         #: Whether an outer step is being applied, so that the state is none to be saved.
         self.half_done = False
         #: The schedule's state when nothing was half done last; a step may change it at its start.
@@ -175,7 +176,7 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
     """
     settings, state = run.settings, run.state
     state.processes = world_size()
-    yield _ready(run)
+    yield from _validated_and_ready(run)
     while progress(settings, state) < 1:
         began, sentence = time.perf_counter(), None
         event: Event
@@ -188,7 +189,7 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= MOST_SKIPPED or run.half_done:
                 yield _went_back(run, error)
-                yield _ready(run)
+                yield from _validated_and_ready(run)
                 continue
             event, run.half_done = Skipped(state.step, str(error)), True
             state.step += 1
@@ -197,15 +198,23 @@ def outer_loop(run: Distillation) -> Iterator[Event]:
         yield event
         if sentence is not None:
             yield StageChanged(state.step, sentence)
-        if settings.validate_every and state.step % settings.validate_every == 0:
-            yield validate(run)
-        yield _ready(run)
+        state.validation_due = bool(
+            settings.validate_every and state.step % settings.validate_every == 0
+        )
+        yield from _validated_and_ready(run)
     yield Finished(state.step)
 
 
-def _ready(run: Distillation) -> Ready:
+def _validated_and_ready(run: Distillation) -> Iterator[Event]:
     run.half_done, run.schedule = False, run.state.truncation.state_dict()
-    return Ready(run.state.step)
+    if run.state.validation_due:
+        yield Validating(run.state.step, expected_seconds(run))
+        began = time.perf_counter()
+        validated = validate(run)
+        run.validation_seconds = time.perf_counter() - began
+        run.state.validation_due = False
+        yield validated
+    yield Ready(run.state.step)
 
 
 def _went_back(run: Distillation, error: bilevel.NonFiniteError) -> WentBack:
@@ -269,30 +278,14 @@ def outer_step(run: Distillation) -> tuple[Stepped, str | None]:
         metrics=metrics,
         objective=run.objective.report(result),
         schedule={**state.truncation.report(), **signals},
-        parts={"hypergradient": differentiated - began, "outer_update": updated - differentiated},
+        parts={
+            "hypergradient": differentiated - began,
+            **result.stats.seconds,
+            "outer_update": updated - differentiated,
+        },
         stage=stage,
     )
     return stepped, sentence
-
-
-def validate(run: Distillation) -> Validated:
-    """Judge the set, and its average if there is one, on the validation split."""
-    state, task = run.state, run.task
-    accuracy: dict[str, float] = {}
-    best = None
-    for name in ("images",) if state.average is None else ("images", "average"):
-        candidate = run.candidate(name)
-        accuracy[name] = task.evaluator.validation(
-            candidate.images,
-            candidate.labels,
-            task.network,
-            task.data,
-            task.key.fold(CANDIDATE_KEYS[name], state.step),
-            candidate.provenance.get("learning_rate"),
-        )
-        if state.best_accuracy is None or accuracy[name] > state.best_accuracy:
-            state.best_accuracy, state.best_step, best = accuracy[name], state.step, name
-    return Validated(state.step, accuracy, best)
 
 
 def progress(settings: Distiller, state: TrainingState) -> float:

@@ -3,6 +3,7 @@
 import ast
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -14,7 +15,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from bilevel import HypergradientResult
 from dd.distillation.charts import HeatMap, WindowBand
-from dd.distillation.gallery import image_grid, stretched
+from dd.distillation.gallery import beside, image_grid, stretched
 from dd.runtime.devices import peak_memory
 
 #: Of the spectrum of a low-rank Hessian, so many eigenvalues are shown, the largest.
@@ -30,7 +31,7 @@ LAYOUT = {
             "Multiline",
             ["^hypergradient/norm$", "^hypergradient/clip_bound$"],
         ],
-        "seconds of an outer step": ["Multiline", ["^time/"]],
+        "seconds of an outer step, and of its parts": ["Multiline", ["^time/"]],
     }
 }
 #: What the curves are, for the button beside each.
@@ -47,7 +48,10 @@ DESCRIPTIONS = {
     "inner/loss_at_start": "The loss on the distilled images at the first inner step.",
     "inner/loss_at_stop": "The loss on the distilled images at the end of the window.",
     "time/seconds_per_step": "Wall clock of an outer step.",
-    "time/hypergradient": "Of it, the inner run and the way back.",
+    "time/hypergradient": "Of it, reading real images and the next three.",
+    "time/rollout": "The inner run, without a graph or with one.",
+    "time/selection": "Choosing the window that is differentiated.",
+    "time/backward": "The outer loss, and the way back through the window.",
     "time/outer_update": "Of it, clipping and the outer optimizer.",
     "memory/peak_MiB": "The most memory so far, of the GPU or else of the process.",
     "validation/accuracy": "Of fresh networks trained on the set, on the validation split.",
@@ -197,7 +201,12 @@ class Monitor:
             self._file.add_summary(Summary(value=[told]), step)
 
     def images(
-        self, step: int, pixels: Tensor, images_per_class: int, class_names: Sequence[str] = ()
+        self,
+        step: int,
+        pixels: Tensor,
+        images_per_class: int,
+        class_names: Sequence[str] = (),
+        real: Tensor | None = None,
     ) -> None:
         """Show the synthetic images: clamped to [0, 1], and each channel of each stretched.
 
@@ -206,8 +215,13 @@ class Monitor:
             pixels: [N, C, H, W], ordered by class.
             images_per_class: How many images each class has.
             class_names: What is written over them.
+            real: Of every image one that is shown beside it, in the same form.
         """
-        for name, shown in (("clamped", pixels.clamp(0, 1)), ("stretched", stretched(pixels))):
+        for name, form in (
+            ("clamped", partial(torch.clamp, min=0, max=1)),
+            ("stretched", stretched),
+        ):
+            shown = beside(form(pixels), None if real is None else form(real))
             grid = image_grid(shown, images_per_class, class_names)
             self._writer.add_image(f"synthetic_images/{name}", grid, step)
 

@@ -25,6 +25,8 @@ class Progress:
         minutes: The most minutes, or None.
         step: The step a resumed run goes on from.
         seconds: The seconds spent before.
+        validate_every: Steps between validations; 0: there are none.
+        then: What comes when all is done.
     """
 
     def __init__(
@@ -33,7 +35,10 @@ class Progress:
         minutes: float | None,
         step: int = 0,
         seconds: float = 0.0,
+        validate_every: int = 0,
+        then: str = "",
     ) -> None:
+        self._validate_every, self._then, self._described = validate_every, then, "distilling"
         self._by_time = minutes is not None
         self._outer_steps = outer_steps
         self._limit = None if minutes is None else 60 * minutes
@@ -75,15 +80,32 @@ class Progress:
         if self._steps:
             each = statistics.median(self._steps)
             speed = f", {each:.2f} s/step" if each > 1 else f", {1 / max(each, 1e-9):.2f} steps/s"
-            left = f"{duration(self.remaining())} left, "
+            left = f"{duration(self.remaining())} left{self._next()}, "
         self._bar.set_postfix_str(
             f"{left}step {step}, loss {loss:.3f}{shown}{speed}", refresh=False
         )
-        self._bar.set_description_str(
-            "distilling" if stage is None else f"distilling, {stage} stage", refresh=False
-        )
+        self._described = "distilling" if stage is None else f"distilling, {stage} stage"
+        self._bar.set_description_str(self._described, refresh=False)
         target = min(int(seconds), int(self._bar.total)) if self._by_time else step
         self._bar.update(target - self._bar.n)
+
+    def validating(self, seconds: float, may_be_put_off: bool) -> None:
+        """Show that there is a validation now, and about how long it takes."""
+        hint = ", Ctrl-C puts it off" if may_be_put_off else ""
+        self._bar.set_description_str(f"validating, about {duration(seconds)}{hint}")
+
+    def validated(self) -> None:
+        """Show that it is over."""
+        self._bar.set_description_str(self._described)
+
+    def _next(self) -> str:
+        """What comes next, and when."""
+        if self._validate_every:
+            steps = self._validate_every - self._step % self._validate_every
+            until = steps * self.seconds_per_step
+            if until <= self.remaining():
+                return f", validation in {duration(until)}"
+        return f", then {self._then}" if self._then else ""
 
     @property
     def steps_timed(self) -> int:

@@ -3,14 +3,12 @@
 import gc
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
 from torch import Tensor
 
-import bilevel
 from bilevel.distributed import world_size
 from dd.distillation.events import (
     Event,
@@ -20,19 +18,19 @@ from dd.distillation.events import (
     StageChanged,
     Stepped,
     Validated,
+    Validating,
     WentBack,
 )
 from dd.distillation.gallery import png
-from dd.distillation.loop import Distillation, outer_loop
+from dd.distillation.loop import Distillation
 from dd.distillation.monitor import Monitor
 from dd.distillation.progress import Progress
+from dd.distillation.prototypes import nearest_real
 from dd.distillation.rehearsal import LONG, STEPS_TO_WARN, least_seconds, warning_of_days
 from dd.distillation.resuming import CHECKPOINT, DISTILLED, PREVIOUS
+from dd.evaluation.distilled_set import DistilledSet
 from dd.objectives.base import HELD_OUT
-from dd.runtime.files import read_tensors, write_bytes
-from dd.runtime.processes import is_first_process
-from dd.runtime.stopping import StopRequest
-from dd.runtime.writer import orphaned
+from dd.runtime.files import write_bytes
 
 #: Bytes that are given back before the last save of a run that ran out of memory.
 RESERVE = 2**24
@@ -42,49 +40,6 @@ EVENTS = "events"
 AVERAGE = Path("snapshots") / "average.safetensors"
 #: What TensorBoard calls the accuracies of a validation.
 SHOWN_AS = {"images": "validation/accuracy", "average": "validation/accuracy_of_average"}
-
-
-def record(
-    run: Distillation,
-    folder: Path,
-    stop: StopRequest,
-    config_text: str,
-    advice: str = "",
-    watch: Callable[[Event], object] = lambda event: None,
-) -> None:
-    """Distil until all is done or `stop` is requested; the files are then up to date.
-
-    Args:
-        run: The distillation.
-        folder: Where the files go.
-        stop: Looked at after every outer step, in every process.
-        config_text: Shown in TensorBoard.
-        advice: What to do where a CPU will not finish the run.
-        watch: Called with every event, once it is recorded.
-
-    Raises:
-        bilevel.NonFiniteError: Too many outer steps in a row had no finite hypergradient.
-        bilevel.ProcessError: Another process failed or is gone.
-    """
-    recorder: Recorder = SilentRecorder(run, folder)
-    if is_first_process():
-        recorder = FolderRecorder(run, folder, config_text, advice)
-    try:
-        for event in outer_loop(run):
-            recorder.take(event)
-            watch(event)
-            if isinstance(event, Ready) and stop.agreed():
-                break
-        recorder.save()
-        recorder.show()
-    except BaseException as error:
-        # Whatever it is, it is told as itself, and the checkpoint before stays if this fails.
-        with suppress(Exception):
-            recorder.rescue(error)
-        raise
-    finally:
-        with suppress(OSError):
-            recorder.close()
 
 
 class Recorder(ABC):
@@ -112,47 +67,6 @@ class Recorder(ABC):
 
 
 @final
-class SilentRecorder(Recorder):
-    """Shows nothing, and keeps a checkpoint only if the first process is gone, or silent.
-
-    Args:
-        run: The distillation.
-        folder: Of the run.
-    """
-
-    def __init__(self, run: Distillation, folder: Path) -> None:
-        self.run = run
-        self.folder = folder
-
-    def take(self, event: Event) -> None:
-        pass
-
-    def save(self) -> None:
-        pass
-
-    def rescue(self, error: BaseException) -> None:
-        # The lock of a first process that is stopped is this program's own.
-        first_is_silent = isinstance(error, bilevel.SilentProcessError) and 0 in error.ranks
-        lock = None if self.run.half_done else orphaned(self.folder)
-        if self.run.half_done or (lock is None and not first_is_silent):
-            return
-        try:
-            state, path = self.run.state, self.folder / CHECKPOINT
-            if not path.exists() or read_tensors(path)[1]["step"] < state.step:
-                state.truncation.load_state_dict(self.run.schedule)
-                state.save(path, previous=self.folder / PREVIOUS)
-        finally:
-            if lock is not None:
-                lock.release()
-
-    def show(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@final
 class FolderRecorder(Recorder):
     """Keeps a run in a folder, and shows it in TensorBoard and on the terminal.
 
@@ -161,15 +75,30 @@ class FolderRecorder(Recorder):
         folder: Where the files go.
         config_text: Shown in TensorBoard.
         advice: What to do where a CPU will not finish the run.
+        then: What comes afterwards.
     """
 
-    def __init__(self, run: Distillation, folder: Path, config_text: str, advice: str = "") -> None:
+    def __init__(
+        self,
+        run: Distillation,
+        folder: Path,
+        config_text: str,
+        advice: str = "",
+        then: str = "",
+    ) -> None:
         settings, state = run.settings, run.state
         self.run = run
         self.folder = folder
         self.monitor = Monitor(folder / EVENTS, state.step, settings.inner_steps)
         self.monitor.config(config_text)
-        self.progress = Progress(settings.outer_steps, settings.minutes, state.step, state.seconds)
+        self.progress = Progress(
+            settings.outer_steps,
+            settings.minutes,
+            state.step,
+            state.seconds,
+            settings.validate_every,
+            then,
+        )
         for note in run.notes:
             self.progress.say(note)
         if state.processes != world_size():
@@ -206,6 +135,8 @@ class FolderRecorder(Recorder):
                 self._step, self._seconds = event.step, self.run.state.seconds
             case StageChanged():
                 self.progress.say(f"outer step {event.step}: {event.sentence}")
+            case Validating():
+                self.progress.validating(event.seconds, may_be_put_off=world_size() == 1)
             case Validated():
                 self._validated(event)
             case Finished():
@@ -232,7 +163,7 @@ class FolderRecorder(Recorder):
     def show(self) -> None:
         shown = self.run.candidate("images")
         step = self.run.state.step
-        self.monitor.images(step, shown.pixels(), shown.images_per_class, shown.class_names)
+        self.monitor.images(step, *self._pictured(shown))
         self.monitor.charts(step)
 
     def close(self) -> None:
@@ -306,6 +237,7 @@ class FolderRecorder(Recorder):
     def _validated(self, event: Validated) -> None:
         if event.best is not None:
             self._keep(event.best)
+        self.progress.validated()
         best = self.run.state.best_accuracy
         assert best is not None, "there is at least one candidate"
         found = {SHOWN_AS[name]: value for name, value in event.accuracy.items()}
@@ -315,5 +247,10 @@ class FolderRecorder(Recorder):
         """Make a candidate the run's distilled set."""
         kept = self.run.candidate(candidate)
         kept.save(self.folder / DISTILLED)
-        picture = png(kept.pixels(), kept.images_per_class, kept.class_names)
-        write_bytes(self.folder / PICTURE, picture)
+        write_bytes(self.folder / PICTURE, png(*self._pictured(kept)))
+
+    def _pictured(self, shown: DistilledSet) -> tuple[Tensor, int, Sequence[str], Tensor | None]:
+        """What a picture of the set is made of."""
+        asked, data = self.run.settings.nearest_real, self.run.task.data
+        real = nearest_real(shown, data) if asked else None
+        return shown.pixels(), shown.images_per_class, shown.class_names, real

@@ -51,6 +51,8 @@ class Distiller:
         validate_every: Outer steps between looks at the validation accuracy; the best set seen is
             the one that is kept. 0: no looks, the last set is kept.
         image_every: Outer steps between pictures in TensorBoard.
+        nearest_real: In pictures, show beside every image the nearest training image of its class
+            (`dd.distillation.prototypes`), which takes a while where images are many and large.
         snapshot_minutes: Wall-clock times at which the set is also kept under `snapshots/`.
         checkpoint_seconds: Wall clock between two checkpoints. 0: one after every outer step.
         back_off: How often a run that diverges (ten outer steps in a row have no finite
@@ -83,6 +85,7 @@ class Distiller:
         clip: Clip | None = None,
         validate_every: int = 0,
         image_every: Resumable[int] = 100,
+        nearest_real: Resumable[bool] = False,
         snapshot_minutes: Resumable[Sequence[float]] = (),
         checkpoint_seconds: Resumable[float] = 60.0,
         back_off: Resumable[int] = 0,
@@ -122,6 +125,7 @@ class Distiller:
             check_instance("clip", clip, Clip, "@MovingAverageClip() with ()")
         self.validate_every = check_integer("validate_every", validate_every, 0)
         self.image_every = check_integer("image_every", image_every)
+        self.nearest_real = check_flag("nearest_real", nearest_real)
         if not isinstance(snapshot_minutes, (list, tuple)):
             raise bilevel.ConfigurationError(
                 f"snapshot_minutes={snapshot_minutes!r}: it must be a list of minutes"

@@ -43,6 +43,7 @@ class TrainingState:
         processes: How many processes averaged their hypergradients in the last step.
         skipped: Outer steps that were left out, for their hypergradient was not finite.
         skipped_in_a_row: Of these, the last ones.
+        validation_due: Whether the last step is to be followed by a validation, which was put off.
         rate_scale: What the outer learning rates are multiplied by.
         rates: The outer learning rates so far, each from the step on that it names.
         circumstances: Of the data and the machine, as `Task` has them.
@@ -60,6 +61,7 @@ class TrainingState:
     processes: int = 1
     skipped: int = 0
     skipped_in_a_row: int = 0
+    validation_due: bool = False
     rate_scale: float = 1.0
     rates: list[dict[str, float]] = field(default_factory=list)
     circumstances: dict[str, Any] = field(default_factory=dict)
@@ -119,6 +121,7 @@ class TrainingState:
                 "processes": self.processes,
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "validation_due": self.validation_due,
                 "rate_scale": self.rate_scale,
                 "rates": self.rates,
                 "circumstances": self.circumstances,
@@ -175,6 +178,8 @@ class TrainingState:
             self.processes = int(metadata["processes"])
             self.skipped = int(metadata["skipped"])
             self.skipped_in_a_row = int(metadata["skipped_in_a_row"])
+            # Checkpoints of before have none, and were made after it.
+            self.validation_due = bool(metadata.get("validation_due", False))
             self.rate_scale = float(metadata["rate_scale"])
             self.rates = [dict(rates) for rates in metadata["rates"]]
             self.circumstances = dict(metadata["circumstances"])

@@ -58,7 +58,7 @@ class Assessment:
             self._images, self._labels, self._network, self._data, self._key
         )
         parts = (f"{duration(of)} on {name.replace('_', ' ')}" for name, of in expected.items())
-        return f"training networks, about {', '.join(parts)}; Ctrl-C keeps what is measured"
+        return f"training networks, about {', '.join(parts)}; Ctrl-C keeps set and figures"
 
     def measured(
         self,

@@ -1,6 +1,7 @@
 """Several runs side by side: a table for each dataset, and one picture."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from dd.evaluation.names import RESULTS
 from dd.runtime.files import DamagedFileError, read_json
 from dd.runtime.plain import plain
 
+#: Characters of a line in the legend of a picture.
+LINE = 40
 Runs = Mapping[str, Mapping[str, Any]]
 
 
 def load_results(folders: Sequence[Path]) -> dict[str, Any]:
-    """What was measured in each run, by the run's name.
+    """What was measured in each run: its own judgement by the run's name, others by their file's.
 
     Args:
         folders: Of runs, or files of results.
@@ -26,13 +29,15 @@ def load_results(folders: Sequence[Path]) -> dict[str, Any]:
     """
     runs = {}
     for folder in folders:
-        path = folder if folder.suffix == ".json" else folder / RESULTS
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: run python -m dd.evaluate {folder}")
-        results = read_json(path)
-        if not isinstance(results, dict) or not isinstance(results.get("accuracy"), dict):
-            raise DamagedFileError(f"{path} holds no results of an evaluation")
-        runs[str(folder)] = results
+        own = folder if folder.suffix == ".json" else folder / RESULTS
+        others = sorted(folder.glob(f"{own.stem}-*.json")) if own != folder else []
+        if not (own.is_file() or others):
+            raise FileNotFoundError(f"{own} does not exist: run python -m dd.evaluate {folder}")
+        for path in [own, *others] if own.is_file() else others:
+            results = read_json(path)
+            if not isinstance(results, dict) or not isinstance(results.get("accuracy"), dict):
+                raise DamagedFileError(f"{path} holds no results of an evaluation")
+            runs[str(folder if path == own else path)] = results
     return runs
 
 
@@ -65,9 +70,10 @@ def by_dataset(runs: Runs) -> dict[str, dict[str, Mapping[str, Any]]]:
 
 
 def comparison_table(runs: Runs) -> str:
-    """For each dataset a table: a row for each run, mean ± std over networks in %, and its source.
+    """For each dataset a table: a row for each judgement, mean ± std in %, and its source.
 
-    Accuracies on different datasets say nothing about each other, so they share no table.
+    Accuracies on different datasets say nothing about each other, so they share no table. Those by
+    another network, or by another protocol, have rows of their own, which say so.
     """
     groups = by_dataset(runs)
     if len(groups) == 1:
@@ -88,7 +94,7 @@ def _table(runs: Runs) -> str:
         ]
         floats = run.get("stored_floats")
         size = [str(run["images_per_class"]), "–" if floats is None else f"{floats:,}"]
-        rows.append([name, *size, str(run.get("network", "–")), run["protocol"], *cells])
+        rows.append([name, *size, _network(run), run["protocol"], *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -102,7 +108,7 @@ def comparison_plot(runs: Runs) -> bytes:
     """Accuracy of every run with error bars of one std, beside each other by dataset, as PNG."""
     groups = by_dataset(runs)
     columns = {name: _columns(group) for name, group in groups.items()}
-    widths = [2 + 1.2 * len(names) for names in columns.values()]
+    widths = [4 + 1.2 * len(names) for names in columns.values()]
     figure = Figure(figsize=(sum(widths), 4), layout="constrained")
     plots = figure.subplots(1, len(groups), squeeze=False, width_ratios=widths)[0]
     for axes, (dataset, group) in zip(plots, groups.items(), strict=True):
@@ -116,14 +122,14 @@ def comparison_plot(runs: Runs) -> bytes:
                 [100 * found[column]["std"] for column in shown],
                 fmt="o",
                 capsize=4,
-                label=_literal(f"{name} ({run['protocol']})"),
+                label=_wrapped(_literal(f"{name} ({_network(run)}, {run['protocol']})")),
             )
         axes.set_xticks(
             range(len(columns[dataset])), map(_literal, columns[dataset]), rotation=20, ha="right"
         )
         axes.set_title(_literal(dataset))
         axes.set_ylabel("test accuracy, %")
-        axes.legend()
+        axes.legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
@@ -131,6 +137,17 @@ def comparison_plot(runs: Runs) -> bytes:
 
 def _columns(runs: Runs) -> list[str]:
     return list(dict.fromkeys(name for run in runs.values() for name in accuracies(run)))
+
+
+def _wrapped(text: str) -> str:
+    """In lines, as names of folders may be wider than a picture."""
+    return "\n".join(textwrap.wrap(text, LINE))
+
+
+def _network(run: Mapping[str, Any]) -> str:
+    """Its class, and its parameters, which tell widths apart."""
+    name, parameters = run.get("network", "–"), run.get("network_parameters")
+    return str(name) if parameters is None else f"{name}, {parameters:,} parameters"
 
 
 def _literal(text: str) -> str:

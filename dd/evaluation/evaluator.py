@@ -180,22 +180,32 @@ class Evaluator:
             key: The randomness of the steps.
         """
 
-        def of_step(images: Images, labels: Tensor) -> float:
-            self._train(images, labels, network, key, [1])
-            began = time.perf_counter()
-            trained = self._train(images, labels, network, key, [STEPS_TIMED])
-            # Reading a number waits for the device.
-            float(next(iter(trained[0].values())).sum())
-            return (time.perf_counter() - began) / STEPS_TIMED
-
         images, labels = images.detach(), labels.detach()
-        small = of_step(images, labels) * self.networks
+        small = self._seconds_of_step(images, labels, network, key) * self.networks
         small *= max(self.protocol.steps(self.steps, len(images), self.batch_size))
         found = {"distilled": small, "random_real": small}
         if self.full_data_networks:
-            whole = of_step(data.train_images, data.train_labels) * self.full_data_networks
-            found["full_data"] = whole * max(self.full_data_steps)
+            whole = self._seconds_of_step(data.train_images, data.train_labels, network, key)
+            found["full_data"] = whole * self.full_data_networks * max(self.full_data_steps)
         return found
+
+    @full_float32()
+    def expected_validation_seconds(
+        self, images: Tensor, labels: Tensor, network: nn.Module, data: PreparedData, key: Key
+    ) -> float:
+        """About how long `validation` takes in this process, by a few steps of it."""
+        step = self._seconds_of_step(images.detach(), labels.detach(), network, key)
+        return step * self.validation_steps * len(own_share(self.validation_networks))
+
+    def _seconds_of_step(
+        self, images: Images, labels: Tensor, network: nn.Module, key: Key
+    ) -> float:
+        self._train(images, labels, network, key, [1])
+        began = time.perf_counter()
+        trained = self._train(images, labels, network, key, [STEPS_TIMED])
+        # Reading a number waits for the device.
+        float(next(iter(trained[0].values())).sum())
+        return (time.perf_counter() - began) / STEPS_TIMED
 
     @full_float32()
     def validation(

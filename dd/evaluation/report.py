@@ -16,8 +16,10 @@ from dd.data import ImageDataset
 from dd.evaluation.accuracy import Accuracy
 from dd.evaluation.confusion_picture import confusion_picture
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.earlier import with_earlier
 from dd.evaluation.evaluator import Evaluator
 from dd.evaluation.names import TRAINING_SETS
+from dd.runtime.cache import checksum
 from dd.runtime.devices import device_name
 from dd.runtime.files import write_bytes, write_json
 from dd.runtime.run_folder import RunFolder
@@ -97,8 +99,23 @@ class Report:
     def of_set(self, file: str, distilled: DistilledSet) -> "Report":
         """The report with what a distilled set says of itself."""
         return replace(
-            self.of_size(distilled), distilled_set={"file": file, **distilled.provenance}
+            self.of_size(distilled),
+            distilled_set={
+                "file": file,
+                "checksum": checksum([distilled.images, distilled.labels]),
+                **distilled.provenance,
+            },
         )
+
+    def of_saved_set(self, file: str, distilled: DistilledSet) -> "Report":
+        """The same, with the steps that it says led to it, where no run knows them."""
+        told = distilled.provenance
+        done = told.get("outer_step"), told.get("skipped_steps", 0), told.get("seconds")
+        return self.of_set(file, distilled).after(*done)
+
+    def after(self, steps: int | None, skipped: int, seconds: float | None) -> "Report":
+        """The report after so many outer steps, of which some were skipped, and seconds of work."""
+        return replace(self, outer_steps=steps, skipped_steps=skipped, seconds_distilling=seconds)
 
     def of_size(self, distilled: DistilledSet) -> "Report":
         """The report with the size of a distilled set."""
@@ -190,15 +207,20 @@ def new_report(
     )
 
 
-def write_results(folder: RunFolder, name: str, report: Report) -> None:
+def write_results(
+    folder: RunFolder, name: str, report: Report, earlier: Mapping[str, Any] | None = None
+) -> None:
     """Write what is known, and a picture of what the set's networks take for what.
 
     Args:
         folder: Where.
         name: Of the results, such as `results.json`, whose picture is `confusion.png`.
         report: What is known.
+        earlier: What was in the file before; its figures of the same set are kept until they are
+            measured again.
     """
-    folder.write(name, partial(write_json, content=report.as_dict()))
+    content = with_earlier(report.as_dict(), earlier or {})
+    folder.write(name, partial(write_json, content=content))
     found = report.accuracy.get("distilled")
     if found is not None and found.confusion is not None:
         drawn = confusion_picture(found.confusion, report.class_names)

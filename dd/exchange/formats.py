@@ -115,8 +115,9 @@ class DDRanking(Format):
     keeps = (
         "Images as the network sees them, labels and the learned rate, bit by bit; "
         "`distilled.safetensors` beside them has everything. The package brings test images behind "
-        "the transform by `custom_val_trans`; the random images of its baseline it normalises by "
-        "itself, unless they are given to it by `random_data_path`."
+        "the transform by `custom_val_trans`; the random images of its baseline it draws from its "
+        "own `dst_train`, which it normalises, so that has to be replaced for a fair comparison "
+        "(as `benchmarks/dd_ranking.py` of this project does)."
     )
     use = (
         "import dd, torch\n"

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 import bilevel
 from bilevel.checks import check_integer, check_number
 from bilevel.truncation import Stage
-from dd.augmentation import Augmentation
 from dd.networks import embedded
 from dd.objectives.base import Objective, Outer, PreparedObjective, Task
+from dd.objectives.fresh_network import FreshNetwork
 from dd.synthetic.dataset import SyntheticDataset
 
 
@@ -104,7 +104,7 @@ class _ClassMeans(PreparedObjective):
 
 
 @final
-class FeatureMatching(bilevel.Problem):
+class FeatureMatching(FreshNetwork):
     """Nothing is trained; the synthetic images are judged by the features of a fresh network.
 
     The outer loss is that of `MatchFeatures`. Outer variables are those of `SyntheticDataset`; the
@@ -117,19 +117,6 @@ class FeatureMatching(bilevel.Problem):
         augmentation: Of real and synthetic images, by one generator for all.
         device: Where parameters live.
     """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        synthetic: SyntheticDataset,
-        augmentation: Augmentation,
-        device: torch.device,
-    ) -> None:
-        self.network, self.synthetic = network, synthetic
-        self.augmentation, self.device = augmentation, device
-
-    def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
-        return bilevel.fresh_parameters(self.network, generator, device=self.device)
 
     def inner_batch(self, outer: Any, step: int, *, generator: torch.Generator) -> tuple[()]:
         return ()

@@ -18,6 +18,7 @@ from dd.objectives.alignment import PrototypeAlignment
 from dd.objectives.base import HELD_OUT, Objective, Outer, PreparedObjective, Task
 from dd.objectives.difficulty import DifficultyPacing, Pool
 from dd.objectives.experts import Experts
+from dd.objectives.fresh_network import FreshNetwork
 from dd.runtime.precision import Precision
 from dd.synthetic.dataset import SyntheticDataset
 
@@ -164,7 +165,7 @@ def _extractor(settings: RealImages, task: Task) -> dict[str, Tensor] | None:
 
 
 @final
-class MetaLoss(bilevel.Problem):
+class MetaLoss(FreshNetwork):
     """Train a fresh network on the synthetic set; judge it by its loss on real images.
 
         ℓ(θ, (x, y)) = cross-entropy of the network on augmented synthetic images x, labels y
@@ -196,17 +197,11 @@ class MetaLoss(bilevel.Problem):
         precision: Precision | None = None,
         extractor: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.network = network
-        self.synthetic = synthetic
-        self.augmentation = augmentation
-        self.device = device
+        super().__init__(network, synthetic, augmentation, device)
         self.alignment = alignment
         self.precision = Precision() if precision is None else precision
         check_instance("precision", self.precision, Precision, "@Precision() with ()")
         self.extractor = extractor
-
-    def init(self, outer: Any, *, generator: torch.Generator) -> dict[str, Tensor]:
-        return bilevel.fresh_parameters(self.network, generator, device=self.device)
 
     def inner_batch(
         self, outer: Any, step: int, *, generator: torch.Generator

@@ -1,5 +1,7 @@
 """Several inner runs give the mean of their hypergradients, one after the other or side by side."""
 
+import time
+
 import optree
 import problems
 import pytest
@@ -320,3 +322,22 @@ def test_persistent_particles_go_on_by_one_segment_a_call(pairs):
             )
             together.estimator.load_state_dict(state)
     assert windows == [(0, 2), (2, 4), (4, 5), (0, 2), (2, 4)]
+
+
+@pytest.mark.parametrize("inner_replicas", [1, 3])
+@pytest.mark.parametrize("known_before", [True, False])
+def test_the_parts_of_a_call_take_no_longer_than_all_of_it(inner_replicas, known_before):
+    by_stage = bilevel.truncation.StageAware(2, 1, bilevel.truncation.ByFraction())
+    case = problems.data_cleaning(seeded(0))
+    hypergradient = bilevel.Hypergradient(
+        case.problem,
+        bilevel.optim.sgd(0.1),
+        8,
+        truncation=WINDOW if known_before else by_stage,
+        inner_replicas=inner_replicas,
+    )
+    began = time.perf_counter()
+    seconds = hypergradient(case.outer, case.outer_batch, seeded(0)).stats.seconds
+    passed = time.perf_counter() - began
+    assert set(seconds) == {"rollout", "selection", "backward"}
+    assert 0 < sum(seconds.values()) <= passed

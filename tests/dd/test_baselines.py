@@ -1,5 +1,6 @@
 """Real images chosen without distilling: what the choices promise, and the command's table."""
 
+import json
 from itertools import combinations
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import seeded
-from tiny_runs import arguments, one_error, results_of
+from tiny_runs import arguments, one_error
 from torch import Tensor, nn
 
 from dd import evaluate, train
@@ -78,7 +79,8 @@ def test_the_table_has_hard_and_soft_labels_of_every_choice(
     assert train.main(words) == 0
     capsys.readouterr()
     assert evaluate.main([str(folder), "--baselines=random,herding,k_center,el2n"]) == 0
-    found, shown = results_of(folder), capsys.readouterr().out
+    path = folder / "results-baselines-el2n+herding+k_center+random.json"
+    found, shown = json.loads(path.read_text()), capsys.readouterr().out
     chosen, accuracy = found["baselines"], found["accuracy"]
     own = "soft_labels" if learn_labels else "hard_labels"
     assert chosen["distilled"][own]["values"] == accuracy["distilled"]["values"]

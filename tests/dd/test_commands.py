@@ -29,6 +29,7 @@ from tiny_runs import (
 
 from dd import config, evaluate, experts, train
 from dd.evaluation.distilled_set import DistilledSet
+from dd.evaluation.evaluator import Evaluator
 from dd.runtime.files import read_sealed, read_tensors
 
 
@@ -124,6 +125,19 @@ def test_tensorboard_shows_every_step(finished: tuple[Path, str]) -> None:
     assert all(0 <= value <= 1 for value in curve(shown, "outer/accuracy"))
 
 
+def test_tensorboard_says_what_the_time_of_a_step_went_to(finished: tuple[Path, str]) -> None:
+    shown = shown_in(finished[0])
+    parts = [curve(shown, f"time/{name}") for name in ("rollout", "selection", "backward")]
+    for of_parts, whole in zip(
+        zip(*parts, strict=True), curve(shown, "time/hypergradient"), strict=True
+    ):
+        assert all(seconds >= 0 for seconds in of_parts)
+        assert 0 < sum(of_parts) <= whole * (1 + 1e-6)
+    for name in ("rollout", "selection", "backward", "outer_update"):
+        (said,) = {shown.SummaryMetadata(f"time/{name}").summary_description}
+        assert said
+
+
 def test_the_clipping_bound_follows_the_average_norm_of_all_steps(
     finished: tuple[Path, str],
 ) -> None:
@@ -199,8 +213,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
 
 def stopped_by(
     number: signal.Signals, cwd: Path, ready: Callable[[Path], bool], **changes: Any
-) -> tuple[int, str]:
-    """Start a long run, send a signal once its folder is `ready`; the exit status and stderr."""
+) -> tuple[int, str, str]:
+    """Start a long run, send a signal once its folder is `ready`; exit status, stdout, stderr."""
     running = process(cwd, "dd.train", *arguments("run", **changes))
     try:
         deadline = time.monotonic() + 60
@@ -209,10 +223,10 @@ def stopped_by(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         running.send_signal(number)
-        _, err = running.communicate(timeout=15)
+        out, err = running.communicate(timeout=15)
     finally:
         running.kill()
-    return running.returncode, err
+    return running.returncode, out, err
 
 
 @pytest.mark.parametrize(
@@ -220,7 +234,7 @@ def stopped_by(
 )
 def test_a_signal_stops_a_run_that_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    status, err = stopped_by(
+    status, _, err = stopped_by(
         number, tmp_path, lambda run: (run / SNAPSHOT).exists(), Distiller__outer_steps=10**6
     )
     assert status == 130, err
@@ -247,7 +261,7 @@ def test_a_signal_stops_an_evaluation(tmp_path: Path) -> None:
             results_of(run)["accuracy"]["distilled"] is not None
         )
 
-    status, err = stopped_by(
+    status, out, err = stopped_by(
         signal.SIGINT, tmp_path, evaluating, Evaluator__full_data_steps=[10**6]
     )
     assert status == 130, err
@@ -255,6 +269,27 @@ def test_a_signal_stops_an_evaluation(tmp_path: Path) -> None:
     results = results_of(tmp_path / "run")
     assert results["status"] == "interrupted"
     assert 0 <= results["accuracy"]["distilled"]["mean"] <= 1
+    assert out.endswith(
+        "the distilled set is kept: run/distilled.safetensors\n"
+        "to evaluate it later: dd-evaluate run\n"
+    )
+    assert (tmp_path / "run" / "distilled.safetensors").exists()
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    words = arguments(tmp_path / "run", Distiller__outer_steps=1)
+    assert train.main(words) == 0
+    before = results_of(tmp_path / "run")
+    monkeypatch.setattr(Evaluator, "random_real", interrupt)
+    assert train.main(words) == 130
+    after = results_of(tmp_path / "run")
+    assert after["status"] == "interrupted"
+    assert after["accuracy"] == before["accuracy"]
 
 
 # Mistakes.

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import SNAPSHOT, arguments, command, contents, one_error, results_of
+from tiny_runs import (
+    SNAPSHOT,
+    arguments,
+    command,
+    contents,
+    one_error,
+    results_of,
+    run_command,
+)
 
 from dd import config, evaluate, train
 from dd.data import Standardize
@@ -254,6 +263,7 @@ def test_no_judgement_overwrites_another(copy: Path, tmp_path: Path) -> None:
     torch.save(torch.rand(10, 1, 8, 8), tmp_path / "set.pt")
     (tmp_path / "more").mkdir()
     torch.save(torch.rand(10, 1, 8, 8), tmp_path / "more" / "set.pt")
+    small = ["--gin_param=ViT.width = 8", "--gin_param=ViT.depth = 1"]
     dc = ["--gin_param=Evaluator.protocol = @DCProtocol()", "--gin_param=DCProtocol.epochs = 2"]
     for words in (
         ["--only=distilled", "--gin_param=ConvNet.width = 4"],
@@ -263,6 +273,10 @@ def test_no_judgement_overwrites_another(copy: Path, tmp_path: Path) -> None:
         ["--only=distilled", "--hard_labels"],
         ["--only=distilled", f"--set={tmp_path / 'set.pt'}"],
         ["--only=distilled", f"--set={tmp_path / 'more' / 'set.pt'}"],
+        ["--only=distilled", "--architectures=ViT", *small],
+        ["--only=distilled", "--architectures=ViT", *small, "--gin_param=ViT.heads = 2"],
+        ["--only=distilled", "--baselines=random", "--gin_param=Evaluator.teacher_steps = 2"],
+        ["--only=distilled", "--scores"],
     ):
         before = {path: path.read_bytes() for path in copy.iterdir() if path.is_file()}
         assert evaluate.main([str(copy), *words]) == 0
@@ -270,6 +284,55 @@ def test_no_judgement_overwrites_another(copy: Path, tmp_path: Path) -> None:
         assert all(path.read_bytes() == content for path, content in before.items())
         if words[1:] == dc:
             assert name.startswith("results-ConvNet-dc-distilled-")
+        if words[1:2] == ["--architectures=ViT"]:
+            assert name.startswith("results-distilled-architectures-ViT-")
+        if "--baselines=random" in words:
+            assert name == "results-distilled-baselines-random.json"
+
+
+def test_the_same_command_again_keeps_what_it_does_not_come_to(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--architectures=ConvNet", "--baselines=random"]
+    words = [str(copy), *more, "--gin_param=Evaluator.teacher_steps = 2"]
+    assert evaluate.main(words) == 0
+    (path,) = copy.glob("results-*.json")
+    before = json.loads(path.read_text())
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "random_real", interrupt)
+        assert run_command(evaluate, words) == 130
+    after = json.loads(path.read_text())
+    assert after["status"] == "interrupted"
+    for name in ("accuracy", "architectures", "baselines"):
+        assert after[name] == before[name]
+    # Of another set nothing is kept.
+    other = DistilledSet.load(copy / "distilled.safetensors")
+    replace(other, images=other.images + 1).save(copy / "distilled.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "random_real", interrupt)
+        assert run_command(evaluate, words) == 130
+    after = json.loads(path.read_text())
+    assert after["accuracy"]["random_real"] is None
+    assert after["baselines"] == {}
+
+
+def test_judgements_of_a_run_have_rows_of_their_own(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(copy), "--only=distilled", "--gin_param=ConvNet.width = 4"]) == 0
+    (path,) = copy.glob("results-*.json")
+    capsys.readouterr()
+    assert evaluate.main([str(copy), f"--compare={path}", f"--plot={tmp_path / 'p.png'}"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert "network" in header
+    for name, row in zip((copy, path), rows, strict=False):
+        found = json.loads((name / "results.json" if name == copy else name).read_text())
+        assert row.startswith(f"{name} ")
+        assert f"ConvNet, {found['network_parameters']:,} parameters" in row
 
 
 def test_each_class_has_its_accuracy(

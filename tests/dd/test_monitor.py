@@ -104,8 +104,16 @@ def test_a_stretched_channel_does_not_depend_on_its_scale_or_mean(
     pixels = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=seeded(0))
     shown = stretched(scale * pixels + shift)
     torch.testing.assert_close(shown, stretched(pixels))
-    assert bool((shown.mean((2, 3)) - 0.5).abs().max() < 0.05)
+    assert shown.amin((2, 3)).flatten().tolist() == pytest.approx([0.0] * 6, abs=1e-9)
+    assert shown.amax((2, 3)).flatten().tolist() == pytest.approx([1.0] * 6, abs=1e-9)
     assert bool((stretched(torch.full((1, 1, 4, 4), shift)) - 0.5).abs().max() < 0.01)
+
+
+def test_what_is_drawn_on_an_even_ground_is_shown_black_and_white() -> None:
+    pixels = torch.full((1, 1, 20, 20), 0.3)
+    pixels[..., 5:15, 9:11] = 0.7
+    pixels[..., 0, 0] = 50.0  # one pixel does not make all others one grey
+    assert stretched(pixels).unique().tolist() == [0.0, 1.0]
 
 
 def test_curves_come_with_a_description_a_layout_and_what_was_found(tmp_path: Path) -> None:
@@ -159,6 +167,22 @@ def test_what_is_left_does_not_count_the_first_step(
     progress.close()
     assert progress.steps_timed == 5
     assert progress.remaining() == pytest.approx(expected)
+
+
+def test_the_bar_says_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(12, None, validate_every=5, then="evaluation")
+    shown = []
+    for step in range(1, 13):
+        progress.update(step, 60.0 * step, 0.5, {})
+        progress.validating(50.0, may_be_put_off=step == 5)
+        shown.append(capsys.readouterr().err)
+        progress.validated()
+    progress.close()
+    assert "validating, about 50 s, Ctrl-C puts it off " in shown[4]
+    assert "validating, about 50 s " in shown[5]
+    assert "7 min left, validation in 5 min, step 5" in shown[4]
+    assert "60 s left, then evaluation, step 11" in shown[10]
+    assert "distilling 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tiny_runs import OUTER_STEPS, distil, experiment
 import bilevel
 from dd.data.prepared import PreparedData
 from dd.distillation import loop
+from dd.distillation.events import Validated, Validating
 from dd.distillation.loop import (
     MOST_SKIPPED,
     Distillation,
@@ -21,7 +22,6 @@ from dd.distillation.loop import (
     Skipped,
     StageChanged,
     Stepped,
-    Validated,
     begin,
     outer_loop,
 )
@@ -66,9 +66,11 @@ def test_what_else_happens_follows_the_step() -> None:
     run = begun(**STAGES, Distiller__outer_steps=3, Distiller__validate_every=2)
     events = list(outer_loop(run))
     after_second = [type(event) for event in events if event.step == 2]
-    assert after_second == [Stepped, StageChanged, Validated, Ready]
+    assert after_second == [Stepped, StageChanged, Validating, Validated, Ready]
     (changed, _) = [event for event in events if isinstance(event, StageChanged)]
     assert "stage ends" in changed.sentence
+    (validating,) = [event for event in events if isinstance(event, Validating)]
+    assert validating.seconds > 0
     (validated,) = [event for event in events if isinstance(event, Validated)]
     assert validated.best == "images"
     assert set(validated.accuracy) == {"images"}

@@ -33,6 +33,7 @@ def own_dataset(count=600):
 class Scale(PixelTransform):
     kind, elementwise = "own scale", True
     formula, inverse_formula = "y = x * factor", "x = y / factor"
+    tensors = {"factor": ""}
 
     def __init__(self, factor):
         self.factor = factor
@@ -42,13 +43,6 @@ class Scale(PixelTransform):
 
     def inverse(self, transformed):
         return transformed / self.factor
-
-    def state(self):
-        return {"factor": self.factor}
-
-    @classmethod
-    def from_state(cls, state):
-        return cls(**state)
 
 @gin.configurable
 def own_transform(images, factor=2.0):

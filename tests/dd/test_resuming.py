@@ -22,11 +22,14 @@ from tiny_runs import (
 from dd import experts, train
 from dd.data.prepared import PreparedData
 from dd.distillation import loop
+from dd.distillation.events import Event, Stepped
 from dd.distillation.loop import Distillation
 from dd.distillation.recorder import AVERAGE, DISTILLED
 from dd.distillation.resuming import CHECKPOINT, DAMAGED, PREVIOUS
+from dd.evaluation.evaluator import Evaluator
 from dd.experiment import Experiment
 from dd.runtime.files import DamagedFileError, read_sealed, read_tensors, write_sealed
+from dd.runtime.stopping import StopRequest
 
 OLD_RUN = Path(__file__).with_name("run_of_0.1")
 STAGE_AWARE = {
@@ -122,6 +125,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     for file in (CHECKPOINT, DISTILLED, AVERAGE):
         if (whole / file).exists():
             assert_same(read_tensors(resumed / file), read_tensors(whole / file))
+
+
+@pytest.mark.parametrize("asked", ["before", "while it goes on"])
+def test_a_validation_that_is_left_comes_first_when_the_run_goes_on(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"Distiller__outer_steps": 4, "Distiller__validate_every": 2}
+    made = experiment(**changes)
+    data, stop = made.prepare(), StopRequest()
+    distil(made, data, tmp_path / "whole")
+
+    def ask(event: Event) -> None:
+        stop.by_caller |= asked == "before" and isinstance(event, Stepped) and event.step == 2
+
+    def interrupt(*_: Any) -> None:
+        assert stop.at_once  # so that a signal is heard at once
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if asked != "before":
+            patch.setattr(Evaluator, "validation", interrupt)
+        report = made.train(data, tmp_path / "left", stop, "", watch=ask)
+    assert (report.status, report.outer_steps) == ("interrupted", 2)
+    assert read_tensors(tmp_path / "left" / CHECKPOINT)[1]["validation_due"]
+    distil(made, data, tmp_path / "left")
+    for file in (CHECKPOINT, DISTILLED):
+        assert_same(*(read_tensors(tmp_path / name / file) for name in ("left", "whole")))
 
 
 def assert_same(one: tuple[dict[str, Any], Any], other: tuple[dict[str, Any], Any]) -> None:

@@ -313,6 +313,16 @@ def test_a_damaged_state_is_refused(kind: str) -> None:
         transform_from_state(kind, {**state, "bias": torch.zeros(3)})
 
 
+@every_transform
+def test_tensors_of_different_sizes_are_no_transform(kind: str) -> None:
+    state = FITS[kind](some_images()).state()
+    sized = [name for name, value in state.items() if value.dim() and value.is_floating_point()]
+    for name in sized:
+        longer = torch.cat([state[name], state[name][-1:]])
+        with pytest.raises(ValueError, match=rf"'{kind}' transform .* must be .*\d"):
+            transform_from_state(kind, {**state, name: longer})
+
+
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="kind is 'pca'; allowed are 'kip', 'kip_low_rank', "):
         transform_from_state("pca", {})

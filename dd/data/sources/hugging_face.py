@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from bilevel.checks import check_integer, check_number, check_path, check_text
+from bilevel.checks import check_path, check_text
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
-from dd.data.pictures import check_reading
-from dd.data.sources.parts import assembled, gathered
-from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_SEED
+from dd.data.sources.named import Reading
 
 _SPLITS = {
     "train": ("train",),
@@ -60,11 +58,7 @@ def hugging_face(
         DatasetNotFoundError: It cannot be loaded.
         ValueError: The package is missing, or its columns make no dataset.
     """
-    check_integer("seed", seed, 0, LARGEST_SEED)
-    check_reading(fit, background, None)
-    if image_size is not None:
-        check_integer("image_size", image_size, 1, LARGEST_IMAGE)
-    check_number("test_fraction", test_fraction, above=0, below=1)
+    reading = Reading("hugging_face", image_size, fit, background, test_fraction, seed)
     check_path("path", path)
     for name, text in (("configuration", configuration), ("image", image), ("label", label)):
         if text is not None:
@@ -88,20 +82,16 @@ def hugging_face(
             continue
         described = f"{part} images of {path}"
         pairs = (tuple(row[column] for column in columns) for row in rows)
-        pixels, found = gathered(
-            pairs, described, "hugging_face.image_size", image_size, fit, background
-        )
+        pixels, found = reading.gathered(pairs, described)
         if part != "train" and all(each in (-1, None) for each in found):
             _log.warning("note: the %s have no labels, and are left out", described)
             continue
         images[part], labels[part] = pixels, found
-    if "test" not in images and "validation" in images:
-        images["test"], labels["test"] = images.pop("validation"), labels.pop("validation")
     names = getattr(features[columns[1]], "names", None)
     values = range(len(names)) if names else sorted(set(labels["train"]))
     numbers = {part: _numbered(found, values, part) for part, found in labels.items()}
     class_names = names or [str(value) for value in values]
-    return assembled(Path(path).name, images, numbers, class_names, test_fraction, seed)
+    return reading.dataset(Path(path).name, images, numbers, class_names)
 
 
 def _loaded(path: str, configuration: str | None) -> Any:

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from bilevel.checks import check_flag, check_integer, check_number, check_path, check_text
+from bilevel.checks import check_flag, check_path, check_text
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset
-from dd.data.pictures import check_reading
-from dd.data.sources.parts import assembled, gathered
+from dd.data.sources.named import Reading
 from dd.runtime.changes import Judging
-from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_SEED
 
 #: In torchvision, but not data by a name.
 _MADE_UP_OR_FOLDERS = {"DatasetFolder", "FakeData", "ImageFolder", "VisionDataset"}
@@ -61,12 +59,8 @@ def torchvision(
         DatasetNotFoundError: The data is not there, and was not downloaded.
         ValueError: There is no such dataset, or it holds no pictures with one class each.
     """
-    check_integer("seed", seed, 0, LARGEST_SEED)
+    reading = Reading("torchvision", image_size, fit, background, test_fraction, seed)
     check_flag("download", download)
-    check_reading(fit, background, None)
-    if image_size is not None:
-        check_integer("image_size", image_size, 1, LARGEST_IMAGE)
-    check_number("test_fraction", test_fraction, above=0, below=1)
     if variant is not None:
         check_text("variant", variant)
     source = _named(name)
@@ -75,19 +69,15 @@ def torchvision(
     for part, found in parts.items():
         described = f"{part} images of {source.__name__}"
         pairs = (found[index] for index in range(len(found)))
-        images[part], found_labels = gathered(
-            pairs, described, "torchvision.image_size", image_size, fit, background
-        )
+        images[part], found_labels = reading.gathered(pairs, described)
         labels[part] = _whole_numbers(found_labels, described)
     present = labels["train"].unique().tolist()
     names = getattr(parts["train"], "classes", None)
-    return assembled(
+    return reading.dataset(
         source.__name__.lower(),
         images,
         {part: _renumbered(values, present, part) for part, values in labels.items()},
         [_class_name(names, label) for label in present],
-        test_fraction,
-        seed,
     )
 
 
@@ -154,8 +144,6 @@ def _parts(source: Any, opened: Callable[..., Any]) -> dict[str, Any]:
     if "split" not in parameters:
         return {"train": opened()}
     parts = {part: _first(opened, names) for part, names in _SPLITS.items()}
-    if parts["test"] is None:
-        parts["test"], parts["validation"] = parts["validation"], None
     if parts["train"] is None:
         raise ValueError(f"torchvision's {source.__name__} has no training split")
     return {part: found for part, found in parts.items() if found is not None}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_integer
+from dd.data.transforms.declared import check_state
 
 
 class PixelTransform(abc.ABC):
@@ -33,6 +34,11 @@ class PixelTransform(abc.ABC):
 
     inverse_formula: ClassVar[str] = ""
     """The same of `inverse`: x of y."""
+
+    tensors: ClassVar[Mapping[str, str]]
+    """What defines the transform: float32 tensors by the names that its attributes have, as the
+    arguments of the constructor do, and their sizes, such as "d k". A size is the same wherever its
+    letter is found, and d is C·H·W. "(C, H, W)" is an int64 tensor of these three numbers."""
 
     @abc.abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -63,18 +69,19 @@ class PixelTransform(abc.ABC):
             ValueError: The shape is not the fitted one or the dtype is not allowed.
         """
 
-    @abc.abstractmethod
     def state(self) -> dict[str, Tensor]:
         """The tensors that define the transform; they are not copies, so leave them unchanged."""
+        return {name: getattr(self, name) for name in self.tensors}
 
     @classmethod
-    @abc.abstractmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         """Rebuild the transform from `state`, bit for bit.
 
         Raises:
             ValueError: A tensor is missing, unknown, or has a wrong shape or dtype.
         """
+        check_state(cls.kind, cls.tensors, state)
+        return cls(**state)
 
     @property
     def device(self) -> torch.device:
@@ -133,40 +140,3 @@ def as_pixels(images: Tensor, image_shape: tuple[int, ...]) -> Tensor:
     if images.dtype == torch.uint8:
         images = images.to(torch.float32) / 255
     return as_float32("images", images, image_shape)
-
-
-def check_state(
-    kind: str,
-    state: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> None:
-    """Check that `state` has exactly the tensors of `shapes`, with these shapes and dtypes.
-
-    Args:
-        kind: The transform's kind, for error messages.
-        state: The tensors to check.
-        shapes: For each name the shape it must have; -1 stands for any size.
-        dtypes: The dtype of those that are not float32.
-
-    Raises:
-        ValueError: Naming the first tensor that is missing, unknown or wrong.
-    """
-    for name in sorted(shapes.keys() | state.keys()):
-        if name not in state:
-            raise ValueError(f"the state of a {kind!r} transform lacks the tensor {name!r}")
-        if name not in shapes:
-            raise ValueError(
-                f"the state of a {kind!r} transform has the unknown tensor {name!r}; "
-                f"it consists of {', '.join(sorted(shapes))}"
-            )
-        found, wanted = tuple(state[name].shape), shapes[name]
-        fits = len(found) == len(wanted) and all(
-            size in (-1, actual) for size, actual in zip(wanted, found, strict=True)
-        )
-        dtype = (dtypes or {}).get(name, torch.float32)
-        if not fits or state[name].dtype != dtype:
-            raise ValueError(
-                f"the tensor {name!r} of a {kind!r} transform is {state[name].dtype} of shape "
-                f"{found}; it must be {dtype} of shape {wanted}"
-            )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
 from bilevel.checks import check_number
-from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
+from dd.data.transforms.base import PixelTransform, as_float32, as_pixels
+from dd.data.transforms.declared import IMAGE_SHAPE
 from dd.data.transforms.moments import (
     MAX_DIMENSION,
     check_dimension,
@@ -23,6 +25,7 @@ _NORM_FLOOR = 1e-4
 
 
 @final
+@dataclass(eq=False, repr=False)
 class KIPWhitening(PixelTransform):
     """V diag(λ + r)^(−1/2) Vᵀ z, where z is the image with mean 0 and norm 1.
 
@@ -61,25 +64,28 @@ class KIPWhitening(PixelTransform):
         "x = (y.flatten(1) @ W).reshape(y.shape) * mean_norm + mean_pixel"
     )
 
+    tensors: ClassVar[Mapping[str, str]] = {
+        "image_shape": IMAGE_SHAPE,
+        "mean_pixel": "",
+        "mean_norm": "",
+        "eigenvectors": "d d",
+        "eigenvalues": "d",
+        "ridge": "",
+    }
+
+    image_shape: Tensor
+    mean_pixel: Tensor
+    mean_norm: Tensor
+    eigenvectors: Tensor
+    eigenvalues: Tensor
+    ridge: Tensor
+
     @torch.no_grad()
-    def __init__(
-        self,
-        image_shape: Tensor,
-        mean_pixel: Tensor,
-        mean_norm: Tensor,
-        eigenvectors: Tensor,
-        eigenvalues: Tensor,
-        ridge: Tensor,
-    ) -> None:
-        self._image_shape = image_shape
-        self._mean_pixel = mean_pixel
-        self._mean_norm = mean_norm
-        self._eigenvectors = eigenvectors
-        self._eigenvalues = eigenvalues
-        self._ridge = ridge
-        self._shape = tuple(image_shape.tolist())
+    def __post_init__(self) -> None:
+        self._shape = tuple(self.image_shape.tolist())
         # One product per batch instead of two; transforming a dataset is where the time goes.
-        self._matrix = (eigenvectors * (eigenvalues + ridge).rsqrt()) @ eigenvectors.T
+        scale = (self.eigenvalues + self.ridge).rsqrt()
+        self._matrix = (self.eigenvectors * scale) @ self.eigenvectors.T
 
     @classmethod
     @torch.no_grad()
@@ -140,39 +146,9 @@ class KIPWhitening(PixelTransform):
         image's own mean and norm are gone. See `PixelTransform.inverse`.
         """
         values = as_float32("transformed", transformed, self._shape)
-        scale = (self._eigenvalues + self._ridge).sqrt()
-        flat = (values.flatten(1) @ self._eigenvectors * scale) @ self._eigenvectors.T
-        return flat.reshape(values.shape) * self._mean_norm + self._mean_pixel
-
-    def state(self) -> dict[str, Tensor]:
-        """The arguments of the constructor."""
-        return {
-            "image_shape": self._image_shape,
-            "mean_pixel": self._mean_pixel,
-            "mean_norm": self._mean_norm,
-            "eigenvectors": self._eigenvectors,
-            "eigenvalues": self._eigenvalues,
-            "ridge": self._ridge,
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """See `PixelTransform.from_state`."""
-        dimension = int(state["image_shape"].prod()) if "image_shape" in state else -1
-        check_state(
-            cls.kind,
-            state,
-            {
-                "image_shape": (3,),
-                "mean_pixel": (),
-                "mean_norm": (),
-                "eigenvectors": (dimension, dimension),
-                "eigenvalues": (dimension,),
-                "ridge": (),
-            },
-            dtypes={"image_shape": torch.int64},
-        )
-        return cls(**state)
+        scale = (self.eigenvalues + self.ridge).sqrt()
+        flat = (values.flatten(1) @ self.eigenvectors * scale) @ self.eigenvectors.T
+        return flat.reshape(values.shape) * self.mean_norm + self.mean_pixel
 
 
 def normalize(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self, final
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from bilevel import ConfigurationError
 from bilevel.checks import check_integer
-from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
+from dd.data.transforms.base import PixelTransform, as_float32, as_pixels
+from dd.data.transforms.declared import IMAGE_SHAPE
 from dd.data.transforms.kip import KIPWhitening, normalize
 from dd.data.transforms.zca import ZCAWhitening
 
@@ -19,6 +21,7 @@ _INVERSE = "(1 / scales - 1 / rest)) @ vectors.T"
 
 
 @final
+@dataclass(eq=False, repr=False)
 class LowRankKIP(PixelTransform):
     """`KIPWhitening` with W = a·I + V_k (D_k − a·I) V_kᵀ, where z is the image with norm 1.
 
@@ -48,19 +51,24 @@ class LowRankKIP(PixelTransform):
         f"x = (v / rest + (v @ vectors * {_INVERSE}).reshape(y.shape) * mean_norm + mean_pixel"
     )
 
-    def __init__(
-        self,
-        image_shape: Tensor,
-        mean_pixel: Tensor,
-        mean_norm: Tensor,
-        vectors: Tensor,
-        scales: Tensor,
-        rest: Tensor,
-    ) -> None:
-        self._image_shape = image_shape
-        self._mean_pixel, self._mean_norm = mean_pixel, mean_norm
-        self._vectors, self._scales, self._rest = vectors, scales, rest
-        self._shape = tuple(image_shape.tolist())
+    tensors: ClassVar[Mapping[str, str]] = {
+        "image_shape": IMAGE_SHAPE,
+        "mean_pixel": "",
+        "mean_norm": "",
+        "vectors": "d k",
+        "scales": "k",
+        "rest": "",
+    }
+
+    image_shape: Tensor
+    mean_pixel: Tensor
+    mean_norm: Tensor
+    vectors: Tensor
+    scales: Tensor
+    rest: Tensor
+
+    def __post_init__(self) -> None:
+        self._shape = tuple(self.image_shape.tolist())
 
     @classmethod
     @torch.no_grad()
@@ -70,54 +78,23 @@ class LowRankKIP(PixelTransform):
         Raises:
             ConfigurationError: `rank` is below 1, or not below d.
         """
-        state = full.state()
-        parts = _largest(state["eigenvectors"], state["eigenvalues"], state["ridge"], rank)
-        return cls(state["image_shape"], state["mean_pixel"], state["mean_norm"], *parts)
+        parts = _largest(full.eigenvectors, full.eigenvalues, full.ridge, rank)
+        return cls(full.image_shape, full.mean_pixel, full.mean_norm, *parts)
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `PixelTransform.__call__`."""
         normalized, _, _ = normalize(as_pixels(images, self._shape))
-        return _product(normalized, self._vectors, self._scales, self._rest)
+        return _product(normalized, self.vectors, self.scales, self.rest)
 
     def inverse(self, transformed: Tensor) -> Tensor:
         """As that of `KIPWhitening`; the matrix is undone exactly. See `PixelTransform.inverse`."""
         values = as_float32("transformed", transformed, self._shape)
-        undone = _product(values, self._vectors, 1 / self._scales, 1 / self._rest)
-        return undone * self._mean_norm + self._mean_pixel
-
-    def state(self) -> dict[str, Tensor]:
-        """The arguments of the constructor."""
-        return {
-            "image_shape": self._image_shape,
-            "mean_pixel": self._mean_pixel,
-            "mean_norm": self._mean_norm,
-            "vectors": self._vectors,
-            "scales": self._scales,
-            "rest": self._rest,
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """See `PixelTransform.from_state`."""
-        dimension = int(state["image_shape"].prod()) if "image_shape" in state else -1
-        rank = len(state["scales"].flatten()) if "scales" in state else -1
-        check_state(
-            cls.kind,
-            state,
-            {
-                "image_shape": (3,),
-                "mean_pixel": (),
-                "mean_norm": (),
-                "vectors": (dimension, rank),
-                "scales": (rank,),
-                "rest": (),
-            },
-            dtypes={"image_shape": torch.int64},
-        )
-        return cls(**state)
+        undone = _product(values, self.vectors, 1 / self.scales, 1 / self.rest)
+        return undone * self.mean_norm + self.mean_pixel
 
 
 @final
+@dataclass(eq=False, repr=False)
 class LowRankZCA(PixelTransform):
     """`ZCAWhitening` with W = a·I + U_k (D_k − a·I) U_kᵀ; see `LowRankKIP`.
 
@@ -137,9 +114,17 @@ class LowRankZCA(PixelTransform):
         f"v = y.flatten(1)\nx = (v / rest + (v @ vectors * {_INVERSE}).reshape(y.shape) + mean"
     )
 
-    def __init__(self, mean: Tensor, vectors: Tensor, scales: Tensor, rest: Tensor) -> None:
-        self._mean = mean
-        self._vectors, self._scales, self._rest = vectors, scales, rest
+    tensors: ClassVar[Mapping[str, str]] = {
+        "mean": "C H W",
+        "vectors": "d k",
+        "scales": "k",
+        "rest": "",
+    }
+
+    mean: Tensor
+    vectors: Tensor
+    scales: Tensor
+    rest: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -149,37 +134,18 @@ class LowRankZCA(PixelTransform):
         Raises:
             ConfigurationError: `rank` is below 1, or not below d.
         """
-        state = full.state()
-        parts = _largest(state["eigenvectors"], state["eigenvalues"], state["epsilon"], rank)
-        return cls(state["mean"], *parts)
+        parts = _largest(full.eigenvectors, full.eigenvalues, full.epsilon, rank)
+        return cls(full.mean, *parts)
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `PixelTransform.__call__`."""
-        pixels = as_pixels(images, tuple(self._mean.shape))
-        return _product(pixels - self._mean, self._vectors, self._scales, self._rest)
+        pixels = as_pixels(images, tuple(self.mean.shape))
+        return _product(pixels - self.mean, self.vectors, self.scales, self.rest)
 
     def inverse(self, transformed: Tensor) -> Tensor:
         """The exact inverse; see `PixelTransform.inverse`."""
-        values = as_float32("transformed", transformed, tuple(self._mean.shape))
-        return _product(values, self._vectors, 1 / self._scales, 1 / self._rest) + self._mean
-
-    def state(self) -> dict[str, Tensor]:
-        """The arguments of the constructor."""
-        return {
-            "mean": self._mean,
-            "vectors": self._vectors,
-            "scales": self._scales,
-            "rest": self._rest,
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """See `PixelTransform.from_state`."""
-        dimension = state["mean"].numel() if "mean" in state else -1
-        rank = len(state["scales"].flatten()) if "scales" in state else -1
-        shapes = {"mean": (-1, -1, -1), "vectors": (dimension, rank), "scales": (rank,), "rest": ()}
-        check_state(cls.kind, state, shapes)
-        return cls(**state)
+        values = as_float32("transformed", transformed, tuple(self.mean.shape))
+        return _product(values, self.vectors, 1 / self.scales, 1 / self.rest) + self.mean
 
 
 def _largest(

@@ -8,7 +8,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
+from dd.data.transforms.base import PixelTransform, as_float32, as_pixels
 from dd.data.transforms.moments import pixel_chunks
 
 _CONSTANT = 1e-8
@@ -34,17 +34,18 @@ class Standardize(PixelTransform):
     elementwise: ClassVar[bool] = True
     formula: ClassVar[str] = "y = (x - mean[:, None, None]) / std[:, None, None]"
     inverse_formula: ClassVar[str] = "x = y * std[:, None, None] + mean[:, None, None]"
+    tensors: ClassVar[Mapping[str, str]] = {"mean": "C", "std": "C"}
 
     def __init__(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
-        self._mean = torch.as_tensor(mean, dtype=torch.float32).detach().clone()
-        self._std = torch.as_tensor(std, dtype=torch.float32).detach().clone()
-        if self._mean.dim() != 1 or self._mean.shape != self._std.shape or len(self._mean) == 0:
+        self.mean = torch.as_tensor(mean, dtype=torch.float32).detach().clone()
+        self.std = torch.as_tensor(std, dtype=torch.float32).detach().clone()
+        if self.mean.dim() != 1 or self.mean.shape != self.std.shape or len(self.mean) == 0:
             raise ValueError(
-                f"mean has shape {tuple(self._mean.shape)} and std {tuple(self._std.shape)}; "
+                f"mean has shape {tuple(self.mean.shape)} and std {tuple(self.std.shape)}; "
                 "each must have one value per channel"
             )
-        if not bool((self._std > 0).all()):
-            raise ValueError(f"std is {self._std.tolist()}; every value must be positive")
+        if not bool((self.std > 0).all()):
+            raise ValueError(f"std is {self.std.tolist()}; every value must be positive")
 
     @classmethod
     @torch.no_grad()
@@ -72,20 +73,10 @@ class Standardize(PixelTransform):
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `PixelTransform.__call__`; any height and width."""
-        pixels = as_pixels(images, tuple(self._mean.shape))
-        return (pixels - self._mean[:, None, None]) / self._std[:, None, None]
+        pixels = as_pixels(images, tuple(self.mean.shape))
+        return (pixels - self.mean[:, None, None]) / self.std[:, None, None]
 
     def inverse(self, transformed: Tensor) -> Tensor:
         """The exact inverse, x·std + mean; see `PixelTransform.inverse`."""
-        values = as_float32("transformed", transformed, tuple(self._mean.shape))
-        return values * self._std[:, None, None] + self._mean[:, None, None]
-
-    def state(self) -> dict[str, Tensor]:
-        """`mean` and `std`, float32 [C]."""
-        return {"mean": self._mean, "std": self._std}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """See `PixelTransform.from_state`."""
-        check_state(cls.kind, state, {"mean": (-1,), "std": (-1,)})
-        return cls(state["mean"], state["std"])
+        values = as_float32("transformed", transformed, tuple(self.mean.shape))
+        return values * self.std[:, None, None] + self.mean[:, None, None]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor
 
 from bilevel.checks import check_number
-from dd.data.transforms.base import PixelTransform, as_float32, as_pixels, check_state
+from dd.data.transforms.base import PixelTransform, as_float32, as_pixels
 from dd.data.transforms.moments import (
     MAX_DIMENSION,
     check_dimension,
@@ -20,6 +21,7 @@ from dd.data.transforms.moments import (
 
 
 @final
+@dataclass(eq=False, repr=False)
 class ZCAWhitening(PixelTransform):
     """T (x − x̄) with T = U diag(1 / √(S + ε)) Uᵀ, on flattened pixels in [0, 1].
 
@@ -46,16 +48,23 @@ class ZCAWhitening(PixelTransform):
         "x = (y.flatten(1) @ W).reshape(y.shape) + mean"
     )
 
+    tensors: ClassVar[Mapping[str, str]] = {
+        "mean": "C H W",
+        "eigenvectors": "d d",
+        "eigenvalues": "d",
+        "epsilon": "",
+    }
+
+    mean: Tensor
+    eigenvectors: Tensor
+    eigenvalues: Tensor
+    epsilon: Tensor
+
     @torch.no_grad()
-    def __init__(
-        self, mean: Tensor, eigenvectors: Tensor, eigenvalues: Tensor, epsilon: Tensor
-    ) -> None:
-        self._mean = mean
-        self._eigenvectors = eigenvectors
-        self._eigenvalues = eigenvalues
-        self._epsilon = epsilon
+    def __post_init__(self) -> None:
         # One product per batch instead of two; transforming a dataset is where the time goes.
-        self._matrix = (eigenvectors * (eigenvalues + epsilon).rsqrt()) @ eigenvectors.T
+        scale = (self.eigenvalues + self.epsilon).rsqrt()
+        self._matrix = (self.eigenvectors * scale) @ self.eigenvectors.T
 
     @classmethod
     @torch.no_grad()
@@ -95,37 +104,12 @@ class ZCAWhitening(PixelTransform):
 
     def __call__(self, images: Tensor) -> Tensor:
         """See `PixelTransform.__call__`."""
-        pixels = as_pixels(images, tuple(self._mean.shape))
-        return ((pixels - self._mean).flatten(1) @ self._matrix).reshape(pixels.shape)
+        pixels = as_pixels(images, tuple(self.mean.shape))
+        return ((pixels - self.mean).flatten(1) @ self._matrix).reshape(pixels.shape)
 
     def inverse(self, transformed: Tensor) -> Tensor:
         """The exact inverse, U diag(√(S + ε)) Uᵀ y + x̄; see `PixelTransform.inverse`."""
-        values = as_float32("transformed", transformed, tuple(self._mean.shape))
-        scale = (self._eigenvalues + self._epsilon).sqrt()
-        flat = (values.flatten(1) @ self._eigenvectors * scale) @ self._eigenvectors.T
-        return flat.reshape(values.shape) + self._mean
-
-    def state(self) -> dict[str, Tensor]:
-        """The arguments of the constructor."""
-        return {
-            "mean": self._mean,
-            "eigenvectors": self._eigenvectors,
-            "eigenvalues": self._eigenvalues,
-            "epsilon": self._epsilon,
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
-        """See `PixelTransform.from_state`."""
-        dimension = state["mean"].numel() if "mean" in state else -1
-        check_state(
-            cls.kind,
-            state,
-            {
-                "mean": (-1, -1, -1),
-                "eigenvectors": (dimension, dimension),
-                "eigenvalues": (dimension,),
-                "epsilon": (),
-            },
-        )
-        return cls(**state)
+        values = as_float32("transformed", transformed, tuple(self.mean.shape))
+        scale = (self.eigenvalues + self.epsilon).sqrt()
+        flat = (values.flatten(1) @ self.eigenvectors * scale) @ self.eigenvectors.T
+        return flat.reshape(values.shape) + self.mean
