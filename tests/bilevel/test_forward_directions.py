@@ -66,16 +66,16 @@ def test_one_scalar_is_exact_at_any_number_of_directions(count, seed):
 
 
 def test_losses_along_the_run_and_hyperparameters_have_their_part():
-    """Averaged over all sign vectors that occur, close to the exact gradient."""
+    """As far from the exact gradient as the variance allows, and no farther."""
     case = problems.make("learned_rate", 0)
     case.problem.step_loss = lambda params, outer, step, *, generator: (params["scale"] ** 2).sum()
     exact, found = (
         solve(case, estimator, optimizer=bilevel.optim.sgd)
-        for estimator in (Forward(), Forward(400))
+        for estimator in (Forward(), Forward(200))
     )
     assert relative_error(found.loss, exact.loss) < 1e-12
     # m − 1 = 5 of variance; four standard deviations of the mean.
-    assert relative_error(found.grads, exact.grads) < 4 * math.sqrt(5 / 400)
+    assert relative_error(found.grads, exact.grads) < 4 * math.sqrt(5 / 200)
 
 
 def test_a_seed_repeats_and_another_one_differs():

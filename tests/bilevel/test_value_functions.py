@@ -44,7 +44,7 @@ def on_the_quadratic(estimator, seed, size):
     return result, expected, A, slope, case
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.floats(1, 1e6), sizes, seeds)
 def test_a_penalty_is_a_damping_by_its_inverse(penalty, size, seed):
     """F has curvature I, so what it gives is ρφ + Bᵀ(A + I/λ)⁻¹(θ* − c)."""
@@ -57,7 +57,7 @@ def test_a_penalty_is_a_damping_by_its_inverse(penalty, size, seed):
     assert (result.stats.status, result.stats.hessian_vector_products) == ("ok", 0)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.floats(1, 1e6), st.floats(1, 100), sizes, seeds)
 def test_a_moreau_envelope_is_a_penalty_with_another_hessian(penalty, gamma, size, seed):
     """γA²(I + γA)⁻¹ for A in θ, and A again in what the difference is taken of."""
@@ -74,7 +74,7 @@ def test_a_moreau_envelope_is_a_penalty_with_another_hessian(penalty, gamma, siz
 
 
 @pytest.mark.parametrize("make", [Penalty, lambda penalty, k: MoreauEnvelope(penalty, 10.0, 2 * k)])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(sizes, seeds)
 def test_the_bias_falls_in_proportion_to_the_penalty(make, size, seed):
     errors = []
