@@ -1,5 +1,5 @@
 """Steps and whole loops of them as compiled graphs."""
 
-from bilevel.compiler.compiler import Compiler, constants_of
+from bilevel.compiler.compiler import Compiler, constants_of, surroundings
 
-__all__ = ["Compiler", "constants_of"]
+__all__ = ["Compiler", "constants_of", "surroundings"]

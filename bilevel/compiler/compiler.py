@@ -275,6 +275,15 @@ def _or_refuse(make: Callable[[], inductor.Compiled]) -> inductor.Compiled:
         ) from error
 
 
+def surroundings() -> Hashable:
+    """What of PyTorch's own state goes into a graph: default dtype and autocast."""
+    autocast = tuple(
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        for kind in ("cpu", "cuda")
+    )
+    return torch.get_default_dtype(), autocast
+
+
 def constants_of(*holders: Any) -> Snapshot:
     """What functions that are traced for these objects take from them as constants: all of it."""
     return Snapshot(*holders)
