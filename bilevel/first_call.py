@@ -51,12 +51,14 @@ class FirstCall:
 
     Attributes:
         remarks: Sentences for the status.
+        at_first: (θ_0, b_0), after `step` 0.
     """
 
     def __init__(self, inner: InnerLoop, estimator: Estimator, watch: Watch) -> None:
         self.remarks = watch.remarks
         self._inner, self._estimator, self._watch = inner, estimator, watch
         self._kept: dict[int, Kept] = {}
+        self.at_first: tuple[Tensor, Any]
 
     def begin(
         self, variables: OuterVariables, key: Key, first: Iterate, hyperparameters: dict[str, Any]
@@ -98,6 +100,7 @@ class FirstCall:
         self._check_inner_loss(iterate, inputs)
         self._check_others(iterate, inputs, step)
         if step == 0:
+            self.at_first = iterate.params, detach(inputs.batch)
             self._check_optimizer(iterate, inputs)
             with self._inner.watched(None):
                 self._estimator.check_step(self._inner, self._variables, self._key, iterate, inputs)

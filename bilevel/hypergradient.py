@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.bridge import Bridge
 from bilevel.checks import check_device, check_flag, check_instance, check_integer
-from bilevel.compiler import constants_of
+from bilevel.compiler import constants_of, surroundings
 from bilevel.contract.derivatives import missing_derivatives_named
 from bilevel.contract.graph import inside_transform
 from bilevel.contract.held import Snapshot, modules_held_by
@@ -19,6 +19,7 @@ from bilevel.errors import ConfigurationError, ProblemError
 from bilevel.estimators import Adjoint, Estimator
 from bilevel.first_call import FirstCall
 from bilevel.module import refuse_running_statistics
+from bilevel.probe import Probe
 from bilevel.problem import Problem
 from bilevel.random import Key
 from bilevel.recording.inner import InnerLoop
@@ -157,6 +158,7 @@ class Hypergradient:
         self.graph_budget = GraphBudget(budget)
         self._calls = 0
         self._constants: Snapshot | None = None
+        self._probe: Probe | None = None
         self._watch: Watch | None = None
         self.keep_on = None if keep_on is None else check_device("keep_on", keep_on)
 
@@ -194,9 +196,10 @@ class Hypergradient:
         problem, clock = self.inner.problem, Stopwatch()
         key = Key.draw(generator)
         if self.inner.compiler is not None:
-            if self._constants is None or not self._constants.unchanged():
+            is_new = self._constants is None or not self._constants.unchanged()
+            if is_new or not (self._probe is None or self._probe.unchanged()):
                 self._constants = constants_of(problem, self.inner.optimizer)
-            self.inner.compiler.depends_on(self._constants)
+            self.inner.compiler.depends_on((self._constants, surroundings()))
         schedule_generator = key.generator("truncation", device=torch.device("cpu"))
         plan = self.truncation.plan(self.steps, schedule_generator)
         horizon = check_integer("Plan.horizon", plan.horizon, maximum=self.steps)
@@ -230,6 +233,8 @@ class Hypergradient:
                     window=window if self.estimator.uses_graph else None,
                     first_call=first_call,
                 )
+            if first_call is not None and self.inner.compiler is not None and not replica:
+                self._probe = Probe(self.inner, *first_call.at_first)
             clock.lap("rollout")
             if window is None:
                 window = self.truncation.select(trajectory.trace, schedule_generator)

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,16 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> Non
         help="import a Python module of your own first, which runs it: what it registers with gin "
         "can then be named",
     )
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, of which none may be empty: a shell variable that is not set makes it so."""
+    given = sys.argv[1:] if arguments is None else arguments
+    for argument in given:
+        name, has_value, value = argument.partition("=")
+        if not argument or (name.startswith("--") and has_value and not value):
+            parser.error(f"{name or 'an argument'} is empty; leave it out, or give it a value")
+    return parser.parse_args(arguments)
 
 
 def fail(message: str) -> int:

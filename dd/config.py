@@ -245,7 +245,16 @@ def _gist(message: str) -> str:
     selector = re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", message)
     if selector:
         name = selector[1].split(".")[0]
+        if name in registered_names():
+            return f"@{selector[1]} names a parameter; a reference is to what has it, as @{name} is"
         return f"there is nothing called {name!r} to configure{nearest(name, registered_names())}"
+    if "malformed node or string" in message:
+        return (
+            "a value is a number, a text in quotes, True, False, None, a list, tuple or dict of "
+            "such, @NAME or %MACRO; it is not computed"
+        )
+    if "EOF in multi-line" in message:
+        return "a bracket or a text is opened and not closed"
     macro = re.search(r"No bindings specified for '([\w./]+)/gin\.macro'", message)
     if macro:
         others = macros_set()

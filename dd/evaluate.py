@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from dd.cli import add_gin_arguments, fail, keep_tracebacks_in, print_results, run, say
+from dd.cli import add_gin_arguments, fail, keep_tracebacks_in, parsed, print_results, run, say
 from dd.evaluation.names import BASELINES, PIXELS, RESULTS, TRAINING_SETS, TRANSFORMED
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="train on this only; may be repeated (default: on all of them)",
     )
     add_gin_arguments(parser, required=False)
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.compare:
         return run(lambda: _compare(options))
     return run(lambda: _evaluate(options))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, keep_tracebacks_in, run
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, keep_tracebacks_in, parsed, run
 
 EPILOG = """\
 examples:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_gin_arguments(parser, required=True)
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     return run(lambda: _train(options))
 
 

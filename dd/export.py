@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dd.cli import fail, run, say
+from dd.cli import fail, parsed, run, say
 from dd.evaluation.names import EXPORT_FORMATS
 
 EPILOG = """\
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what an earlier export left there"
     )
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     return run(lambda: _export(options))
 
 

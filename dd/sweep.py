@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dd.cli import INTERRUPTED, add_gin_arguments, fail, run
+from dd.cli import INTERRUPTED, add_gin_arguments, fail, parsed, run
 
 if TYPE_CHECKING:
     import optuna
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="URL",
         help=f"an Optuna database (default: SQLite, {DATABASE} in the folder)",
     )
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     try:
         import optuna  # noqa: F401
     except ImportError:

@@ -13,6 +13,7 @@ from dd.cli import (
     add_gin_arguments,
     fail,
     keep_tracebacks_in,
+    parsed,
     print_results,
     run,
     say,
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="build everything and take an outer step, write nothing, and tell what time and "
         "memory to expect",
     )
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     return run(lambda: _train(options))
 
 

@@ -8,7 +8,7 @@ does without, with a warning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ Compiled = Callable[[Sequence[Tensor]], list[Tensor]]
 EXAMPLE_LENGTH = 7
 
 _has_cpp_scan = True
+
+
+def surroundings() -> Hashable:
+    """What of PyTorch's own state goes into a graph: default dtype and autocast."""
+    autocast = tuple(
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        for kind in ("cpu", "cuda")
+    )
+    return torch.get_default_dtype(), autocast
 
 
 def trace(

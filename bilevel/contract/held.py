@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import sys
 import types
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,19 +36,22 @@ class Snapshot:
     def __init__(self, *roots: Any) -> None:
         self._places: list[tuple[Place, Any]] = []
         self._sizes: list[tuple[Any, int]] = []
+        self._orders: list[tuple[dict[Any, Any], list[Any]]] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._copies: list[tuple[Sequence[Any], list[Any]]] = []
-        self._checksums: list[tuple[np.ndarray, int]] = []
+        self._checksums: list[tuple[np.ndarray | array.array[Any] | bytearray, int]] = []
         for _, value, place in reachable(*roots):
             if place is not None:
                 self._places.append((place, value))
             if isinstance(value, Tensor):
                 self._versions.append((value, value._version))
-            elif isinstance(value, np.ndarray):
+            elif isinstance(value, np.ndarray | array.array | bytearray):
                 self._checksums.append((value, _checksum(value)))
             elif _is_long(value):
                 self._copies.append((value, list(value)))
-            elif isinstance(value, dict | list | set | deque):
+            elif isinstance(value, dict):
+                self._orders.append((value, list(value)))
+            elif isinstance(value, list | set | deque):
                 self._sizes.append((value, len(value)))
 
     def unchanged(self) -> bool:
@@ -61,8 +66,9 @@ class Snapshot:
         return (
             all(tensor._version == version for tensor, version in self._versions)
             and all(len(value) == size for value, size in self._sizes)
+            and all(_has_keys(value, keys) for value, keys in self._orders)
             and all(list(value) == copy for value, copy in self._copies)
-            and all(_checksum(array) == checksum for array, checksum in self._checksums)
+            and all(_checksum(values) == checksum for values, checksum in self._checksums)
         )
 
 
@@ -139,6 +145,11 @@ def _parts(
         return [(f"{name}[{i}]", part, (get, value, i)) for i, part in enumerate(value)]
     if isinstance(value, set | frozenset):
         return [(name, part, (_member, value, part)) for part in value]
+    if isinstance(value, np.ndarray):
+        items = value.ravel().tolist() if value.dtype == object else []
+        return [(f"{name}[{i}]", item, (_item, value, i)) for i, item in enumerate(items)]
+    if isinstance(value, weakref.ref):
+        return [(name, value(), (_referred, value, None))]
     if isinstance(value, functools.partial):
         return [_attribute(name, value, key) for key in ("func", "args", "keywords")]
     if isinstance(value, types.MethodType):
@@ -155,7 +166,7 @@ def _parts(
 def _parts_of_function(
     name: str, function: Any, is_library: Callable[[Any], bool]
 ) -> Iterator[tuple[str, Any, Place]]:
-    for key in ("__code__", "__defaults__", "__kwdefaults__"):
+    for key in ("__code__", "__defaults__", "__kwdefaults__", "__dict__"):
         yield _attribute(name, function, key)
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
     for variable, cell in cells:
@@ -163,6 +174,9 @@ def _parts_of_function(
         if contents is not _ABSENT:
             yield variable, contents, (_contents, cell, None)
     names = _names(function.__code__)
+    for variable in sorted(names - function.__globals__.keys()):
+        # It may later be defined, also in front of a builtin.
+        yield variable, None, (dict.get, function.__globals__, variable)
     for variable in sorted(names & function.__globals__.keys()):
         found = function.__globals__[variable]
         yield variable, found, (dict.get, function.__globals__, variable)
@@ -184,6 +198,9 @@ def _parts_of_object(
                     yield prefix + own, held_part, (dict.get, part, own)
             else:
                 yield prefix + key, part, (dict.get, held, key)
+        if isinstance(value, nn.Module) and "forward" not in held:
+            # Of a library's class, it may later be replaced on the object itself.
+            yield f"{prefix}forward", None, (dict.get, held, "forward")
     for key in _names_of_class(type(value), is_library):
         kind = _resolved(type(value), key)
         if isinstance(kind, types.MemberDescriptorType):  # a slot
@@ -239,7 +256,7 @@ def _is_long(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) > LONG
-        and isinstance(value[0], str | bytes | int | float)
+        and all(isinstance(item, str | bytes | int | float) for item in value)
     )
 
 
@@ -258,6 +275,14 @@ def _contents(cell: Any, _: None) -> Any:
         return _ABSENT
 
 
+def _item(values: np.ndarray, index: int) -> Any:
+    return values.flat[index]
+
+
+def _referred(reference: weakref.ref[Any], _: None) -> Any:
+    return reference()
+
+
 def _member(value: Any, part: Any) -> Any:
     return part if part in value else _ABSENT
 
@@ -268,13 +293,22 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
+def _has_keys(value: dict[Any, Any], keys: list[Any]) -> bool:
+    """Whether a dict has these keys, in this order."""
+    return len(value) == len(keys) and all(
+        now is before or _is_same(now, before)
+        for now, before in zip(value.copy(), keys, strict=False)
+    )
+
+
 def _is_same(now: Any, before: Any) -> bool:
     return (
         isinstance(before, str | int | float | bool) and type(now) is type(before) and now == before
     )
 
 
-def _checksum(array: np.ndarray) -> int:
-    if array.dtype.hasobject:
-        return id(array)
-    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+def _checksum(values: np.ndarray | array.array[Any] | bytearray) -> int:
+    if isinstance(values, np.ndarray):
+        # Objects are looked into one by one.
+        return 0 if values.dtype.hasobject else zlib.crc32(np.ascontiguousarray(values).tobytes())
+    return zlib.crc32(values)

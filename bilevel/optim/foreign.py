@@ -220,8 +220,7 @@ def _check_pure(transformation: Any, like: Any) -> None:
     )
     if shapes != wanted:
         raise ConfigurationError(
-            f"{name_of(transformation)} returned updates of the shapes {shapes} for parameters of "
-            f"{wanted}"
+            f"{name_of(transformation)} returned updates of shapes {shapes}, parameters: {wanted}"
         )
     if not optree.tree_all(optree.tree_map(torch.equal, first, again)):
         raise ConfigurationError(

@@ -98,6 +98,9 @@ class ImageDataset:
     def __post_init__(self) -> None:
         if not self.class_names:
             raise ValueError("class_names is empty; it must name at least one class")
+        for name in self.class_names:
+            if name.encode(errors="ignore").decode() != name:
+                raise ValueError(f"the name of the class {name!a} is no UTF-8: rename it")
         self._check_part("train", self.train_images, self.train_labels)
         self._check_part("test", self.test_images, self.test_labels)
         if self.test_images.shape[1:] != self.train_images.shape[1:]:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import stat
-import struct
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -40,21 +39,6 @@ _DEEP = (".png", ".apng", ".tif", ".tiff", ".pgm", ".pnm", ".ppm", ".jp2", ".j2k
 WHITES = (2**8 - 1, 2**10 - 1, 2**12 - 1, 2**14 - 1, 2**16 - 1)
 #: How a picture that is not square is made so.
 FITS = ("crop", "pad")
-# Pillow reports damage as any of these, depending on the format.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 _log = logging.getLogger(__name__)
 
 Image.init()
@@ -111,7 +95,7 @@ def decode_image(
         with Image.open(path, formats=_FORMATS) as file:
             file.load()
             return to_pixels(file, image_size, channels, fit, background, white)
-    except _DAMAGE as error:
+    except Exception as error:  # Pillow reports damage in a dozen ways, by format.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot decode the image {path}: {reason}") from error
 
@@ -243,7 +227,7 @@ def survey(paths: Iterable[str], white: int | None = None) -> int | None:
         if not path.lower().endswith((*_SEVERAL_FRAMES, *_DEEP)):
             continue
         # What is wrong with a file is said when it is decoded.
-        with contextlib.suppress(*_DAMAGE), Image.open(path, formats=_FORMATS) as file:
+        with contextlib.suppress(Exception), Image.open(path, formats=_FORMATS) as file:
             if getattr(file, "n_frames", 1) > 1:
                 several.append(path)
             if file.mode.startswith("I") and white is None:
@@ -295,6 +279,6 @@ def _opaque(image: Image.Image, background: str, white: int | None) -> Image.Ima
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What makes the image upright, if anything; damaged EXIF data is as none."""
-    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+    with contextlib.suppress(Exception):
         return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     return None

@@ -1,9 +1,13 @@
 """Whatever a problem holds is found, and a change to any of it is noticed."""
 
+import array
 import collections
+import contextvars
 import enum
 import functools
+import os
 import types
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +92,15 @@ def closure(value):
     return lambda: value
 
 
+def noted(value):
+    def function():
+        pass
+
+    function.factor = value
+    return function
+
+
+RECORD = Record()
 CASES = {
     "attribute of a module": (
         None,
@@ -152,6 +165,53 @@ CASES = {
         lambda self: -self.held(torch.tensor(-1.0)),
         attribute("negative_slope", 2.0),
     ),
+    "forward of a network": (
+        lambda: nn.Identity(),
+        lambda self: self.held(torch.tensor(1.0)),
+        attribute("forward", lambda x: 2 * x),
+    ),
+    "attribute of a function": (
+        lambda: [noted(1.0)],
+        lambda self: self.held[0].factor,
+        lambda held, patch: setattr(held[0], "factor", 2.0),
+    ),
+    "wrapped function": (
+        lambda: [functools.wraps(closure(1.0))(lambda: None)],
+        lambda self: self.held[0].__wrapped__(),
+        lambda held, patch: setattr(held[0], "__wrapped__", closure(2.0)),
+    ),
+    "order of a dict": (
+        lambda: {"one": 1.0, "two": 2.0},
+        lambda self: next(iter(self.held.values())),
+        lambda held, patch: held.setdefault("one", held.pop("one")),
+    ),
+    "array of numbers": (lambda: array.array("d", [1.0]), lambda self: self.held[0], item(0, 2.0)),
+    "bytes": (lambda: bytearray(b"\1"), lambda self: self.held[0], item(0, 2)),
+    "array of objects": (
+        lambda: np.array([[1.0], None], dtype=object),
+        lambda self: self.held[0][0],
+        lambda held, patch: item(0, 2.0)(held[0], patch),
+    ),
+    "end of a long list": (
+        lambda: [*range(2000), [1.0]],
+        lambda self: self.held[-1][0],
+        lambda held, patch: item(0, 2.0)(held[-1], patch),
+    ),
+    "weak reference": (
+        lambda: weakref.ref(RECORD),
+        lambda self: self.held().factor,
+        lambda held, patch: patch.setattr(RECORD, "factor", 2.0),
+    ),
+    "global that was not there": (
+        None,
+        lambda self: late() if "late" in globals() else 1.0,  # noqa: F821
+        lambda _, patch: patch.setitem(globals(), "late", closure(2.0)),
+    ),
+    "builtin": (
+        None,
+        lambda self: float(abs(-1)),
+        lambda _, patch: patch.setitem(globals(), "abs", lambda x: 2),
+    ),
     "parameter in place": (
         lambda: nn.Linear(1, 1, bias=False).requires_grad_(False),
         lambda self: 1 + self.held.weight.sum() ** 2,
@@ -188,6 +248,73 @@ def test_a_compiled_step_follows_what_the_problem_holds(name, monkeypatch):
     after = hypergradient(outer, None, seeded(0)).grads
     eager = bilevel.Hypergradient(held, bilevel.optim.sgd(0.1), 2)(outer, None, seeded(0)).grads
     assert relative_error(after, eager) < 1e-12
+
+
+VARIABLE = contextvars.ContextVar("factor", default=1.0)
+
+#: What nobody can find without running it: the factor, and a change.
+UNREACHABLE = {
+    "name that is put together": (
+        lambda self: getattr(SETTINGS, "".join(["fac", "tor"])),
+        replace(SETTINGS, "factor", 2.0),
+    ),
+    "environment": (
+        lambda self: float(os.environ.get("FACTOR", "1")),
+        lambda _, patch: patch.setenv("FACTOR", "2"),
+    ),
+    "context variable": (lambda self: VARIABLE.get(), lambda _, patch: VARIABLE.set(2.0)),
+    "attribute that was not there": (
+        lambda self: getattr(self, "later", 1.0),
+        lambda held, patch: setattr(held, "later", 2.0),
+    ),
+    "NumPy's settings": (
+        lambda self: 1.0 + (np.geterr()["over"] == "raise"),
+        lambda _, patch: np.seterr(over="raise"),
+    ),
+    "default dtype": (
+        lambda self: torch.tensor(1.0).element_size() / 4,
+        lambda _, patch: torch.set_default_dtype(torch.float64),
+    ),
+}
+
+
+@pytest.mark.parametrize("steps", [2, 12])
+@pytest.mark.parametrize("name", UNREACHABLE)
+def test_a_compiled_step_follows_what_only_running_it_shows(name, steps, monkeypatch):
+    factor, change = UNREACHABLE[name]
+    held = problem(factor=factor)
+    hypergradient = bilevel.Hypergradient(held, bilevel.optim.sgd(0.1), steps, compile=True)
+    hypergradient.inner.compiler = Compiler(backend="eager")
+    outer, settings = weights(), np.geterr()
+    hypergradient(outer, None, seeded(0))
+    before = hypergradient(outer, None, seeded(0)).grads
+    seconds = hypergradient.inner.compiler.seconds
+    hypergradient(outer, None, seeded(0))
+    assert hypergradient.inner.compiler.seconds == seconds
+    try:
+        change(held, monkeypatch)
+        after = hypergradient(outer, None, seeded(0)).grads
+        plain = bilevel.Hypergradient(held, bilevel.optim.sgd(0.1), steps)
+        eager = plain(outer, None, seeded(0)).grads
+    finally:
+        torch.set_default_dtype(torch.float32)
+        np.seterr(**settings)
+        VARIABLE.set(1.0)
+    assert relative_error(after, eager) < 1e-12
+    assert relative_error(after, before) > 1e-3
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_compiled_step_follows_autocast(autocast):
+    held = problem()
+    hypergradient = bilevel.Hypergradient(held, bilevel.optim.sgd(0.1), 2, compile=True)
+    hypergradient.inner.compiler = Compiler(backend="eager")
+    plain = bilevel.Hypergradient(held, bilevel.optim.sgd(0.1), 2)
+    outer = weights()
+    for enabled in (autocast, not autocast, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = [each(outer, None, seeded(0)).grads for each in (hypergradient, plain)]
+        assert relative_error(*found) < 1e-12
 
 
 @pytest.mark.parametrize("where", ["object", "class"])

@@ -27,7 +27,7 @@ from tiny_runs import (
     steps_of,
 )
 
-from dd import config, evaluate, experts, train
+from dd import config, evaluate, experts, export, sweep, train
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.evaluator import Evaluator
 from dd.runtime.files import read_sealed, read_tensors
@@ -386,6 +386,29 @@ def test_a_parameter_without_effect_is_noted_or_refused(
     assert "RandomWindow.window" in notes[0]
     assert train.main(arguments(tmp_path / "run", DSA__strategy="flip")) == 2
     assert "DSA.strategy (--gin_param) is set, but nothing refers to DSA" in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (evaluate, ["digits-ipc1", "--set="]),
+        (evaluate, ["digits-ipc1", "--architectures", ""]),
+        (evaluate, ["digits-ipc1", "--json="]),
+        (evaluate, [""]),
+        (train, ["--gin_file=digits", "--run_dir="]),
+        (train, ["--gin_file=digits", "--run_dir", ""]),
+        (experts, ["--gin_file="]),
+        (export, ["digits-ipc1", "--out="]),
+        (sweep, ["--gin_file=digits", "--sweep_dir="]),
+    ],
+)
+def test_an_empty_argument_is_a_usage_error(
+    module: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module.main(arguments)
+    assert ended.value.code == 2
+    assert "is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [train, evaluate, experts], ids=lambda module: module.__name__)

@@ -460,6 +460,23 @@ def test_what_is_no_gin_is_refused(binding: str) -> None:
     assert error(binding)
 
 
+@pytest.mark.parametrize(
+    ("binding", "words"),
+    [
+        ("ConvNet.width = int('8')", "it is not computed"),
+        ("ConvNet.width = f'8'", "it is not computed"),
+        ("adam.lr = -inf", "it is not computed"),
+        ("adam.lr = math.pi", "it is not computed"),
+        ("Evaluator.steps = [10, ", "opened and not closed"),
+        ("ConvNet.width = (8", "opened and not closed"),
+        ("Distiller.optimizer = @adam.lr", "a reference is to what has it, as @adam is"),
+        ("Experiment.network = @ConvNet.width", "a reference is to what has it, as @ConvNet is"),
+    ],
+)
+def test_what_no_value_can_be_is_said(binding: str, words: str) -> None:
+    assert words in error(binding)
+
+
 def test_what_is_no_gin_in_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "broken.gin"
     path.write_text("Experiment.seed = 1\nConvNet.width 8\n")

@@ -64,6 +64,7 @@ FLOATS = torch.zeros(8, 3, 4, 4)
     ("changes", "message"),
     [
         ({"class_names": ()}, "class_names is empty"),
+        ({"class_names": ("a", "\udcff")}, r"the name of the class '\\udcff' is no UTF-8"),
         ({"class_names": ("a", "b", "c")}, r"train_labels has no image of 1 .* classes \(c\)"),
         ({"train_images": torch.zeros(8, 4, 4)}, r"train_images has shape \(8, 4, 4\)"),
         ({"test_images": torch.zeros(0, 3, 4, 4)}, r"test_images has shape \(0, 3, 4, 4\)"),

@@ -1,12 +1,13 @@
 """A picture file gives the pixels that a viewer shows, or one line that says what is wrong."""
 
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dd.data.pictures import decode_image, is_leftover, is_picture
 from dd.data.sources.image_folder import image_folder
@@ -123,6 +124,24 @@ def circle(path: Path) -> None:
 def test_what_is_no_picture_is_one_line_that_names_the_file(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "a.png"
     make(path)
+    with pytest.raises(ValueError, match=r"^cannot decode the image .*a\.png: [^\n]+$"):
+        decode_image(str(path), SIZE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError(), EOFError("end"), RuntimeError("codec"), zlib.error("-3"), RecursionError()],
+)
+def test_damage_is_one_line_however_pillow_says_it(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (SIZE, SIZE)).save(path)
+
+    def load(self: Image.Image) -> None:
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
     with pytest.raises(ValueError, match=r"^cannot decode the image .*a\.png: [^\n]+$"):
         decode_image(str(path), SIZE)
 
