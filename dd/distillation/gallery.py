@@ -68,7 +68,8 @@ def image_grid(pixels: Tensor, images_per_class: int, class_names: Sequence[str]
     factor = -(-least // pixels.shape[-2])
     height, width = (side * factor for side in pixels.shape[-2:])
     name_height = label("", width).height if class_names else 0
-    cell = width + _BORDER
+    # Between pairs there is more than within one.
+    cell = width + (_BORDER if width == height else 4 * _BORDER)
     band = rows * (height + _BORDER) + name_height
     size = (columns * cell + _BORDER, -(-classes // columns) * band + _BORDER)
     canvas = Image.new("RGB", size, "white")

@@ -121,7 +121,7 @@ class TrainingState:
                 "processes": self.processes,
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
-                "validation_due": self.validation_due,
+                **({"validation_due": True} if self.validation_due else {}),
                 "rate_scale": self.rate_scale,
                 "rates": self.rates,
                 "circumstances": self.circumstances,
@@ -178,7 +178,7 @@ class TrainingState:
             self.processes = int(metadata["processes"])
             self.skipped = int(metadata["skipped"])
             self.skipped_in_a_row = int(metadata["skipped_in_a_row"])
-            # Checkpoints of before have none, and were made after it.
+            # Said only where it is so.
             self.validation_due = bool(metadata.get("validation_due", False))
             self.rate_scale = float(metadata["rate_scale"])
             self.rates = [dict(rates) for rates in metadata["rates"]]

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import final
 
 from dd import config
-from dd.distillation.loop import Ready, begin, outer_loop, progress, validate
+from dd.distillation.loop import Ready, begin, outer_loop, progress
 from dd.distillation.recorder import FolderRecorder
+from dd.distillation.validation import validate
 from dd.experiment import CONFIG, Experiment
 from dd.runtime.files import write_text
 from dd.runtime.stopping import StopRequest

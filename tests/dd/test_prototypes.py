@@ -35,7 +35,7 @@ def test_a_run_shows_them_if_it_is_asked_to(tmp_path: Path) -> None:
     made = experiment(Distiller__nearest_real=True, Distiller__outer_steps=1)
     distil(made, made.prepare(), tmp_path)
     with Image.open(tmp_path / "distilled.png") as picture:
-        assert picture.size[0] == 5 * (2 + (8 + 1 + 8) * 8) + 2
+        assert picture.size[0] == 5 * (8 + (8 + 1 + 8) * 8) + 2
     (first, *_) = shown_in(tmp_path).Images("synthetic_images/stretched")
     assert (first.width, first.height) == picture.size
 
