@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torchvision.datasets import CIFAR10
 
 import dd
 from dd.augmentation import DSA
@@ -144,3 +146,37 @@ def test_the_page_trains_as_well_without_dd_as_dd_does(
         accuracies.append(float(right.float().mean()))
     told = dd.sets()["digits-ipc1"]
     assert abs(statistics.fmean(accuracies) - told.accuracy) < stds * told.std
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dd.sets())
+def test_a_set_that_ships_trains_networks_to_what_is_told_of_it(name: str) -> None:
+    """With CIFAR-10 in `data/`, or a link to it, some ten minutes of one core."""
+    distilled, told = dd.load(name), dd.sets()[name]
+    if name.startswith("digits"):
+        images, labels = digits().test_images, digits().test_labels
+    else:
+        try:
+            held = CIFAR10(ROOT / "data", train=False)
+        except RuntimeError as error:
+            pytest.skip(f"there is no data to judge {name}: {error}")
+        images = torch.from_numpy(held.data).permute(0, 3, 1, 2) / 255
+        labels = torch.tensor(held.targets)
+    recipe, accuracies = distilled.recipe, []
+    augmentation = getattr(dd.augmentation, recipe["augmentation"]["name"])()
+    assert recipe["augmentation"]["arguments"] == {}
+    assert len(distilled.images) <= recipe["batch_size"]  # Every step has the whole set.
+    for seed in range(5):
+        torch.manual_seed(seed)
+        draw = torch.Generator().manual_seed(seed)
+        network = ConvNet(**recipe["network"]["arguments"])
+        optimizer = torch.optim.Adam(network.parameters(), lr=recipe["optimizer"]["lr"])
+        for _ in range(recipe["steps"]):
+            optimizer.zero_grad()
+            images_now = augmentation(distilled.images, draw)
+            F.cross_entropy(network(images_now), distilled.labels).backward()
+            optimizer.step()
+        with torch.no_grad():
+            found = [network(distilled.transform(some)).argmax(dim=1) for some in images.split(500)]
+        accuracies.append(float((torch.cat(found) == labels).float().mean()))
+    assert abs(statistics.fmean(accuracies) - told.accuracy) < 2 * told.std
