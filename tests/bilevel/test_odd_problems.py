@@ -192,8 +192,8 @@ def test_a_state_that_begins_without_a_tensor_is_one_nevertheless(path, state):
 
 BROKEN = {
     "list": (lambda u, s: (list(u.values()), s), "returned updates of the structure"),
-    "sum": (lambda u, s: (optree.tree_map(torch.sum, u), s), "returned updates of the shapes"),
-    "numbers": (lambda u, s: (optree.tree_map(lambda g: 0.1, u), s), "updates of the shapes"),
+    "sum": (lambda u, s: (optree.tree_map(torch.sum, u), s), "returned updates of shapes"),
+    "numbers": (lambda u, s: (optree.tree_map(lambda g: 0.1, u), s), "updates of shapes"),
     "one result": (lambda u, s: u, "cannot be run on the pytree that init returned"),
     "attribute": (lambda u, s: (u.theta, s), "cannot be run on the pytree that init returned"),
 }
