@@ -44,6 +44,7 @@ from dd.written import (
     place_of,
     read_binding,
     read_file,
+    refer_to_defaults,
     unused,
 )
 
@@ -193,6 +194,7 @@ def load(
             read_file(path)
         for binding in bindings:
             read_binding(binding)
+        refer_to_defaults()
         gin.finalize()
         check_all_is_known()
         return _EXPERIMENT()

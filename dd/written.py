@@ -23,6 +23,13 @@ _referred: set[str] = set()
 #: The files that the user named, not those they include, and the command line.
 _by_user: set[str] = set()
 
+#: What a parameter is by default. Each may be set like what is named.
+DEFAULTS = {
+    "RealImages.precision": "Precision",
+    "Distiller.objective": "RealImages",
+    "Distiller.estimator": "Adjoint",
+}
+
 
 def begin() -> None:
     """Forget the configuration before."""
@@ -52,6 +59,15 @@ def macros_set() -> list[str]:
 def place_of(name: str) -> str:
     """Where a parameter is set, to be put behind its name; empty if that is not known."""
     return f" ({_places[name]})" if name in _places else ""
+
+
+def refer_to_defaults() -> None:
+    """Let gin make the defaults of which something is set, which else would have no effect."""
+    for parameter, owner in DEFAULTS.items():
+        bindings = parameters(gin.config_str())
+        is_set = any(name.startswith(f"{owner}.") for name in bindings)
+        if is_set and parameter not in bindings:
+            gin.parse_config(f"{parameter} = @{owner}()")
 
 
 def check_all_is_known() -> None:

@@ -92,6 +92,23 @@ def test_shipped_files_set_nothing_without_effect(path: Path) -> None:
     assert config.unused() == []
 
 
+def test_what_a_default_is_like_can_be_set_without_naming_it(tmp_path: Path) -> None:
+    named = ("Distiller.objective", "RealImages.precision", "Distiller.estimator")
+    lines = Path(DIGITS).read_text().splitlines()
+    path = tmp_path / "plain.gin"
+    path.write_text("\n".join(line for line in lines if not line.startswith(named)))
+    bindings = [
+        "RealImages.real_batch = 77",
+        "Precision.inner = 'float32'",
+        "Adjoint.hvp = 'forward'",
+    ]
+    distiller = config.load([str(path)], bindings).distiller
+    assert distiller.objective.real_batch == 77
+    assert distiller.objective.precision.inner == torch.float32
+    assert distiller.estimator.hvp == "forward"
+    assert config.check_used() == []
+
+
 @each_shipped_file
 def test_the_operative_configuration_reproduces_itself(path: Path, tmp_path: Path) -> None:
     config.load([str(path)], SMALL).prepare()
