@@ -39,13 +39,13 @@ from dd.runtime.precision import Precision
 from dd.written import (
     begin,
     check_all_is_known,
-    check_used,
     macros_set,
     place_of,
     read_binding,
     read_file,
     refer_to_defaults,
     unused,
+    warnings_of_unused,
 )
 
 #: Every name a gin file can use, with what it stands for.
@@ -128,11 +128,11 @@ __all__ = [
     "CONFIGURABLES",
     "RECIPES",
     "ConfigError",
-    "check_used",
     "differences",
     "parameters",
     "saved_text",
     "unused",
+    "warnings_of_unused",
 ]
 
 

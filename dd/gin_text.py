@@ -73,11 +73,11 @@ def statements(text: str, seen: Callable[[str], None] = lambda _: None) -> Itera
     yield from config_parser.ConfigParser(text, _AsWritten(seen))
 
 
-def names_set(text: str, file: str, referred: set[str]) -> dict[str, Place]:
-    """The parameters and macros that a text sets, and where; what it refers to joins `referred`."""
+def names_set(text: str, file: str) -> dict[str, Place]:
+    """The parameters and macros that a text sets, and where."""
     found: dict[str, Place] = {}
     try:
-        for statement in statements(text, referred.add):
+        for statement in statements(text):
             if isinstance(statement, config_parser.BindingStatement):
                 scope = f"{statement.scope}/" if statement.scope else ""
                 parameter = f".{statement.arg_name}" if statement.arg_name else ""
@@ -126,12 +126,11 @@ def recipe_for_cpu(name: str) -> str | None:
     return None
 
 
-def parse(path: Path, referred: set[str], within: tuple[Path, ...] = ()) -> dict[str, Place]:
+def parse(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Place]:
     """Parse a file; what it includes is looked for beside it, wherever one is, then in `dd`.
 
     Args:
         path: The file.
-        referred: What it refers to is added: to names as they are written, to macros with a %.
         within: The files that include it.
 
     Returns:
@@ -157,9 +156,9 @@ def parse(path: Path, referred: set[str], within: tuple[Path, ...] = ()) -> dict
                 raise ConfigError(f"{path} includes {include[2]}: {error}") from error
             if target.resolve() in within:
                 raise ConfigError(f"{path}, line {begin}: {target} is included within itself")
-            places |= parse(target, referred, within)
+            places |= parse(target, within)
     flush(len(lines))
-    return places | names_set(text, str(path), referred)
+    return places | names_set(text, str(path))
 
 
 def parse_text(text: str, name: str) -> None:

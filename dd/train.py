@@ -80,7 +80,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with one_first():
             experiment = config.load(options.gin_file, options.gin_param, modules=options.modules)
-            notes = config.check_used()
+            notes = config.warnings_of_unused()
     except config.ConfigError as error:
         return fail(str(error))
     started = datetime.now().strftime("%Y%m%d-%H%M%S")

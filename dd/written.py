@@ -13,13 +13,10 @@ from dd.gin_text import (
     parameters,
     parse,
     parse_text,
-    registered,
 )
 
 #: Where parameters and macros are set.
 _places: dict[str, Place] = {}
-#: What some file, or the command line, refers to, in force or overridden.
-_referred: set[str] = set()
 #: The files that the user named, not those they include, and the command line.
 _by_user: set[str] = set()
 
@@ -34,21 +31,20 @@ DEFAULTS = {
 def begin() -> None:
     """Forget the configuration before."""
     _places.clear()
-    _referred.clear()
     _by_user.clear()
 
 
 def read_file(path: Path) -> None:
     """Have gin parse a file that the user named."""
     _by_user.add(str(path))
-    _places.update(parse(path, _referred))
+    _places.update(parse(path))
 
 
 def read_binding(binding: str) -> None:
     """Have gin parse a binding of the command line."""
     _by_user.add(COMMAND_LINE)
     parse_text(binding, COMMAND_LINE)
-    _places.update(names_set(binding, COMMAND_LINE, _referred))
+    _places.update(names_set(binding, COMMAND_LINE))
 
 
 def macros_set() -> list[str]:
@@ -107,19 +103,10 @@ def unused() -> list[str]:
     ]
 
 
-def check_used() -> list[str]:
-    """What is to be said of parameters without effect, where another setting may be why.
-
-    Raises:
-        ConfigError: Nothing ever referred to what the parameter is of, in no file, so it must
-            have been meant otherwise.
-    """
-    known = {registered(name) for name in _referred if not name.startswith("%")}
-    notes = []
-    for name in unused():
-        owner = name.rpartition("/")[2].rpartition(".")[0]
-        said = f"{name}{place_of(name)} is set, but nothing refers to {owner}"
-        if registered(owner) not in known:
-            raise ConfigError(f"{said}, so it has no effect")
-        notes.append(f"note: {said}")
-    return notes
+def warnings_of_unused() -> list[str]:
+    """A line on each parameter without effect: it may be misunderstood, or another one be why."""
+    return [
+        f"warning: {name}{place_of(name)} is set, but nothing refers to "
+        f"{name.rpartition('/')[2].rpartition('.')[0]}, so it has no effect"
+        for name in unused()
+    ]
