@@ -105,7 +105,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     windows(),
     st.sampled_from(list(RATES)),

@@ -108,7 +108,7 @@ def test_one_pair_has_no_standard_error():
 
 
 @given(st.sampled_from(["data_cleaning", "learned_start", "learned_rate"]), seeds)
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_pytrees_random_batches_and_hyperparameters(name, seed):
     """Along the direction drawn, a pair is the central difference of the loss of a real run."""
     case = problems.make(name, seed % 1000)

@@ -69,7 +69,7 @@ def test_one_step_that_is_not_the_first_has_no_hessian_to_leave_out(make, name, 
     assert relative_error(result.grads, expected) < 1e-8
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.floats(0.01, 0.2), st.integers(1, 6), seeds)
 def test_a_learned_start_under_sgd_gets_the_outer_gradient_at_the_end(rate, steps, seed):
     """As first-order MAML is written: ∂F/∂θ_T, handed on to the initialisation."""
@@ -82,7 +82,7 @@ def test_a_learned_start_under_sgd_gets_the_outer_gradient_at_the_end(rate, step
     assert result.stats.hessian_vector_products == 0
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(1, 5), st.floats(0.01, 0.3), seeds)
 def test_the_error_is_at_most_what_the_curvature_allows(steps, rate, seed):
     """‖Π(I − αA) − I‖ ≤ (1 + αL)^T − 1, and of first order in α."""

@@ -45,7 +45,7 @@ def test_random_directions_are_unbiased(start, stop):
     assert 0.9 * expected < float(result.stats.standard_error) < 1.1 * expected
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seeds)
 def test_one_direction_of_two_variables_has_two_possible_results(seed):
     """With v = (1, ±1), ⟨g, v⟩v = g ± the same with its entries exchanged."""

@@ -278,7 +278,7 @@ UNREACHABLE = {
 }
 
 
-@pytest.mark.parametrize("steps", [2, 12])
+@pytest.mark.parametrize("steps", [2, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", UNREACHABLE)
 def test_a_compiled_step_follows_what_only_running_it_shows(name, steps, monkeypatch):
     factor, change = UNREACHABLE[name]

@@ -121,7 +121,7 @@ def check(make, values, seed, window, estimators):
 
 @pytest.mark.parametrize("name", MAKERS)
 @given(st.data(), seeds, st.integers(0, 3))
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_of_every_optimizer(name, data, seed, start):
     make, names = MAKERS[name]
     values = {each: data.draw(kinds) for each in names}
@@ -137,7 +137,7 @@ def test_in_forward_mode(data, seed, name):
 
 
 @given(seeds, st.sampled_from(["scalar", "a schedule"]), st.integers(0, 3))
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_of_groups_and_of_a_norm(seed, kind, start):
     window = bilevel.Window(start, 5)
     check(make_groups, {"weight": kind, "rest": kind}, seed, window, [Adjoint(), Reverse()])

@@ -42,7 +42,7 @@ def hypergradient(case, optimizer, truncation, *, backend="eager", steps=STEPS, 
     return made
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(
     name=st.sampled_from(
         ["quadratic", "ridge", "data_cleaning", "mlp_distillation", "learned_start"]
@@ -207,7 +207,10 @@ def test_one_graph_serves_loops_of_every_length():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
-@pytest.mark.parametrize("name", ["data_cleaning", "learned_start", "mlp_distillation"])
+@pytest.mark.parametrize(
+    "name",
+    ["data_cleaning", "learned_start", pytest.param("mlp_distillation", marks=pytest.mark.slow)],
+)
 def test_a_short_run_is_one_graph_with_its_derivative(name, steps):
     case = problems.make(name, 1)
     optimizer = OPTIMIZERS["adam"]

@@ -129,7 +129,7 @@ def test_windows_are_drawn_from_the_policy(partial):
     assert p_value(counts, dict.fromkeys(expected, 1 / len(expected)), draws) < 1e-12
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(12, 30), st.sampled_from(["excluded", "cut"]), st.integers(0, 3), seeds)
 def test_windows_are_drawn_from_the_policy_whatever_the_norms(steps, partial, runs, seed):
     draws, first = 1000, seed % 1000

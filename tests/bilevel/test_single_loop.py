@@ -68,6 +68,7 @@ def test_without_the_warm_start_it_rests_elsewhere():
     assert relative_error(descend(problem, batch, Implicit(Neumann(RATE, 1))), optimum) > 0.1
 
 
+@pytest.mark.slow
 def test_a_penalty_in_a_single_loop():
     """Thirty further steps an outer step, from where the last run ended; the bias is O(1/λ)."""
     problem, batch, optimum = bilevel_quadratic()

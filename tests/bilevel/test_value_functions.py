@@ -44,7 +44,7 @@ def on_the_quadratic(estimator, seed, size):
     return result, expected, A, slope, case
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.floats(1, 1e6), sizes, seeds)
 def test_a_penalty_is_a_damping_by_its_inverse(penalty, size, seed):
     """F has curvature I, so what it gives is ρφ + Bᵀ(A + I/λ)⁻¹(θ* − c)."""
@@ -57,7 +57,7 @@ def test_a_penalty_is_a_damping_by_its_inverse(penalty, size, seed):
     assert (result.stats.status, result.stats.hessian_vector_products) == ("ok", 0)
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.floats(1, 1e6), st.floats(1, 100), sizes, seeds)
 def test_a_moreau_envelope_is_a_penalty_with_another_hessian(penalty, gamma, size, seed):
     """γA²(I + γA)⁻¹ for A in θ, and A again in what the difference is taken of."""
@@ -74,7 +74,7 @@ def test_a_moreau_envelope_is_a_penalty_with_another_hessian(penalty, gamma, siz
 
 
 @pytest.mark.parametrize("make", [Penalty, lambda penalty, k: MoreauEnvelope(penalty, 10.0, 2 * k)])
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(sizes, seeds)
 def test_the_bias_falls_in_proportion_to_the_penalty(make, size, seed):
     errors = []
@@ -85,7 +85,7 @@ def test_the_bias_falls_in_proportion_to_the_penalty(make, size, seed):
     assert 9.9 < errors[0] / errors[1] < 10.1
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.floats(0.5, 4), sizes, seeds)
 def test_the_penalty_that_bome_finds_grows_with_the_steps_and_the_bias_falls_with_it(
     barrier, size, seed
@@ -101,7 +101,7 @@ def test_the_penalty_that_bome_finds_grows_with_the_steps_and_the_bias_falls_wit
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(sizes, seeds)
 def test_what_the_run_still_has_to_go_is_no_error_of_a_penalty(steps, size, seed):
     """Both further runs go it: on a quadratic the difference is that of a converged run."""
@@ -110,7 +110,7 @@ def test_what_the_run_still_has_to_go_is_no_error_of_a_penalty(steps, size, seed
     assert relative_error(short.grads, long.grads) < 1e-6
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.floats(0.1, 1), sizes, seeds)
 def test_weight_decay_in_the_optimizer_is_part_of_the_inner_loss(decay, size, seed):
     case, eye = quadratic(seed, size), torch.eye(size, dtype=DTYPE)
