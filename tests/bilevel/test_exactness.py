@@ -117,14 +117,14 @@ SMALL = ["quadratic", "ridge", "data_cleaning", "learned_start"]
 
 
 @pytest.mark.parametrize("name", SMALL)
-@settings(max_examples=14)
+@settings(max_examples=12)
 @given(optimizers | torchopts, rates, windows(), seeds, st.integers(2, 5))
 def test_every_estimator_is_autograd_through_the_window(name, make, rate, shape, seed, size):
     estimators = [Reverse(), Adjoint("reverse"), Adjoint("forward"), Forward()]
     check_against_brute_force(name, make, rate, shape, seed, size, estimators)
 
 
-@settings(max_examples=14)
+@settings(max_examples=12)
 @given(optimizers, windows(), seeds, st.integers(2, 5))
 def test_a_learned_rate(make, shape, seed, size):
     estimators = [Reverse(), Adjoint("reverse"), Adjoint("forward"), Forward()]
@@ -132,7 +132,7 @@ def test_a_learned_rate(make, shape, seed, size):
 
 
 @pytest.mark.parametrize("name", ["mlp_distillation", "convnet_distillation"])
-@settings(max_examples=14)
+@settings(max_examples=12)
 @given(optimizers, rates, windows(), seeds, st.integers(2, 5))
 def test_distillation(name, make, rate, shape, seed, size):
     estimators = [Reverse(), Adjoint("reverse"), Adjoint("forward")]

@@ -85,7 +85,8 @@ def test_the_bias_falls_in_proportion_to_the_penalty(make, size, seed):
     assert 9.9 < errors[0] / errors[1] < 10.1
 
 
-@settings(max_examples=3)
+@pytest.mark.slow
+@settings(max_examples=5)
 @given(st.floats(0.5, 4), sizes, seeds)
 def test_the_penalty_that_bome_finds_grows_with_the_steps_and_the_bias_falls_with_it(
     barrier, size, seed
