@@ -22,22 +22,23 @@ class Call:
     """
 
     def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> None:
-        self._function, self._leaves, self._spec = function, list(leaves), spec
+        self._function, self._spec = function, spec
         self._output_spec: Any = None
+        # Not the tensors: a call outlives its arguments, and they may be on a graph.
+        self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self._known = [leaf.requires_grad if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
         """What `run` takes of such leaves."""
-        pairs = zip(leaves, self._leaves, strict=True)
-        return [leaf.detach() for leaf, known in pairs if isinstance(known, Tensor)]
+        pairs = zip(leaves, self._is_tensor, strict=True)
+        return [leaf.detach() for leaf, is_tensor in pairs if is_tensor]
 
     def run(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors of the result, off any graph."""
         remaining = iter(tensors)
         leaves = [
-            next(remaining).detach().requires_grad_(known.requires_grad)
-            if isinstance(known, Tensor)
-            else known
-            for known in self._leaves
+            next(remaining).detach().requires_grad_(known) if is_tensor else known
+            for known, is_tensor in zip(self._known, self._is_tensor, strict=True)
         ]
         outputs, self._output_spec = optree.tree_flatten(
             self._function(*optree.tree_unflatten(self._spec, leaves))
