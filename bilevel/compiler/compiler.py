@@ -231,16 +231,19 @@ class Compiler:
 
         return _Graph(run, check)
 
-    def _compile_loop(self, loop: Loop) -> _Graph:
-        first = [*loop.carry, *(x[0] for x in loop.xs), *loop.more]
+    def _compile_loop(self, given: Loop) -> _Graph:
+        loop = given.without_values()
         if self.backend != "inductor":
+            first = [*given.carry, *(x[0] for x in given.xs), *given.more]
             step = self._traced(loop.step, first)
 
             def compiled(tensors: Sequence[Tensor], length: int) -> list[Tensor]:
                 return loop.run(lambda *args: step(args), tensors, length)
 
         else:
-            whole = _or_refuse(lambda: _compiled_scan(loop, first))
+            whole = _or_refuse(
+                lambda: inductor.compile_scan(loop.step, given.carry, given.xs, given.more)
+            )
 
             def compiled(tensors: Sequence[Tensor], length: int) -> list[Tensor]:
                 return whole(tensors)
@@ -293,12 +296,6 @@ class _Graph:
 @final
 class _RefusalError(Exception):
     """Why something cannot be run as a graph."""
-
-
-def _compiled_scan(loop: Loop, first: Sequence[Tensor]) -> inductor.Compiled:
-    step, constants = inductor.trace(loop.step, first)
-    compiled = inductor.compile_scan(step, loop.carry, loop.xs, [*loop.more, *constants])
-    return lambda tensors: compiled([*tensors, *constants])
 
 
 def _or_refuse(make: Callable[[], Made]) -> Made:

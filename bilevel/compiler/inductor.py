@@ -67,12 +67,15 @@ def compile_graph(graph: fx.GraphModule, args: Sequence[Tensor]) -> Compiled:
 
 
 def compile_scan(
-    step: fx.GraphModule, carry: Sequence[Tensor], xs: Sequence[Tensor], more: Sequence[Tensor]
+    step: Callable[..., list[Tensor]],
+    carry: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    more: Sequence[Tensor],
 ) -> Compiled:
     """A loop over `step` as one graph, for any number of steps.
 
     Args:
-        step: (*carry, *x, *more) to [*carry, *y].
+        step: (*carry, *x, *more) to [*carry, *y]; it is traced.
         carry: What goes from step to step, contiguous, no two of the same memory.
         xs: What steps take one by one, stacked in their first dimension; at least one.
         more: What all steps share.
@@ -82,18 +85,20 @@ def compile_scan(
     """
     from torch._higher_order_ops.scan import scan_op
 
+    graph, constants = trace(step, [*carry, *(x[0] for x in xs), *more])
     counts = len(carry), len(xs)
 
     def body(*args: Tensor) -> list[Tensor]:
         # No output may be an input, nor another output.
-        return [each.clone(memory_format=torch.contiguous_format) for each in step(*args)]
+        return [each.clone(memory_format=torch.contiguous_format) for each in graph(*args)]
 
     def loop(*args: Tensor) -> list[Tensor]:
         start, along = list(args[: counts[0]]), list(args[counts[0] : sum(counts)])
         return list(scan_op(body, start, along, tuple(args[sum(counts) :])))
 
     example = [x.new_empty((EXAMPLE_LENGTH, *x.shape[1:])) for x in xs]
-    return _compile(loop, _fake_mode(), [*carry, *more], example, at=counts[0])
+    compiled = _compile(loop, _fake_mode(), [*carry, *more, *constants], example, at=counts[0])
+    return lambda tensors: compiled([*tensors, *constants])
 
 
 def _fake_mode() -> Any:

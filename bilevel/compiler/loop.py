@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, final
 
@@ -94,6 +95,17 @@ class Loop:
         """[*carry, *xs, *more]."""
         return [*self.carry, *self.xs, *self.more]
 
+    def without_values(self) -> Loop:
+        """This loop of tensors that hold nothing: what a graph of it may keep."""
+        bare = copy.copy(self)
+        bare._given = ((), (), ())
+        bare._fixed = [_without_values(leaf) for leaf in self._fixed]
+        bare.carry, bare.xs, bare.more = (
+            [_without_values(leaf) for leaf in leaves]
+            for leaves in (self.carry, self.xs, self.more)
+        )
+        return bare
+
     def description(self) -> tuple[Hashable, ...]:
         """What decides which graph fits this loop: everything but values, and the length."""
         return (
@@ -154,6 +166,10 @@ class Loop:
             carry, y = call(self._function, *fixed, carry, x)
             outputs.append(y)
         return carry, optree.tree_map(lambda *each: torch.stack(each), *outputs)
+
+
+def _without_values(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
 
 
 def describe(leaf: Any) -> Hashable:

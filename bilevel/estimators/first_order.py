@@ -6,9 +6,7 @@ from bilevel.estimators.base import Estimator
 from bilevel.estimators.recursion import (
     BackwardRecursion,
     WindowEnd,
-    inner_gradient,
     pull_mixed,
-    pull_update,
 )
 from bilevel.recording.trajectory import Trajectory
 from bilevel.result import HypergradientResult
@@ -44,15 +42,8 @@ class FirstOrder(Estimator):
         inner, end = trajectory.inner, WindowEnd.of(trajectory, outer_batch)
         recursion = BackwardRecursion(trajectory, end)
         for step, iterate, inputs in recursion.steps():
-            cotangent, state_cotangents, direction, hyper_cotangents = inner.run(
-                pull_update,
-                inner,
-                iterate.params,
-                iterate.state,
-                inner_gradient(inner, iterate, inputs),
-                inputs.hyperparameters,
-                recursion.cotangent,
-                recursion.state_cotangents,
+            cotangent, state_cotangents, direction, hyper_cotangents = recursion.pull_update(
+                iterate, inputs
             )
             batch_leaves = partition(inputs.batch, needs_gradient)[0]
             mixed = []

@@ -14,9 +14,7 @@ from bilevel.estimators.recursion import (
     BackwardRecursion,
     WindowEnd,
     gradient_response,
-    inner_gradient,
     pull_mixed,
-    pull_update,
 )
 from bilevel.linear import HessianOperator
 from bilevel.recording.inner import InnerLoop
@@ -126,15 +124,8 @@ class LowRank(Estimator):
         groups = _groups(trajectory.window, self.group_size)
         group, total, mixed_products = groups.pop(), torch.zeros_like(end.cotangent), 0
         for step, iterate, inputs in recursion.steps():
-            cotangent, state_cotangents, gradient_cotangent, hyper_cotangents = inner.run(
-                pull_update,
-                inner,
-                iterate.params,
-                iterate.state,
-                inner_gradient(inner, iterate, inputs),
-                inputs.hyperparameters,
-                recursion.cotangent,
-                recursion.state_cotangents,
+            cotangent, state_cotangents, gradient_cotangent, hyper_cotangents = (
+                recursion.pull_update(iterate, inputs)
             )
             end.gradient.pull(
                 partition(inputs.hyperparameters, needs_gradient)[0], hyper_cotangents

@@ -53,6 +53,23 @@ class BackwardRecursion:
             yield step, iterate, self._trajectory.inputs_at(step)
             after = iterate
 
+    def pull_update(
+        self, iterate: Iterate, inputs: StepInputs
+    ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+        """(λ', μ', ḡ, h̄) of the optimizer's step at (θ_t, s_t): `pull_update` of λ and μ."""
+        inner = self._trajectory.inner
+        pulled: tuple[Tensor, list[Tensor], Tensor, list[Tensor]] = inner.run(
+            pull_update,
+            inner,
+            iterate.params,
+            iterate.state,
+            _inner_gradient(inner, iterate, inputs),
+            inputs.hyperparameters,
+            self.cotangent,
+            self.state_cotangents,
+        )
+        return pulled
+
     def step_back(
         self,
         step: int,
@@ -161,7 +178,7 @@ def pull_mixed(inner: InnerLoop, params: Tensor, batch: Any, cotangent: Tensor) 
     return torch.autograd.grad(gradient, leaves, cotangent, materialize_grads=True)
 
 
-def inner_gradient(inner: InnerLoop, iterate: Iterate, inputs: StepInputs) -> Tensor:
+def _inner_gradient(inner: InnerLoop, iterate: Iterate, inputs: StepInputs) -> Tensor:
     """g_t, taken again where it was not kept."""
     if iterate.gradient is not None:
         return iterate.gradient

@@ -1,6 +1,8 @@
 """Compiled steps give what eager steps give, or say that they do not and step aside."""
 
+import gc
 import warnings
+import weakref
 
 import optree
 import problems
@@ -238,6 +240,38 @@ def test_no_graph_outlives_a_compiled_call():
     result = made(outer, case.outer_batch, seeded(0))
     tensors = [result.loss, *optree.tree_leaves(result.grads), *result.trace.signals.values()]
     assert all(tensor.grad_fn is None for tensor in tensors)
+
+
+def test_a_graph_does_not_hold_the_arguments_it_was_made_for():
+    compiler, params = Compiler("eager"), torch.ones(3, requires_grad=True)
+    given = 2 * params
+    held = weakref.ref(given)
+    torch.testing.assert_close(compiler(torch.exp, given), given.exp().detach())
+    product = compiler.linearised(torch.mul, given, vector=torch.ones(3))
+    torch.testing.assert_close(product(torch.ones(3)), given.detach())
+    del given
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_loop_does_not_hold_the_arguments_it_was_made_for(backend):
+    def step(rate, carry, x):
+        return carry + rate * x, carry.sum()
+
+    compiler = Compiler(backend)
+    given = [torch.tensor(0.5), torch.arange(4.0), torch.ones(5, 4)]
+    held = [weakref.ref(each) for each in given]
+    for _ in range(2):
+        rate, start, xs = given
+        end, sums = compiler.scan(step, (rate,), start, xs, 5)
+        torch.testing.assert_close(end, torch.arange(4.0) + 2.5)
+        torch.testing.assert_close(sums, 6 + 2 * torch.arange(5.0))
+    del given, rate, start, xs
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 3
+    fresh = compiler.scan(step, (torch.tensor(1.0),), torch.zeros(4), torch.ones(3, 4), 3)
+    torch.testing.assert_close(fresh[0], torch.full((4,), 3.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
