@@ -58,6 +58,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "Experts": objectives.Experts,
     "MatchExperts": objectives.MatchExperts,
     "MatchFeatures": objectives.MatchFeatures,
+    "MeanFeatures": objectives.MeanFeatures,
+    "CharacteristicFunctions": objectives.CharacteristicFunctions,
     "RealImages": objectives.RealImages,
     "DifficultyPacing": objectives.DifficultyPacing,
     "PrototypeAlignment": objectives.PrototypeAlignment,

@@ -57,10 +57,22 @@ def place_of(name: str) -> str:
     return f" ({_places[name]})" if name in _places else ""
 
 
+def _bindings() -> dict[str, str]:
+    """What is set, as gin writes it; what it cannot write, such as an infinity, as nothing."""
+    written = parameters(gin.config_str())
+    parts = [known for known in written if "." in known]
+    others = [
+        name
+        for name in _places
+        if name not in written and not any(name.endswith(f".{known}") for known in parts)
+    ]
+    return {**dict.fromkeys(others, ""), **written}
+
+
 def refer_to_defaults() -> None:
     """Let gin make the defaults of which something is set, which else would have no effect."""
     for parameter, owner in DEFAULTS.items():
-        bindings = parameters(gin.config_str())
+        bindings = _bindings()
         is_set = any(name.startswith(f"{owner}.") for name in bindings)
         if is_set and parameter not in bindings:
             gin.parse_config(f"{parameter} = @{owner}()")
@@ -68,7 +80,7 @@ def refer_to_defaults() -> None:
 
 def check_all_is_known() -> None:
     """Refuse macros and scopes of the user's to which nothing refers: they are misspelt."""
-    bindings = parameters(gin.config_str())
+    bindings = _bindings()
     values = " ".join(bindings.values())
     macros = set(re.findall(r"%([\w./]+)", values))
     scopes = set(re.findall(r"@([\w./]+)/\w", values))
@@ -90,7 +102,7 @@ def unused() -> list[str]:
 
     Those of an included file are left out: they let one line switch back to what it describes.
     """
-    bindings = parameters(gin.config_str())
+    bindings = _bindings()
     references = " ".join(bindings.values())
     return [
         name

@@ -1,4 +1,4 @@
-"""Distribution matching: the mean features of random networks, with no inner loop."""
+"""Distribution matching: the features of random networks, with no inner loop."""
 
 from collections.abc import Mapping
 from typing import Any, final
@@ -7,25 +7,28 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from bilevel.checks import check_integer, check_number
+from bilevel.checks import check_instance, check_integer, check_number
 from bilevel.truncation import Stage
+from dd.augmentation import Augmentation
 from dd.networks import embedded
 from dd.objectives.base import Objective, Outer, PreparedObjective, Task
+from dd.objectives.discrepancy import Discrepancy, MeanFeatures
 from dd.objectives.fresh_network import FreshNetwork
 from dd.synthetic.dataset import SyntheticDataset
 
 
 @final
 class MatchFeatures(Objective):
-    """Draw the mean features of each class to those of the real images, by SGD.
+    """Draw the features of each class to those of the real images, by SGD.
 
-        F(φ) = Σ_c ‖ (1/N) Σ_i f_θ(A(x_{c,i})) − (1/J) Σ_j f_θ(A(s_{c,j}(φ))) ‖²
+        F(φ) = Σ_c D({f_θ(A(x_{c,i}))}_i, {f_θ(A(s_{c,j}(φ)))}_j)
 
-    f_θ is what the last linear layer of a network is given, θ a fresh initialisation in every outer
-    step, x real images, s synthetic ones, A an augmentation drawn anew for both. Nothing is
-    trained: an outer step costs one pass of the real images and one of the synthetic ones, there
-    and back. Set `Distiller.inner_steps = 1` and `Distiller.truncation = @Full()`, as the one inner
-    step does nothing, and `Distiller.compile = False`: the augmentation is drawn within the loss.
+    D compares two sets of features, by their means or their characteristic functions. f_θ is what
+    the last linear layer of a network is given, θ a fresh initialisation in every outer step, x
+    real images, s synthetic ones, A an augmentation drawn anew for both. Nothing is trained: an
+    outer step costs one pass of the real images and one of the synthetic ones, there and back. Set
+    `Distiller.inner_steps = 1` and `Distiller.truncation = @Full()`, as the one inner step does
+    nothing, and `Distiller.compile = False`: the augmentation is drawn within the loss.
 
     Labels are not learned.
 
@@ -34,6 +37,7 @@ class MatchFeatures(Objective):
         classes_per_step: How many random classes an outer step matches, or all if there are fewer;
             default: all.
         momentum: SGD's, for the images.
+        discrepancy: D; default: `MeanFeatures()`.
 
     Raises:
         ValueError: An argument outside its range; from `check`, if labels are to be learned.
@@ -45,7 +49,11 @@ class MatchFeatures(Objective):
     metrics = ("loss", "progress")
 
     def __init__(
-        self, real_per_class: int = 256, classes_per_step: int | None = None, momentum: float = 0.5
+        self,
+        real_per_class: int = 256,
+        classes_per_step: int | None = None,
+        momentum: float = 0.5,
+        discrepancy: Discrepancy | None = None,
     ) -> None:
         self.real_per_class = check_integer("real_per_class", real_per_class)
         self.classes_per_step = classes_per_step
@@ -53,6 +61,10 @@ class MatchFeatures(Objective):
             check_integer("classes_per_step", classes_per_step)
         # Above 0, so that a checkpoint has the buffer.
         self.momentum = check_number("momentum", momentum, above=0, below=1)
+        discrepancy = MeanFeatures() if discrepancy is None else discrepancy
+        self.discrepancy = check_instance(
+            "discrepancy", discrepancy, Discrepancy, "@MeanFeatures()"
+        )
 
     def check(
         self, network: nn.Module, image_shape: tuple[int, ...], synthetic: SyntheticDataset
@@ -80,7 +92,9 @@ class MatchFeatures(Objective):
 class _ClassMeans(PreparedObjective):
     def __init__(self, settings: MatchFeatures, task: Task, key: bilevel.Key) -> None:
         self.settings, self.data = settings, task.data
-        self.problem = FeatureMatching(task.network, task.synthetic, task.augmentation, task.device)
+        self.problem = FeatureMatching(
+            task.network, task.synthetic, task.augmentation, task.device, settings.discrepancy
+        )
         self.key = key.fold("real")
         labels = task.data.train_labels.cpu()
         self.members = [(labels == c).nonzero().flatten() for c in range(task.data.num_classes)]
@@ -116,7 +130,19 @@ class FeatureMatching(FreshNetwork):
         synthetic: The form of the set.
         augmentation: Of real and synthetic images, by one generator for all.
         device: Where parameters live.
+        discrepancy: How features are compared.
     """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        synthetic: SyntheticDataset,
+        augmentation: Augmentation,
+        device: torch.device,
+        discrepancy: Discrepancy,
+    ) -> None:
+        super().__init__(network, synthetic, augmentation, device)
+        self.discrepancy = discrepancy
 
     def inner_batch(self, outer: Any, step: int, *, generator: torch.Generator) -> tuple[()]:
         return ()
@@ -132,12 +158,7 @@ class FeatureMatching(FreshNetwork):
         with torch.no_grad():
             wanted = embedded(self.network, params, augmented[: len(real)])[0]
         found = embedded(self.network, params, augmented[len(real) :])[0]
-        difference = _means(wanted, real_labels, classes) - _means(found, labels, classes)
-        return difference.square().sum()
-
-
-def _means(features: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-    """The mean of features [N, d] over each class: [k, d]."""
-    # A matrix product, unlike index_add, adds up in the same order on every run.
-    members = (labels == classes[:, None]).to(features.dtype)
-    return members @ features / members.sum(1, keepdim=True)
+        members, real_members = (
+            (classes[:, None] == each).to(found.dtype) for each in (labels, real_labels)
+        )
+        return self.discrepancy(wanted, real_members, found, members, int(seed))

@@ -109,6 +109,15 @@ def test_what_a_default_is_like_can_be_set_without_naming_it(tmp_path: Path) -> 
     assert config.warnings_of_unused() == []
 
 
+@pytest.mark.parametrize("value", ["1e400", "[1e400]", "-1e400"])
+@pytest.mark.parametrize("name", ["Distiller.objective", "RealImages.precision", "adam.eps"])
+def test_what_gin_cannot_write_is_set_all_the_same(name: str, value: str) -> None:
+    with pytest.raises((config.ConfigError, ValueError), match=name.rpartition(".")[2]):
+        config.load([DIGITS], [f"{name} = {value}"])
+    config.load([DIGITS], [f"Last.window = {value}"])
+    assert config.unused() == ["Last.window"]
+
+
 @each_shipped_file
 def test_the_operative_configuration_reproduces_itself(path: Path, tmp_path: Path) -> None:
     config.load([str(path)], SMALL).prepare()
