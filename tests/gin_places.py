@@ -39,6 +39,10 @@ PLACES: dict[type, list[str]] = {
         "Distiller.truncation = @MinimumDistance()",
     ],
     objectives.Objective: ["Distiller.objective = @{}()"],
+    objectives.Discrepancy: [
+        "Distiller.objective = @MatchFeatures()",
+        "MatchFeatures.discrepancy = @{}()",
+    ],
     objectives.DifficultyPacing: ["RealImages.pacing = @{}()"],
     objectives.PrototypeAlignment: ["RealImages.alignment = @{}()"],
     synthetic.Parameterisation: ["SyntheticDataset.parameterisation = @{}()"],
