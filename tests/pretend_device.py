@@ -77,7 +77,12 @@ class GeneratorElsewhere(torch.Generator):
         return torch.device("pretend", 0)
 
 
-class _EitherGenerator(torch.Generator):
+class _OfEither(type(torch.Generator)):
+    def __instancecheck__(cls, found: object) -> bool:
+        return isinstance(found, _Generator)
+
+
+class _EitherGenerator(torch.Generator, metaclass=_OfEither):
     """Stands for `torch.Generator`, as a class, since annotations name it."""
 
     def __new__(cls, device: Any = "cpu") -> torch.Generator:  # type: ignore[misc]
