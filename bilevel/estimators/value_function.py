@@ -2,6 +2,7 @@
 
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from bilevel.checks import check_integer, check_number
@@ -57,16 +58,19 @@ class ValueFunction(Estimator):
         for step, inputs in enumerate(run):
             of_outer = run.outer_gradient(upper.params)
             of_inner = run.inner_gradient(upper.params, inputs)
-            penalty = self._penalty(of_outer, of_inner) if step else 0.0
-            direction = (of_outer + penalty * of_inner) / max(1.0, penalty)
+            direction = of_outer
+            if step:
+                penalty = self._penalty(of_outer, of_inner)
+                direction = (of_outer + penalty * of_inner) / penalty.clamp(min=1)
             upper = run.step(upper, direction, inputs)
             lower = run.step(lower, run.inner_gradient(lower.params, inputs), inputs)
         penalty = self._penalty(
             run.outer_gradient(upper.params), run.inner_gradient(upper.params, inputs)
         )
-        return run.result(upper.params, lower.params, penalty, batches=self.batches)
+        return run.result(upper.params, lower.params, float(penalty), batches=self.batches)
 
-    def _penalty(self, of_outer: Tensor, of_inner: Tensor) -> float:
-        """λ; 0 where ∇q is zero."""
-        square = float(of_inner @ of_inner)
-        return max(0.0, self.barrier - float(of_outer @ of_inner) / square) if square else 0.0
+    def _penalty(self, of_outer: Tensor, of_inner: Tensor) -> Tensor:
+        """λ, a scalar; 0 where ∇q is zero."""
+        square = of_inner @ of_inner
+        found = self.barrier - (of_outer @ of_inner) / torch.where(square > 0, square, 1)
+        return torch.where(square > 0, found.clamp(min=0), 0)
