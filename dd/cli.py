@@ -58,12 +58,24 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> Non
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, of which none may be empty: a shell variable that is not set makes it so."""
+    _open_streams()
     given = sys.argv[1:] if arguments is None else arguments
     for argument in given:
         name, has_value, value = argument.partition("=")
         if not argument or (name.startswith("--") and has_value and not value):
             parser.error(f"{name or 'an argument'} is empty; leave it out, or give it a value")
     return parser.parse_args(arguments)
+
+
+def _open_streams() -> None:
+    """Make standard output and error fit to be written to, whatever a shell made of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed; else the next file opened would have its number
+            null = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, null)
+        # So that no character ends a run where the terminal's encoding has few of them.
+        with suppress(AttributeError, ValueError):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def fail(message: str) -> int:
