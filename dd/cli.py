@@ -8,6 +8,7 @@ import ctypes
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
@@ -95,12 +96,19 @@ def run(command: Callable[[], int]) -> int:
     from bilevel.distributed import given_up
 
     keep_freed_memory()
+    threading.excepthook = _in_a_thread
     with redirect_stderr(HeardOrNot(sys.stderr)):
         status = _guarded(command)
     _flush()
     if given_up():
         os._exit(status)  # the interpreter's own end would wait for the process that is silent
     return status
+
+
+def _in_a_thread(error: threading.ExceptHookArgs) -> None:
+    """An error in a thread of TensorBoard's is raised again by its next call."""
+    if not type(error.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(error)
 
 
 def _guarded(command: Callable[[], int]) -> int:

@@ -152,8 +152,10 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData", advi
     try:
         with stop_on_signal() as stop:
             report = experiment.train(data, folder, stop, text, advice=advice)
-    except (BilevelError, DamagedFileError, OSError) as error:
+    except (BilevelError, DamagedFileError) as error:
         return fail(str(error))
+    except OSError as error:
+        return fail(str(error) if error.errno is None or error.filename else f"{folder}: {error}")
     if report.status == "interrupted":
         if any(report.accuracy.values()):
             print_results(report.as_dict())

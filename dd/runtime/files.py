@@ -68,7 +68,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write a UTF-8 text file atomically."""
-    write_bytes(path, content.encode())
+    # A path may have bytes that are no UTF-8. In JSON they are then written as one writes them.
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def write_sealed(path: Path, text: str) -> None:
@@ -192,7 +193,7 @@ def _is_sealed(table: str) -> bool:
 
 
 def _of_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def _of_table(table: Mapping[str, Any]) -> str:
