@@ -138,6 +138,7 @@ def keep_tracebacks_in(folder: Path) -> None:
 
 def unexpected(error: Exception) -> int:
     """Tell an error that nobody expected in one line, and where its traceback is."""
+    from dd.runtime.culprit import gist
     from dd.runtime.files import write_text
 
     trace = "".join(traceback.format_exception(error))
@@ -147,7 +148,8 @@ def unexpected(error: Exception) -> int:
         where = f"the traceback is in {path}"
     except OSError as problem:
         where = f"the traceback cannot be written: {problem}"
-    fail(f"{type(error).__name__}: {memory_advice(error) or error}; {where}")
+    advice = memory_advice(error)
+    fail(f"{f'{type(error).__name__}: {advice}' if advice else gist(error)}; {where}")
     return FAILED
 
 

@@ -119,7 +119,11 @@ class FolderRecorder(Recorder):
         self._profiles_shown: set[str] = set()
         self._known_status = {"ok"}
         if run.task.device.type == "cpu":
-            self._warn_of_days(least_seconds(run), at_least=True)
+            try:
+                self._warn_of_days(least_seconds(run), at_least=True)
+            except BaseException:
+                self.close()  # an error is told on a line of its own, not behind the bar
+                raise
 
     def take(self, event: Event) -> None:
         match event:
