@@ -6,13 +6,15 @@ Importing it costs nothing: help and mistakes in arguments are told before PyTor
 import argparse
 import ctypes
 import os
+import signal
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from dd.runtime.plain import HeardOrNot, one_line, plain
@@ -90,9 +92,39 @@ def fail(message: str) -> int:
 def run(command: Callable[[], int]) -> int:
     """Run a command, under `torchrun` in every process, and end without a traceback.
 
-    That is, when Ctrl-C comes outside the parts that handle it, when another process is gone, or
-    when there is an error that nobody expected: its traceback goes to a file.
+    That is, when Ctrl-C, or a signal like it, comes outside the parts that handle it, such as while
+    PyTorch is imported, when another process is gone, or when there is an error that nobody
+    expected: its traceback goes to a file.
     """
+    with _interrupted_by_signals():
+        try:
+            return _run(command)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return INTERRUPTED
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it keeps is kept."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            with suppress(ValueError):  # in another thread than the main one
+                previous[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(command: Callable[[], int]) -> int:
     from bilevel.distributed import given_up
 
     keep_freed_memory()
