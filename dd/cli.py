@@ -72,10 +72,9 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 def _open_streams() -> None:
     """Make standard output and error fit to be written to, whatever a shell made of them."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed; else the next file opened would have its number
-            null = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
-            setattr(sys, name, null)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         # So that no character ends a run where the terminal's encoding has few of them.
         with suppress(AttributeError, ValueError):
             getattr(sys, name).reconfigure(errors="backslashreplace")

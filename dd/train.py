@@ -86,6 +86,8 @@ def _train(options: argparse.Namespace) -> int:
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(options.gin_file[0]).stem}-{started}"
     folder = Path(from_first_process(options.run_dir or default))
+    if str(folder).encode(errors="ignore").decode() != str(folder):
+        return fail(f"--run_dir={folder} is no UTF-8: choose another name")
     for note in notes:
         say(note)
     print(f"preparing {experiment.dataset!r}", flush=True)

@@ -68,7 +68,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write a UTF-8 text file atomically."""
-    # A path may have bytes that are no UTF-8. In JSON they are then written as one writes them.
+    # The name of a file may have bytes that are no UTF-8; JSON then has them as it writes them.
     write_bytes(path, content.encode(errors="backslashreplace"))
 
 
