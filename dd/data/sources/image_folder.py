@@ -44,9 +44,9 @@ def image_folder(
     """Image files in one folder a class, as RGB uint8 images [3, image_size, image_size].
 
     `root` holds `train/<class>/` and `test/<class>/`, or only `<class>/`, of which a
-    stratified part then becomes the test set. `val/<class>/`, also called `valid/` or
-    `validation/`, beside `train/` is used as the validation split. Case does not matter. How a
-    picture becomes pixels: `dd.data.pictures.decode_image`.
+    stratified part then becomes the test set. `val/<class>/`, also called `valid/`,
+    `validation/` or `dev/`, beside `train/` is used as the validation split. Case does not
+    matter. How a picture becomes pixels: `dd.data.pictures.decode_image`.
 
     Args:
         root: The directory; its name becomes the dataset's name.
