@@ -1,13 +1,9 @@
-"""The picture of the README: one real image of each class above the distilled one.
+"""The picture of the README: a real image of each class above distilled ones.
 
-python -m dd.train --gin_file=gin/cifar10_cpu.gin --run_dir=runs/cpu
-python -m dd.train --gin_file=gin/digits.gin --run_dir=runs/digits
-    python benchmarks/picture.py --cifar10 runs/cpu --digits runs/digits
+    python benchmarks/picture.py --data data
 
-The one that is committed shows a set of 1477 outer steps of cifar10_cpu.gin with
-`Experiment.seed = 1`, `RealImages.precision = None`, `RealImages.real_batch = 500` and
-`Distiller.minutes = 60` beside other work (37.8 % on one network), and one of digits.gin with
-`Distiller.minutes = 20` beside other work, in which it did its 320 outer steps (89.0 ± 1.4 %).
+It shows sets that come with `dd`; --cifar10 and --digits take others, also runs. Distilled images
+are stretched as in all pictures of `dd`.
 """
 
 import argparse
@@ -18,35 +14,39 @@ import torch
 from torch import Tensor
 
 from dd.data import ImageDataset, cifar10, digits, to_unit_range
-from dd.evaluation.distilled_set import DistilledSet
+from dd.distillation.gallery import stretched
+from dd.exchange.shipped import load
+
+#: Of a class that a set has several images of, at most so many are shown.
+MOST = 3
 
 
-def first_of_each_class(images: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Images [K, C, H, W] of classes 0 … K−1."""
-    return torch.stack([images[int((labels == k).nonzero()[0])] for k in range(classes)])
+def of_each_class(images: Tensor, labels: Tensor, classes: int, which: int) -> Tensor:
+    """Images [K, C, H, W]: the one numbered `which` of every class."""
+    return torch.stack([images[int((labels == k).nonzero()[which])] for k in range(classes)])
 
 
-def stretched(images: Tensor) -> Tensor:
-    """Every image [N, C, H, W] between its 1st and 99th percentile, so that few pixels set none."""
-    flat = images.flatten(1)
-    low, high = (torch.quantile(flat, q, dim=1)[:, None, None, None] for q in (0.01, 0.99))
-    return ((images - low) / (high - low)).clamp(0, 1)
-
-
-def rows(dataset: ImageDataset, run: Path) -> list[tuple[str, Tensor]]:
-    """(label, images [K, C, H, W] in [0, 1]): real and distilled."""
-    distilled = DistilledSet.load(run / "distilled.safetensors")
+def rows(dataset: ImageDataset, name: str) -> list[tuple[str, Tensor]]:
+    """(label, images [K, C, H, W] in [0, 1]): a real row, and distilled ones."""
+    distilled, count = load(name), dataset.num_classes
     hard = distilled.labels if distilled.labels.dim() == 1 else distilled.labels.argmax(dim=1)
-    count = dataset.num_classes
-    real = first_of_each_class(dataset.train_images, dataset.train_labels, count)
-    learned = first_of_each_class(distilled.pixels(), hard, count)
-    return [("real", to_unit_range(real)), ("distilled", stretched(learned))]
+    real = of_each_class(dataset.train_images, dataset.train_labels, count, 0)
+    learned = stretched(distilled.pixels())
+    shown = range(min(MOST, distilled.images_per_class))
+    found = [of_each_class(learned, hard, count, which) for which in shown]
+    labels = ["distilled" if which == len(found) // 2 else "" for which in shown]
+    return [("real", to_unit_range(real)), *zip(labels, found, strict=True)]
 
 
-def draw(parts: list[tuple[ImageDataset, Path]], out: Path) -> None:
-    """Two rows for each dataset, with the names of its classes above them."""
+def draw(parts: list[tuple[ImageDataset, str]], out: Path) -> None:
+    """The rows of each dataset, with the names of its classes above them."""
     columns = max(dataset.num_classes for dataset, _ in parts)
-    heights = [height for _ in parts for height in (1.0, 1.0, 0.28)][:-1]
+    lines: list[tuple[tuple[str, ...], str, Tensor] | None] = []
+    for dataset, name in parts:
+        lines += [None] if lines else []
+        for label, images in rows(dataset, name):
+            lines.append((dataset.class_names if label == "real" else (), label, images))
+    heights = [0.28 if line is None else 1.0 for line in lines]
     figure, axes = plt.subplots(
         len(heights),
         columns,
@@ -55,22 +55,24 @@ def draw(parts: list[tuple[ImageDataset, Path]], out: Path) -> None:
     )
     for axis in axes.flat:
         axis.set_axis_off()
-    for index, (dataset, run) in enumerate(parts):
-        for offset, (label, images) in enumerate(rows(dataset, run)):
-            line = axes[3 * index + offset]
-            for axis, image, name in zip(line, images, dataset.class_names, strict=True):
-                grey = image.shape[0] == 1
-                axis.imshow(
-                    image[0] if grey else image.permute(1, 2, 0),
-                    cmap="gray" if grey else None,
-                    vmin=0,
-                    vmax=1,
-                    interpolation="nearest",
-                )
-                if offset == 0:
-                    axis.set_title(name, fontsize=9, pad=3)
-            line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
-    figure.subplots_adjust(left=0.09, right=0.995, top=0.94, bottom=0.01)
+    for line, drawn in zip(lines, axes, strict=True):
+        if line is None:
+            continue
+        names, label, images = line
+        for index, image in enumerate(images):
+            grey = image.shape[0] == 1
+            drawn[index].imshow(
+                image[0] if grey else image.permute(1, 2, 0),
+                cmap="gray" if grey else None,
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
+            )
+            if names:
+                drawn[index].set_title(names[index], fontsize=9, pad=3)
+        place = {"transform": drawn[0].transAxes, "ha": "right", "va": "center"}
+        drawn[0].text(-0.12, 0.5, label, **place)
+    figure.subplots_adjust(left=0.09, right=0.995, top=0.96, bottom=0.01)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
 
@@ -78,8 +80,8 @@ def draw(parts: list[tuple[ImageDataset, Path]], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="data", help="where CIFAR-10 is")
-    parser.add_argument("--cifar10", type=Path, required=True, help="a run on CIFAR-10")
-    parser.add_argument("--digits", type=Path, required=True, help="a run on the digits")
+    parser.add_argument("--cifar10", default="cifar10-ipc1", help="a set of CIFAR-10")
+    parser.add_argument("--digits", default="digits-ipc1", help="a set of the digits")
     parser.add_argument("--out", type=Path, default=Path("docs/distilled.png"))
     options = parser.parse_args()
     draw([(cifar10(options.data), options.cifar10), (digits(), options.digits)], options.out)

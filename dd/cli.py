@@ -6,12 +6,15 @@ Importing it costs nothing: help and mistakes in arguments are told before PyTor
 import argparse
 import ctypes
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from dd.runtime.plain import HeardOrNot, one_line, plain
@@ -58,12 +61,23 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool) -> Non
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, of which none may be empty: a shell variable that is not set makes it so."""
+    _open_streams()
     given = sys.argv[1:] if arguments is None else arguments
     for argument in given:
         name, has_value, value = argument.partition("=")
         if not argument or (name.startswith("--") and has_value and not value):
             parser.error(f"{name or 'an argument'} is empty; leave it out, or give it a value")
     return parser.parse_args(arguments)
+
+
+def _open_streams() -> None:
+    """Make standard output and error fit to be written to, whatever a shell made of them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        # So that no character ends a run where the terminal's encoding has few of them.
+        with suppress(AttributeError, ValueError):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def fail(message: str) -> int:
@@ -77,18 +91,55 @@ def fail(message: str) -> int:
 def run(command: Callable[[], int]) -> int:
     """Run a command, under `torchrun` in every process, and end without a traceback.
 
-    That is, when Ctrl-C comes outside the parts that handle it, when another process is gone, or
-    when there is an error that nobody expected: its traceback goes to a file.
+    That is, when Ctrl-C, or a signal like it, comes outside the parts that handle it, such as while
+    PyTorch is imported, when another process is gone, or when there is an error that nobody
+    expected: its traceback goes to a file.
     """
+    with _interrupted_by_signals():
+        try:
+            return _run(command)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return INTERRUPTED
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it keeps is kept."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            with suppress(ValueError):  # in another thread than the main one
+                previous[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(command: Callable[[], int]) -> int:
     from bilevel.distributed import given_up
 
     keep_freed_memory()
+    threading.excepthook = _in_a_thread
     with redirect_stderr(HeardOrNot(sys.stderr)):
         status = _guarded(command)
     _flush()
     if given_up():
         os._exit(status)  # the interpreter's own end would wait for the process that is silent
     return status
+
+
+def _in_a_thread(error: threading.ExceptHookArgs) -> None:
+    """An error in a thread of TensorBoard's is raised again by its next call."""
+    if not type(error.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(error)
 
 
 def _guarded(command: Callable[[], int]) -> int:
@@ -118,6 +169,7 @@ def keep_tracebacks_in(folder: Path) -> None:
 
 def unexpected(error: Exception) -> int:
     """Tell an error that nobody expected in one line, and where its traceback is."""
+    from dd.runtime.culprit import gist
     from dd.runtime.files import write_text
 
     trace = "".join(traceback.format_exception(error))
@@ -127,7 +179,8 @@ def unexpected(error: Exception) -> int:
         where = f"the traceback is in {path}"
     except OSError as problem:
         where = f"the traceback cannot be written: {problem}"
-    fail(f"{type(error).__name__}: {memory_advice(error) or error}; {where}")
+    advice = memory_advice(error)
+    fail(f"{f'{type(error).__name__}: {advice}' if advice else gist(error)}; {where}")
     return FAILED
 
 

@@ -34,17 +34,20 @@ from dd.gin_text import (
     saved_text,
 )
 from dd.runtime.changes import WHEN_JUDGED
+from dd.runtime.culprit import culprit
 from dd.runtime.memory import ran_out
 from dd.runtime.precision import Precision
 from dd.written import (
     begin,
     check_all_is_known,
+    check_macros_end,
     macros_set,
     place_of,
     read_binding,
     read_file,
     refer_to_defaults,
     unused,
+    user_of,
     warnings_of_unused,
 )
 
@@ -126,6 +129,8 @@ for _name, _target in CONFIGURABLES.items():
 
 #: What a set is judged by: all its parameters may change when that is done again.
 JUDGES = (Evaluator, protocols.Protocol, augmentation.Augmentation, nn.Module)
+#: What every network is told of the images.
+SIZES = {"num_classes", "channels", "image_size"}
 __all__ = [
     "CONFIGURABLES",
     "RECIPES",
@@ -150,7 +155,7 @@ def network(name: str, experiment: Experiment) -> nn.Module:
     try:
         return networks.network_for(gin.get_configurable(name), experiment.image_format)
     except (ValueError, TypeError) as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(one_line(error) + culprit(error)) from error
 
 
 def _is_network(name: str) -> bool:
@@ -158,8 +163,7 @@ def _is_network(name: str) -> bool:
     target = registered(name)
     if isinstance(target, type):
         return issubclass(target, nn.Module)
-    sizes = {"num_classes", "channels", "image_size"}
-    return target is not None and sizes <= inspect.signature(target).parameters.keys()
+    return target is not None and inspect.signature(target).parameters.keys() >= SIZES
 
 
 def load(
@@ -196,6 +200,8 @@ def load(
             read_file(path)
         for binding in bindings:
             read_binding(binding)
+        check_macros_end()
+        check_sizes_are_left()
         refer_to_defaults()
         gin.finalize()
         check_all_is_known()
@@ -211,11 +217,21 @@ def load(
         OSError,
         bilevel.BilevelError,
     ) as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(one_line(error) + culprit(error)) from error
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
         raise ConfigError(f"out of memory: this is too large: {one_line(error)}") from error
+
+
+def check_sizes_are_left() -> None:
+    """Refuse sizes of networks that the dataset says, which would have no effect."""
+    for name in parameters(gin.config_str()):
+        owner, _, parameter = name.rpartition("/")[2].rpartition(".")
+        if parameter in SIZES and _is_network(owner):
+            raise ConfigError(
+                f"{name}{place_of(name)} is what the dataset has; leave it out, or change the data"
+            )
 
 
 def text() -> str:
@@ -262,7 +278,9 @@ def _gist(message: str) -> str:
     macro = re.search(r"No bindings specified for '([\w./]+)/gin\.macro'", message)
     if macro:
         others = macros_set()
-        return f"%{macro[1]} is not set" + (nearest(macro[1], others) if others else "")
+        return f"%{macro[1]}{user_of(macro[1])} is not set" + (
+            nearest(macro[1], others) if others else ""
+        )
     missing = re.search(r"Required bindings for `(\w+)` not provided.*: (\[.*\])", message)
     if missing:
         return f"{missing[1]} needs values for {missing[2]}"

@@ -29,9 +29,9 @@ from dd.distillation.loop import begin, progress
 from dd.distillation.memory import out_of_memory_advice
 from dd.distillation.monitor import show_result
 from dd.distillation.recorder import DISTILLED, EVENTS
-from dd.distillation.recording import record
 from dd.distillation.rehearsal import rehearsed
 from dd.distillation.resuming import circumstances
+from dd.distillation.runner import run_to_end
 from dd.distillation.settings import Distiller
 from dd.evaluation.assessment import Assessment
 from dd.evaluation.distilled_set import DistilledSet
@@ -217,7 +217,9 @@ class Experiment:
                     report = report.of_set(DISTILLED, DistilledSet.load(folder / DISTILLED))
             task.folder.write(CONFIG, partial(write_sealed, text=config_text))
             write(report)
-            record(run, folder, stop, config_text, advice, watch, "evaluation" if evaluate else "")
+            run_to_end(
+                run, folder, stop, config_text, advice, watch, "evaluation" if evaluate else ""
+            )
             report = report.after(run.state.step, run.state.skipped, run.state.seconds)
             if not stop.agreed():
                 stop.at_once = True

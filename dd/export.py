@@ -55,8 +55,12 @@ def _export(options: argparse.Namespace) -> int:
         made = export_set(options.run_dir, folder, options.format, overwrite=options.overwrite)
     except FileExistsError as error:
         return fail(f"{error} (--out, --overwrite)")
-    except (DamagedFileError, OSError, ValueError) as error:
+    except (DamagedFileError, ValueError) as error:
         return fail(str(error))
+    except OSError as error:
+        return fail(
+            str(error) if error.errno is None or error.filename else f"--out={folder}: {error}"
+        )
     say(f"written: {made}")
     return 0
 

@@ -10,6 +10,7 @@ import io
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -99,8 +100,9 @@ def find(name: str, folder: Path) -> Path:
         recipe = recipe.relative_to("gin")
     for path in (folder / name, RECIPES / recipe):
         for spelled in (path, Path(f"{path}.gin")):
-            if spelled.is_file():
-                return spelled
+            with suppress(OSError):  # such as a name that is too long
+                if spelled.is_file():
+                    return spelled
     beside = sorted(path.name for path in (folder / name).parent.glob("*.gin"))
     recipes = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.gin"))
     near = difflib.get_close_matches(recipe.name, [*beside, *recipes], n=1)
@@ -137,7 +139,7 @@ def parse(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Place]:
         Where each parameter and macro is set last.
     """
     begin = 0
-    text = path.read_text("utf-8")
+    text = _read(path)
     lines = text.split("\n")
     within = (*within, path.resolve())
     places: dict[str, Place] = {}
@@ -146,7 +148,9 @@ def parse(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Place]:
         parse_text("\n" * begin + "\n".join(lines[begin:end]) + "\n", str(path))
 
     for number, line in enumerate(lines):
-        include = re.match(r"\s*include\s+(['\"])(.+?)\1", line)
+        include = re.fullmatch(r"\s*include\s+(['\"])([^'\"\\]+)\1\s*(#.*)?", line)
+        if include is None and re.match(r"\s*include\b(?!\s*[=.:/])", line):
+            raise ConfigError(f"{path}, line {number + 1}: an include is written include 'FILE'")
         if include:
             flush(number)
             begin = number + 1
@@ -159,6 +163,15 @@ def parse(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Place]:
             places |= parse(target, within)
     flush(len(lines))
     return places | names_set(text, str(path))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def parse_text(text: str, name: str) -> None:

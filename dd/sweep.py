@@ -72,14 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"an Optuna database (default: SQLite, {DATABASE} in the folder)",
     )
     options = parsed(parser, arguments)
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        return fail("searching needs Optuna: pip install 'bilevel-dd[sweep]'")
     return run(lambda: _sweep(options))
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        return fail("searching needs Optuna: pip install 'bilevel-dd[sweep]'")
     from bilevel import ConfigurationError
     from bilevel.checks import check_integer
     from bilevel.distributed import world_size

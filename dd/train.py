@@ -86,6 +86,8 @@ def _train(options: argparse.Namespace) -> int:
     started = datetime.now().strftime("%Y%m%d-%H%M%S")
     default = f"runs/{Path(options.gin_file[0]).stem}-{started}"
     folder = Path(from_first_process(options.run_dir or default))
+    if str(folder).encode(errors="ignore").decode() != str(folder):
+        return fail(f"--run_dir={folder} is no UTF-8: choose another name")
     for note in notes:
         say(note)
     print(f"preparing {experiment.dataset!r}", flush=True)
@@ -152,8 +154,10 @@ def _train_in(folder: Path, experiment: "Experiment", data: "PreparedData", advi
     try:
         with stop_on_signal() as stop:
             report = experiment.train(data, folder, stop, text, advice=advice)
-    except (BilevelError, DamagedFileError, OSError) as error:
+    except (BilevelError, DamagedFileError) as error:
         return fail(str(error))
+    except OSError as error:
+        return fail(str(error) if error.errno is None or error.filename else f"{folder}: {error}")
     if report.status == "interrupted":
         if any(report.accuracy.values()):
             print_results(report.as_dict())

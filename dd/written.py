@@ -1,6 +1,8 @@
 """What a user's configuration says, and where; and what of it says nothing to anybody."""
 
+import inspect
 import re
+from functools import partial
 from pathlib import Path
 
 import gin
@@ -13,6 +15,8 @@ from dd.gin_text import (
     parameters,
     parse,
     parse_text,
+    registered,
+    registered_names,
 )
 
 #: Where parameters and macros are set.
@@ -41,9 +45,19 @@ def read_file(path: Path) -> None:
 
 
 def read_binding(binding: str) -> None:
-    """Have gin parse a binding of the command line."""
+    """Have gin parse a binding of the command line.
+
+    Raises:
+        ConfigError: It binds nothing.
+    """
+    if re.match(r"\s*include\s+['\"]", binding):
+        raise ConfigError(f"{COMMAND_LINE}={binding!r}: a file is given by --gin_file")
     _by_user.add(COMMAND_LINE)
     parse_text(binding, COMMAND_LINE)
+    if not re.sub("#.*", "", binding).strip():
+        raise ConfigError(
+            f"{COMMAND_LINE}={binding!r} sets nothing; it is 'NAME.PARAMETER = VALUE'"
+        )
     _places.update(names_set(binding, COMMAND_LINE))
 
 
@@ -78,6 +92,37 @@ def refer_to_defaults() -> None:
             gin.parse_config(f"{parameter} = @{owner}()")
 
 
+def _macros_used() -> dict[str, list[str]]:
+    """The macros that the value of each parameter, and of each macro, refers to."""
+    quoted = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+    return {
+        name: re.findall(r"%([\w./]+)", re.sub(quoted, "", value))
+        for name, value in parameters(gin.config_str()).items()
+    }
+
+
+def user_of(macro: str) -> str:
+    """ " in " a parameter that refers to a macro, and where that is set; empty if there is none."""
+    for name, used in _macros_used().items():
+        if macro in used:
+            return f" in {name}{place_of(name)}"
+    return ""
+
+
+def check_macros_end() -> None:
+    """Refuse macros that refer to themselves, in whatever many steps."""
+    used = _macros_used()
+    for name in macros_set():
+        reached, waiting = set[str](), [name]
+        while waiting:
+            found = {each for each in used.get(waiting.pop(), ()) if each not in reached}
+            reached |= found
+            waiting += found
+        if name in reached:
+            through = " and ".join(sorted(reached))
+            raise ConfigError(f"{_places[name]}: {name} refers to itself, through {through}")
+
+
 def check_all_is_known() -> None:
     """Refuse macros and scopes of the user's to which nothing refers: they are misspelt."""
     bindings = _bindings()
@@ -89,12 +134,18 @@ def check_all_is_known() -> None:
             continue
         scope = name.rpartition("/")[0]
         if "." not in name and name not in macros:
-            raise ConfigError(f"{place}: nothing refers to {name}{nearest(name, sorted(macros))}")
+            owner = next(filter(partial(_has, name), registered_names()), None)
+            meant = f"; did you mean {owner}.{name}?" if owner else nearest(name, sorted(macros))
+            raise ConfigError(f"{place}: nothing refers to {name}{meant}")
         if scope and "." in name and scope not in scopes:
             raise ConfigError(
                 f"{place}: {name} is set, but nothing refers to the scope {scope!r}, as "
                 f"@{name.rpartition('.')[0]} would"
             )
+
+
+def _has(parameter: str, owner: str) -> bool:
+    return parameter in inspect.signature(registered(owner)).parameters
 
 
 def unused() -> list[str]:

@@ -1,8 +1,9 @@
 """Distil from Python, without a gin file: `dd.distil`."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import gin
 from bilevel.checks import check_callable
 from bilevel.truncation import Truncation
 from dd import config
-from dd.api.bindings import Data, dataset_bindings, named, part_bindings
+from dd.api.bindings import Data, dataset_bindings, keep, named, part_bindings
 from dd.api.runs import is_resumed
 from dd.distillation.events import Event
 from dd.distillation.recorder import DISTILLED
 from dd.evaluation.distilled_set import DistilledSet
 from dd.evaluation.names import RESULTS
 from dd.exchange.export import with_results
+from dd.experiment import CONFIG
 from dd.gin_text import COMMAND_LINE
 from dd.runtime.stopping import StopRequest, stop_on_signal
 from dd.runtime.writer import only_writer
@@ -87,8 +89,8 @@ def distil(
     """
     watchers = [check_callable("callbacks", each, "[print]") for each in callbacks]
     folder = Path(run_dir) if run_dir is not None else _new_folder(dataset)
-    bindings = [
-        *dataset_bindings(dataset, folder, image_size),
+    bindings, arrays = dataset_bindings(dataset, folder, image_size)
+    bindings += [
         *part_bindings("Experiment.network", network, evaluated=False),
         f"SyntheticDataset.images_per_class = {images_per_class!r}",
         f"Experiment.seed = {seed!r}",
@@ -100,10 +102,19 @@ def distil(
     if minutes is not None or outer_steps is not None:
         bindings.append(f"Distiller.minutes = {minutes!r}")
     bindings += [f"{name} = {named(value)}" for name, value in (settings or {}).items()]
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        _run(folder, str(recipe), bindings, watchers, evaluate)
+        with only_writer(folder):
+            # What no run has begun with may be left from a call with other data that failed.
+            keep(arrays, may_differ=not (folder / CONFIG).exists())
+            _run(folder, str(recipe), bindings, watchers, evaluate)
     finally:
         gin.clear_config()  # which also lets modules register parts again
+        if new and not (folder / CONFIG).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # what another run is in by now stays
+                for path in new[1:]:
+                    path.rmdir()
     return with_results(DistilledSet.load(folder / DISTILLED), folder / RESULTS)
 
 
@@ -124,7 +135,7 @@ def _run(
 
     # Signals can be handled in the main thread alone.
     in_main = threading.current_thread() is threading.main_thread()
-    with only_writer(folder), stop_on_signal() if in_main else nullcontext(StopRequest()) as stop:
+    with stop_on_signal() if in_main else nullcontext(StopRequest()) as stop:
 
         def watch(event: Event) -> None:
             told = [each(event) is True for each in watchers]

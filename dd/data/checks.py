@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: A test set of fewer images is warned of.
 LEAST_JUDGED = 50
+#: Images whose highest pixel is below this share of white are warned of.
+DARK = 1 / 14
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +81,7 @@ def check_labels(name: str, labels: Tensor, count: int, num_classes: int) -> Non
 
 
 def warn_of_degenerate(name: str, images: Tensor, num_classes: int) -> None:
-    """Log a warning for what can be trained on, but teaches nothing: one class, one grey."""
+    """Log a warning for what can be trained on, but teaches little: one class, one grey, night."""
     if num_classes == 1:
         _log.warning("warning: %s has one class, so any network is right about all of it", name)
     # A look at some is enough: the images may be more than fit in memory.
@@ -91,6 +93,30 @@ def warn_of_degenerate(name: str, images: Tensor, num_classes: int) -> None:
             constant,
             len(some),
             name,
+        )
+    highest = float(some.max()) / (255 if some.dtype == torch.uint8 else 1)
+    if 0 < highest < DARK:
+        _log.warning(
+            "warning: no pixel of %d images of %s that were looked at exceeds %.2g, where white is "
+            "1: were they divided by 255 twice, or is another value white?",
+            len(some),
+            name,
+            highest,
+        )
+
+
+def warn_of_twins(name: str, class_names: Sequence[str]) -> None:
+    """Log a warning for classes whose names differ in nothing, or in case and spaces alone."""
+    groups: dict[str, list[str]] = {}
+    for class_name in class_names:
+        groups.setdefault("".join(class_name.split()).casefold(), []).append(class_name)
+    twins = [group for group in groups.values() if len(group) > 1]
+    if twins:
+        _log.warning(
+            "warning: %s has %d classes whose names say the same: %s",
+            name,
+            sum(map(len, twins)),
+            ", ".join(map(repr, twins[0])) + (", …" if len(twins) > 1 else ""),
         )
 
 

@@ -20,6 +20,7 @@ from dd.data.checks import (
     check_unit_range,
     warn_of_degenerate,
     warn_of_few,
+    warn_of_twins,
 )
 from dd.runtime.cache import checksum
 from dd.runtime.sizes import LARGEST_SEED
@@ -124,6 +125,7 @@ class ImageDataset:
                 f"({shown}); every class needs a training image"
             )
         warn_of_degenerate(self.name, self.train_images, self.num_classes)
+        warn_of_twins(self.name, self.class_names)
         warn_of_few(f"the test set of {self.name}", self.test_labels, self.class_names)
         if self.validation_rows is not None:
             rows = self.train_labels[self.validation_rows]

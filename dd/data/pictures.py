@@ -12,17 +12,28 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import functional
 
 from bilevel.checks import check_choice
+from dd.data.sixteen_bits import (
+    WHITES,
+    deep_colours,
+    eight_bits,
+    is_deep_colour,
+    narrowest_white,
+)
 
 # Pillow knows these by name only, or hands them to another program.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # What tools and desktops leave behind; whatever begins with a dot is left out as well.
-_LEFTOVERS = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "icon\r"}
+_LEFTOVERS = {
+    *("__macosx", "__pycache__", "thumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle"),
+    *("$recycle.bin", "system volume information", "lost+found"),
+}
 _ORIENTATION = 0x0112
+_PHOTOMETRIC = 0x0106
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,17 +46,18 @@ _UPRIGHT = {
 #: Formats that may hold several frames, or 16 bits a channel.
 _SEVERAL_FRAMES = (".gif", ".apng", ".png", ".webp", ".avif", ".tif", ".tiff")
 _DEEP = (".png", ".apng", ".tif", ".tiff", ".pgm", ".pnm", ".ppm", ".jp2", ".j2k", ".jpx", ".im")
-#: What white can be in 8, 10, 12, 14 or 16 bits.
-WHITES = (2**8 - 1, 2**10 - 1, 2**12 - 1, 2**14 - 1, 2**16 - 1)
 #: How a picture that is not square is made so.
 FITS = ("crop", "pad")
 _log = logging.getLogger(__name__)
 
 Image.init()
 _FORMATS = sorted(Image.OPEN.keys() - _NOT_DECODED)
-#: How a picture's name ends, in lower case: whatever Pillow decodes by itself.
+#: How a picture's name ends, in lower case: whatever Pillow decodes by itself. An MPO, as of phones
+#: and stereo cameras, is opened as a JPEG.
 EXTENSIONS = frozenset(
-    extension for extension, name in Image.registered_extensions().items() if name in _FORMATS
+    extension
+    for extension, name in Image.registered_extensions().items()
+    if name in (*_FORMATS, "MPO")
 )
 
 
@@ -71,8 +83,8 @@ def decode_image(
     """One picture, uint8 [channels, image_size, image_size]; may be called from any thread.
 
     It is turned as its EXIF orientation says, composited on the background where it is transparent,
-    and made RGB or greyscale; of several frames the first is read. Pixels of 16 bits lose their
-    lower 8, or as `eight_bits` says. It is made square as `as_square` says.
+    and made RGB or greyscale; of several frames the first is read. Pixels of 16 bits become 8 as
+    `eight_bits` says. It is made square as `as_square` says.
 
     Args:
         path: The file, in a format that Pillow decodes by itself.
@@ -93,8 +105,14 @@ def decode_image(
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is no regular file")
         with Image.open(path, formats=_FORMATS) as file:
-            file.load()
-            return to_pixels(file, image_size, channels, fit, background, white)
+            shown = _of_deep_colours(file, path, white) if is_deep_colour(file) else file
+            shown.load()
+            return to_pixels(shown, image_size, channels, fit, background, white)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"cannot decode the image {path}: what it holds is no picture in a format that Pillow "
+            "reads; convert it, or remove it"
+        ) from error
     except Exception as error:  # Pillow reports damage in a dozen ways, by format.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot decode the image {path}: {reason}") from error
@@ -124,7 +142,7 @@ def to_pixels(
     """
     turn = _turn(image)
     if channels is None:
-        channels = 1 if image.mode.startswith(("1", "L", "I")) else 3
+        channels = 1 if image.mode.partition(";")[0] in ("1", "L", "LA", "La", "I") else 3
     shown = _opaque(image, background, white).convert("RGB" if channels == 3 else "L")
     if turn is not None:
         shown = shown.transpose(turn)
@@ -180,30 +198,6 @@ def check_reading(fit: str, background: str, white: int | None) -> None:
         ) from error
 
 
-def eight_bits(pixels: NDArray[Any], white: int | None = None) -> NDArray[np.uint8]:
-    """Integers of up to 16 bits as uint8.
-
-    Args:
-        pixels: Integers in [0, 2^16), any shape.
-        white: The value of white, one of `WHITES`; default: the least of 255, 4095 and 65535 that
-            none exceeds. So the 12 bits that many cameras and scanners store in 16 fill the range.
-
-    Raises:
-        ValueError: A pixel exceeds `white`.
-    """
-    highest = int(pixels.max())
-    if white is None:
-        white = narrowest_white(highest)
-    if highest > white:
-        raise ValueError(f"its pixels go up to {highest}, more than white = {white}")
-    return (pixels // ((white + 1) // 256)).astype(np.uint8)
-
-
-def narrowest_white(highest: int) -> int:
-    """The least of 255, 4095 and 65535 that the highest pixel does not exceed."""
-    return next(white for white in (2**8 - 1, 2**12 - 1, 2**16 - 1) if highest <= white)
-
-
 def summary(counted: Iterable[str], most: int = 4) -> str:
     """Names with how often each occurs, the frequent ones first: "a.txt, .heic (12), …"."""
     counts = Counter(counted).most_common()
@@ -230,8 +224,8 @@ def survey(paths: Iterable[str], white: int | None = None) -> int | None:
         with contextlib.suppress(Exception), Image.open(path, formats=_FORMATS) as file:
             if getattr(file, "n_frames", 1) > 1:
                 several.append(path)
-            if file.mode.startswith("I") and white is None:
-                highest = max(highest, int(np.asarray(file).max()))
+            if white is None and (pixels := _deep_pixels(file, path)) is not None:
+                highest = max(highest, int(pixels.max()))
                 deep += 1
     if several:
         _log.warning(
@@ -253,18 +247,53 @@ def survey(paths: Iterable[str], white: int | None = None) -> int | None:
     return found
 
 
+def _deep_pixels(file: Image.Image, path: str) -> NDArray[Any] | None:
+    """The pixels of a file that was just opened, without opacity; None if they have 8 bits."""
+    if is_deep_colour(file):
+        with Image.open(path, formats=_FORMATS) as again:
+            return deep_colours(file, again)[..., :3]
+    return _greys(file) if file.mode.startswith("I") else None
+
+
+def _of_deep_colours(file: Image.Image, path: str, white: int | None) -> Image.Image:
+    """A picture with 16 bits a channel, just opened, as one with 8."""
+    with Image.open(path, formats=_FORMATS) as again:
+        pixels = deep_colours(file, again)
+    colours = eight_bits(pixels[..., :3], _said_white(pixels[..., :3], white, path))
+    opacity = (pixels[..., 3:] // 256).astype(np.uint8)
+    shown = Image.fromarray(np.concatenate([colours, opacity], axis=2))
+    shown.info["exif"] = file.getexif().tobytes()
+    return shown
+
+
+def _greys(image: Image.Image) -> NDArray[Any]:
+    """The pixels of a mode that begins with I or F; a TIFF may say that its white is 0."""
+    pixels = np.asarray(image)
+    white_is_zero = image.mode.startswith("I;16") and _tag(image, _PHOTOMETRIC) == 0
+    return 65535 - pixels if white_is_zero else pixels
+
+
+def _tag(image: Image.Image, number: int) -> Any:
+    return getattr(image, "tag_v2", {}).get(number)
+
+
+def _said_white(pixels: NDArray[Any], white: int | None, name: str) -> int:
+    """The given value of white, or the one found, which is said."""
+    if white is None:
+        white = narrowest_white(int(pixels.max()))
+        if white < 2**16 - 1:
+            _log.warning("note: %d is taken for white in %s", white, name)
+    return white
+
+
 def _opaque(image: Image.Image, background: str, white: int | None) -> Image.Image:
     """The image with pixels of one byte, and the background where it is transparent."""
     if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image)
+        pixels = _greys(image)
         if image.mode.startswith("F") or pixels.min() < 0 or pixels.max() >= 2**16:
             raise ValueError(f"its pixels are neither of 8 nor of 16 bits (mode {image.mode})")
-        if white is None:
-            white = narrowest_white(int(pixels.max()))
-            if white < 2**16 - 1:
-                file = getattr(image, "filename", "a picture")
-                _log.warning("note: %d is taken for white in %s", white, file)
-        grey = eight_bits(pixels, white)
+        name = str(getattr(image, "filename", "a picture"))
+        grey = eight_bits(pixels, _said_white(pixels, white, name))
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             grey[pixels == transparent] = ImageColor.getcolor(background, "L")

@@ -75,6 +75,11 @@ def prepare(
     else:
         fitted = _random_rows(train, MOST_FITTED, Key(seed).fold("fit"))
         transform = fit_transform(dataset.train_images[fitted].to(device))
+        if not isinstance(transform, PixelTransform):
+            raise ValueError(
+                f"the transform is a {type(transform).__name__}; what fits it must return a "
+                "PixelTransform"
+            )
 
     def stored(pixels: Tensor) -> StoredImages:
         if images_on == "host":

@@ -9,6 +9,7 @@ from typing import final
 
 from torch import Tensor
 
+import bilevel
 from bilevel.distributed import world_size
 from dd.distillation.events import (
     Event,
@@ -30,7 +31,8 @@ from dd.distillation.rehearsal import LONG, STEPS_TO_WARN, least_seconds, warnin
 from dd.distillation.resuming import CHECKPOINT, DISTILLED, PREVIOUS
 from dd.evaluation.distilled_set import DistilledSet
 from dd.objectives.base import HELD_OUT
-from dd.runtime.files import write_bytes
+from dd.runtime.files import read_tensors, write_bytes
+from dd.runtime.writer import orphaned
 
 #: Bytes that are given back before the last save of a run that ran out of memory.
 RESERVE = 2**24
@@ -117,7 +119,11 @@ class FolderRecorder(Recorder):
         self._profiles_shown: set[str] = set()
         self._known_status = {"ok"}
         if run.task.device.type == "cpu":
-            self._warn_of_days(least_seconds(run), at_least=True)
+            try:
+                self._warn_of_days(least_seconds(run), at_least=True)
+            except BaseException:
+                self.close()  # an error is told on a line of its own, not behind the bar
+                raise
 
     def take(self, event: Event) -> None:
         match event:
@@ -254,3 +260,44 @@ class FolderRecorder(Recorder):
         asked, data = self.run.settings.nearest_real, self.run.task.data
         real = nearest_real(shown, data) if asked else None
         return shown.pixels(), shown.images_per_class, shown.class_names, real
+
+
+@final
+class SilentRecorder(Recorder):
+    """Shows nothing, and keeps a checkpoint only if the first process is gone, or silent.
+
+    Args:
+        run: The distillation.
+        folder: Of the run.
+    """
+
+    def __init__(self, run: Distillation, folder: Path) -> None:
+        self.run = run
+        self.folder = folder
+
+    def take(self, event: Event) -> None:
+        pass
+
+    def save(self) -> None:
+        pass
+
+    def rescue(self, error: BaseException) -> None:
+        # The lock of a first process that is stopped is this program's own.
+        first_is_silent = isinstance(error, bilevel.SilentProcessError) and 0 in error.ranks
+        lock = None if self.run.half_done else orphaned(self.folder)
+        if self.run.half_done or (lock is None and not first_is_silent):
+            return
+        try:
+            state, path = self.run.state, self.folder / CHECKPOINT
+            if not path.exists() or read_tensors(path)[1]["step"] < state.step:
+                state.truncation.load_state_dict(self.run.schedule)
+                state.save(path, previous=self.folder / PREVIOUS)
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def show(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

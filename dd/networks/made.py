@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dd.runtime.culprit import gist
+
 
 def network_for(make: Callable[..., nn.Module], image_format: Mapping[str, int]) -> nn.Module:
     """A network, which takes such images and gives as many logits as there are classes.
@@ -28,22 +30,22 @@ def network_for(make: Callable[..., nn.Module], image_format: Mapping[str, int])
     except (ValueError, TypeError):
         raise  # it says what it does not take
     except Exception as error:
-        raise ValueError(f"{described} cannot be made: {_gist(error)}") from error
+        raise ValueError(f"{described} cannot be made: {gist(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{described} is a {type(network).__name__}, no torch.nn.Module")
     was_training = network.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             found: Any = network.eval()(torch.zeros(2, channels, size, size))
     except Exception as error:
-        raise ValueError(f"{described} does not take them: {_gist(error)}") from error
+        raise ValueError(f"{described} does not take them: {gist(error)}") from error
     finally:
         network.train(was_training)
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != (2, classes):
         raise ValueError(f"{described} gives {shape} of two images; it must be (2, {classes})")
+    if not found.is_floating_point():
+        raise ValueError(f"{described} gives {found.dtype}; logits are real numbers")
+    if not found.requires_grad:
+        raise ValueError(f"{described} gives what no parameter to be trained has a part in")
     return network
-
-
-def _gist(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

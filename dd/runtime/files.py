@@ -20,6 +20,9 @@ from dd.runtime.cache import checksum
 _SHA256 = "sha256"
 #: How a file is called while it is being written: hidden, and by no name that a user would give.
 _UNFINISHED = ".unfinished"
+# What new files of this process are closed to; it can only be read by setting it.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 
 
 class DamagedFileError(ValueError):
@@ -41,7 +44,7 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_UMASK)
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -65,7 +68,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write a UTF-8 text file atomically."""
-    write_bytes(path, content.encode())
+    # The name of a file may have bytes that are no UTF-8; JSON then has them as it writes them.
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def write_sealed(path: Path, text: str) -> None:
@@ -189,7 +193,7 @@ def _is_sealed(table: str) -> bool:
 
 
 def _of_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def _of_table(table: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import bilevel
 import dd
 import gin
 from dd import config, evaluate
-from dd.api.bindings import dataset_bindings, part_bindings
+from dd.api.bindings import dataset_bindings, keep, part_bindings
 from dd.data import ImageDataset, arrays
 from dd.distillation.events import Event, Finished, Ready, Stepped
 from dd.runtime.files import read_sealed
@@ -80,7 +80,7 @@ def test_a_run_made_in_python_is_judged_by_the_command(
     ("changes", "said"),
     [
         ({"dataset": "digitz"}, "did you mean 'digits'"),
-        ({"dataset": 3}, "dataset=int: it must be a path"),
+        ({"dataset": 3}, "dataset is a int; it must be a path"),
         ({"network": "ConvNett"}, "did you mean 'ConvNet'"),
         ({"network": lambda **sizes: None}, "network: it must be a class or a function"),
         ({"settings": {"ConvNet.widht": 3}}, "did you mean 'width'"),
@@ -125,14 +125,17 @@ def test_what_has_no_path_is_kept_as_it_is(tmp_path: Path) -> None:
     given = ImageDataset(
         "mine", IMAGES, LABELS, IMAGES[:9], LABELS[:9], ("x", "y", "z"), validation_rows=rows
     )
-    bindings = dataset_bindings(given, tmp_path, 8)
+    bindings, content = dataset_bindings(given, tmp_path, 8)
+    keep(content, may_differ=False)
     found = arrays(tmp_path / "mine.npz", channels="first")
     assert bindings[-1] == "arrays.channels = 'first'"
     assert found.class_names == given.class_names
     for name in ("train_images", "train_labels", "test_images", "test_labels", "validation_rows"):
         assert torch.equal(getattr(found, name), getattr(given, name))
 
-    dataset_bindings(TensorDataset(IMAGES, LABELS), tmp_path / "torch", 8)
+    keep(
+        dataset_bindings(TensorDataset(IMAGES, LABELS), tmp_path / "torch", 8)[1], may_differ=False
+    )
     content = np.load(tmp_path / "torch" / "dataset.npz")
     assert np.array_equal(content["images"], IMAGES.numpy())
     assert np.array_equal(content["labels"], LABELS.numpy())

@@ -86,7 +86,35 @@ ARRAYS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
     "a label too few": ({"labels": LABELS[1:]}, {}, "labels has shape (23,)"),
     "a class of one": ({"labels": np.where(np.arange(COUNT) == 2, 2, LABELS % 2)}, {}, "has one"),
     "objects": ({"images": np.array([None] * COUNT)}, {}, "object arrays and pickles"),
-    "only others": ({"images": None, "labels": None, "a": LABELS}, {}, "'images' is missing"),
+    "only others": ({"images": None, "labels": None, "a": LABELS}, {}, "it holds ['a']; it must"),
+    "only a test set": (
+        {"images": None, "labels": None, "test_images": PIXELS, "test_labels": LABELS},
+        {},
+        "'images' is missing",
+    ),
+    "in Fortran's order": ({"images": np.asfortranarray(PIXELS)}, {}, None),
+    "big-endian": (
+        {"images": PIXELS.astype(">u2") * 257, "labels": LABELS.astype(">i8")},
+        {},
+        None,
+    ),
+    "big-endian floats": ({"images": (PIXELS / 255).astype(">f4")}, {}, None),
+    "long doubles": ({"images": (PIXELS / 255).astype(np.longdouble)}, {}, None),
+    "dates": ({"labels": LABELS.astype("datetime64[D]")}, {}, "labels has dtype datetime64"),
+    "labels as bytes": ({"labels": NAMES.astype("S")}, {}, None),
+    "labels no text": ({"labels": np.array([b"\xff", b"a", b"b"])[LABELS]}, {}, "are not UTF-8"),
+    "labels as halves": ({"labels": LABELS.astype(np.float16)}, {}, None),
+    "labels not finite": ({"labels": np.where(LABELS, LABELS, np.inf)}, {}, "no whole numbers"),
+    "labels not numbers": ({"labels": np.where(LABELS, LABELS, np.nan)}, {}, "no whole numbers"),
+    "labels beyond all": ({"labels": np.where(LABELS, LABELS, 2**63)}, {}, "labels from"),
+    "labels with ties": ({"labels": np.eye(3)[LABELS] + np.eye(3)[0]}, {}, "not a single 1"),
+    "a class without images": ({"labels": np.eye(4)[LABELS]}, {}, "1 of the 4 classes (3)"),
+    "structures": ({"images": np.zeros(COUNT, [("r", "u1")])}, {}, "images has dtype"),
+    "pickled names": (
+        {"class_names": np.array(CLASSES, dtype=object)},
+        {},
+        "object arrays and pickles",
+    ),
     "names of Keras": (
         {"images": None, "labels": None, "x_train": PIXELS, "y_train": LABELS[:, None]},
         {},
@@ -172,6 +200,12 @@ def huge(root: Path) -> None:
     first(root).write_bytes(content)
 
 
+def under(root: Path) -> list[str]:
+    names = sorted(path.name for path in root.iterdir())
+    (root / "all").mkdir()
+    return names
+
+
 def litter(root: Path) -> None:
     for name in (".ipynb_checkpoints", "__MACOSX", ".git"):
         shutil.copytree(root / "cat", root / name)
@@ -205,6 +239,28 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str | None]] = {
     ),
     "litter": (litter, {}, None),
     "splits in capitals": (halves("Train", "TEST"), {}, None),
+    "splits with other names": (
+        halves("trainset", "testset"),
+        {},
+        "call the folders of the splits",
+    ),
+    "a class called train": (
+        lambda root: [(root / name).rename(root / to) for name, to in (("owl", "train"),)],
+        {},
+        None,
+    ),
+    "a folder too high": (
+        lambda root: [shutil.move(root / name, root / "all" / name) for name in under(root)],
+        {},
+        "all holds no picture but the folders cat, dog, owl",
+    ),
+    "files of three-dimensional pictures": (
+        each(
+            lambda path, image: [image.save(path.with_suffix(".mpo"), quality=100), path.unlink()]
+        ),
+        {},
+        None,
+    ),
     "a validation split": (halves("train", "test", "Valid"), {}, None),
     "train alone": (halves("train"), {}, "for test/ beside train/; add it"),
     "a class only in train": (

@@ -1,6 +1,7 @@
 """A picture file gives the pixels that a viewer shows, or one line that says what is wrong."""
 
 import os
+import struct
 import zlib
 from pathlib import Path
 
@@ -37,7 +38,50 @@ def frames() -> dict[str, object]:
     return {"save_all": True, "append_images": [upper_half("L", 0, 255)]}
 
 
+class Deep:
+    """A picture with several channels of 16 bits, which Pillow cannot write."""
+
+    def __init__(self, white: int, channels: int = 3) -> None:
+        self.pixels = np.zeros((SIZE, SIZE, channels), ">u2")
+        self.pixels[: SIZE // 2, :, :3] = white
+        self.pixels[..., 3:] = 65535
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self._png() if path.suffix == ".png" else self._tiff(path.suffix))
+
+    def _png(self) -> bytes:
+        def chunk(kind: bytes, content: bytes) -> bytes:
+            body = kind + content
+            return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+        kind = {3: 2, 4: 6}[self.pixels.shape[2]]
+        header = struct.pack(">IIBBBBB", SIZE, SIZE, 16, kind, 0, 0, 0)
+        rows = b"".join(b"\0" + row.tobytes() for row in self.pixels)
+        parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+    def _tiff(self, suffix: str) -> bytes:
+        order = {".tif": ">", ".tiff": "<"}[suffix]
+        content = self.pixels.astype(f"{order}u2").tobytes()
+        behind = 8 + len(content) + 2 + 9 * 12 + 4
+        entries = [(256, 4, 1, SIZE), (257, 4, 1, SIZE), (258, 3, 3, behind)]
+        entries += [(259, 4, 1, 1), (262, 4, 1, 2), (273, 4, 1, 8), (277, 4, 1, 3)]
+        entries += [(278, 4, 1, SIZE), (279, 4, 1, len(content))]
+        table = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
+        return b"".join(
+            [
+                {">": b"MM", "<": b"II"}[order],
+                struct.pack(f"{order}HI", 42, 8 + len(content)),
+                content,
+                struct.pack(f"{order}H", len(entries)),
+                table,
+                struct.pack(f"{order}IHHH", 0, 16, 16, 16),
+            ]
+        )
+
+
 RGB = upper_half("RGB", "white", "black")
+LARGER = RGB.resize((16 * SIZE, 16 * SIZE), Image.Resampling.NEAREST)
 CLEAR = upper_half("RGBA", (0, 0, 0, 0), (0, 0, 0, 255))
 GREY = upper_half("L", 255, 0)
 
@@ -60,6 +104,16 @@ SHOWN = {
     "a transparent colour": ("a.png", upper_half("L", 7, 0), {"transparency": 7}),
     "16 bits": ("a.png", sixteen_bits(65535), {}),
     "12 bits in 16": ("a.png", sixteen_bits(4095), {}),
+    "16 bits, white is 0": (
+        "a.tif",
+        sixteen_bits(65535).transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        {"tiffinfo": {262: 0}},
+    ),
+    "colours of 16 bits": ("a.png", Deep(65535), {}),
+    "colours of 12 bits in 16": ("a.png", Deep(4095), {}),
+    "colours of 12 bits, opaque": ("a.png", Deep(4095, 4), {}),
+    "colours of 12 bits, tiff": ("a.tiff", Deep(4095), {}),
+    "colours of 12 bits, big-endian": ("a.tif", Deep(4095), {}),
     "several frames, gif": ("a.gif", GREY, frames()),
     "several frames, png": ("a.png", GREY, frames()),
     "several frames, tiff": ("a.tiff", GREY, frames()),
@@ -85,6 +139,41 @@ def test_pixels_are_those_that_a_viewer_shows(name: str, tmp_path: Path) -> None
         assert torch.equal(
             decode_image(str(path), SIZE, channels), expected.expand(channels, -1, -1)
         )
+
+
+@pytest.mark.parametrize(
+    ("file", "image", "options"),
+    [
+        ("a.jpg", LARGER, {}),
+        ("a.jfif", LARGER, {"format": "JPEG"}),
+        ("a.mpo", LARGER, {}),
+        ("a.jpg", LARGER, {"format": "MPO"}),
+        ("a.jpg", LARGER.convert("CMYK"), {}),
+        ("a.jpg", LARGER.transpose(Image.Transpose.ROTATE_90), turned(6)),
+        ("a.webp", LARGER.transpose(Image.Transpose.ROTATE_90), {**turned(6), "lossless": True}),
+        ("a.tiff", LARGER.transpose(Image.Transpose.ROTATE_90), turned(6)),
+        ("a.tiff", LARGER.convert("LAB"), {}),
+        ("a.ico", LARGER.convert("RGBA"), {}),
+        ("a.jpg", LARGER, {"icc_profile": b"no profile"}),
+    ],
+)
+def test_pixels_are_nearly_those_that_a_viewer_shows(
+    file: str, image: Image.Image, options: dict[str, object], tmp_path: Path
+) -> None:
+    image.save(tmp_path / file, quality=95, **options)
+    assert is_picture(file)
+    shown = decode_image(str(tmp_path / file), SIZE).float()
+    assert shown[:, 0].min() > 240
+    assert shown[:, -1].max() < 15
+
+
+def test_colours_keep_their_order_in_sixteen_bits(tmp_path: Path) -> None:
+    deep = Deep(65535)
+    deep.pixels[..., 1:] = (0x1234, 0xFF00)
+    deep.save(tmp_path / "a.png")
+    assert decode_image(str(tmp_path / "a.png"), SIZE)[:, 0, 0].tolist() == [255, 0x12, 0xFF]
+    with pytest.raises(ValueError, match="go up to 65535, more than white = 4095"):
+        decode_image(str(tmp_path / "a.png"), SIZE, white=4095)
 
 
 def pipe(path: Path) -> None:
@@ -119,6 +208,7 @@ def circle(path: Path) -> None:
         lambda path: path.mkdir(),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("no picture"),
+        lambda path: path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
     ],
 )
 def test_what_is_no_picture_is_one_line_that_names_the_file(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -157,7 +247,11 @@ def test_a_picture_that_would_fill_the_memory_is_refused(
 
 
 @pytest.mark.parametrize(
-    "name", [".DS_Store", "._a.png", ".ipynb_checkpoints", "__MACOSX", "Thumbs.db", "desktop.ini"]
+    "name",
+    [
+        *(".DS_Store", "._a.png", ".ipynb_checkpoints", "__MACOSX", "Thumbs.db", "desktop.ini"),
+        *("__pycache__", "lost+found", "System Volume Information", "#recycle"),
+    ],
 )
 def test_what_tools_leave_behind_is_no_data(name: str) -> None:
     assert is_leftover(name)
@@ -165,7 +259,7 @@ def test_what_tools_leave_behind_is_no_data(name: str) -> None:
 
 
 def test_what_is_not_decoded_is_no_picture() -> None:
-    assert not any(map(is_picture, ["a.txt", "a.pdf", "a.mp4", "a", "README.md"]))
+    assert not any(map(is_picture, ["a.txt", "a.pdf", "a.mp4", "a", "a.heic", "a.svg"]))
 
 
 def write_pictures(folder: Path, count: int) -> None:

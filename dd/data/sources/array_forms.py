@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dd.data.pictures import eight_bits, narrowest_white
+from dd.data.sixteen_bits import eight_bits, narrowest_white
 
 Array = NDArray[Any]
 
@@ -68,7 +68,8 @@ def find_parts(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         missing = [name for name in pair if name not in spelled]
         if missing:
             raise ValueError(
-                f"the array {missing[0]!r} is missing; {pair[0]} and {pair[1]} belong together"
+                f"the array {missing[0]!r} is missing; {pair[0]} and {pair[1]} belong together, "
+                f"and it holds {sorted(spelled.values())}"
             )
         parts[part] = spelled[pair[0]], spelled[pair[1]]
     if "train" not in parts:
@@ -240,10 +241,16 @@ def as_classes(name: str, array: Array) -> tuple[Array, int]:
             )
         return array.argmax(1).astype(np.int64), array.shape[1]
     if array.dtype.kind == "S":
-        array = np.char.decode(array, "utf-8")
+        try:
+            array = np.char.decode(array, "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{described}, and they are not UTF-8: {error}") from error
     if array.dtype.kind == "U":
         return array, 0
-    # False for NaN; larger floating point numbers are no exact integers.
-    if array.dtype.kind == "f" and not bool(((array % 1 == 0) & (abs(array) < 2**53)).all()):
-        raise ValueError(f"{described}, but values that are no whole numbers")
+    if array.dtype.kind == "f":
+        values = array.astype(np.float64)
+        # Larger floating point numbers are no exact integers.
+        is_whole = np.isfinite(values).all() and (abs(values) < 2**53).all()
+        if not (is_whole and (values % 1 == 0).all()):
+            raise ValueError(f"{described}, but values that are no whole numbers")
     return array.astype(np.int64), 0

@@ -103,7 +103,12 @@ def read_npz(path: Path) -> dict[str, Array]:
             f"{path} cannot be read as an .npz file of plain arrays (object arrays and pickles "
             f"are refused): {error}"
         ) from error
-    if others and content:
+    if not content:
+        raise ValueError(
+            f"{path}: it holds {others}; it must hold images and labels, or train_images and "
+            "train_labels, or x_train and y_train"
+        )
+    if others:
         _log.warning("note: of %s these arrays are left out: %s", path, summary(others))
     return content
 

@@ -26,7 +26,7 @@ from dd.runtime.cache import VARIABLE, cache_folder, checksum
 from dd.runtime.files import DamagedFileError, read_json, write_json
 
 #: Changes when the same files are decoded to other pixels.
-FORMAT = "dd-decoded-images-3"
+FORMAT = "dd-decoded-images-4"
 
 _FILES_AT_A_TIME = 1024
 _log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def list_class_folders(
                 skipped.append(_kind(name))
         if not names:
             raise FileNotFoundError(f"couldn't find any class folder in {directory}")
+        _check_level(directory, names)
         by_class = [list(_pictures(str(directory / name), skipped)) for name in names]
         empty = [name for name, found in zip(names, by_class, strict=True) if not found]
         if empty:
@@ -78,6 +80,40 @@ def check_same_classes(
             f"{root.absolute()}: train/ and {test_folder}/ must have the same classes; "
             f"only one of them has {different[0]!r}"
         )
+
+
+def _check_level(directory: Path, names: list[str]) -> None:
+    """Raise `ValueError` where the classes seem to be one level below, as in `images/cat/1.png`."""
+    inside = {name: _class_folders(directory / name) for name in names}
+    first = inside[names[0]]
+    are_splits = all(re.search("train|test|val", name.lower()) for name in names)
+    if len(first) < 2 or any(found != first for found in inside.values()):
+        return
+    if len(names) > 1 and not are_splits:
+        return
+    raise ValueError(
+        f"{directory}: {', '.join(names[:4])} {'each hold' if len(names) > 1 else 'holds'} no "
+        f"picture but the folders {', '.join(first[:4])}; if these are the classes, "
+        + (
+            "call the folders of the splits train/, test/ and val/"
+            if len(names) > 1
+            else f"give {directory / names[0]}"
+        )
+    )
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """The folders in a folder that holds no picture itself; else nothing."""
+    folders = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_leftover(entry.name):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif is_picture(entry.name):
+                return []
+    return sorted(folders)
 
 
 def _pictures(class_folder: str, skipped: list[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bilevel.checks import check_integer, check_path
 from dd.data.image_dataset import DatasetNotFoundError, ImageDataset, stratified_split
-from dd.data.pictures import check_reading, decode_image, survey
+from dd.data.pictures import check_reading, decode_image, is_picture, survey
 from dd.data.sources.image_files import check_same_classes, list_class_folders
 from dd.runtime.changes import Judging
 from dd.runtime.sizes import LARGEST_IMAGE, LARGEST_SEED
@@ -27,6 +27,7 @@ _SPLITS = {
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
+    "dev": "validation",
 }
 _log = logging.getLogger(__name__)
 
@@ -43,9 +44,9 @@ def image_folder(
     """Image files in one folder a class, as RGB uint8 images [3, image_size, image_size].
 
     `root` holds `train/<class>/` and `test/<class>/`, or only `<class>/`, of which a
-    stratified part then becomes the test set. `val/<class>/`, also called `valid/` or
-    `validation/`, beside `train/` is used as the validation split. Case does not matter. How a
-    picture becomes pixels: `dd.data.pictures.decode_image`.
+    stratified part then becomes the test set. `val/<class>/`, also called `valid/`,
+    `validation/` or `dev/`, beside `train/` is used as the validation split. Case does not
+    matter. How a picture becomes pixels: `dd.data.pictures.decode_image`.
 
     Args:
         root: The directory; its name becomes the dataset's name.
@@ -118,6 +119,12 @@ def _split_folders(root: Path) -> dict[str, str]:
         folders[part] = name
     if folders.keys() == {"validation"}:
         return {}  # a class may be called "valid"
+    if (
+        len(folders) == 1
+        and len(inside) > 1
+        and _holds_pictures(root / next(iter(folders.values())))
+    ):
+        return {}  # or "train", among other vehicles
     if folders.keys() == {"train"} or (folders and "train" not in folders):
         there = next(iter(folders.values()))
         missing = "test" if "train" in folders else "train"
@@ -131,6 +138,10 @@ def _split_folders(root: Path) -> dict[str, str]:
             "note: %s has no test/; a part of %s/ becomes the test set", root, folders["train"]
         )
     return folders
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(is_picture(path.name) and not path.is_dir() for path in folder.iterdir())
 
 
 def _decode(

@@ -3,21 +3,16 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import final
 
-import bilevel
 from bilevel.distributed import world_size
 from dd.distillation.events import Event, Ready, Validating
 from dd.distillation.loop import Distillation, outer_loop
-from dd.distillation.recorder import FolderRecorder, Recorder
-from dd.distillation.resuming import CHECKPOINT, PREVIOUS
-from dd.runtime.files import read_tensors
+from dd.distillation.recorder import FolderRecorder, Recorder, SilentRecorder
 from dd.runtime.processes import is_first_process
 from dd.runtime.stopping import StopRequest
-from dd.runtime.writer import orphaned
 
 
-def record(
+def run_to_end(
     run: Distillation,
     folder: Path,
     stop: StopRequest,
@@ -63,44 +58,3 @@ def record(
     finally:
         with suppress(OSError):
             recorder.close()
-
-
-@final
-class SilentRecorder(Recorder):
-    """Shows nothing, and keeps a checkpoint only if the first process is gone, or silent.
-
-    Args:
-        run: The distillation.
-        folder: Of the run.
-    """
-
-    def __init__(self, run: Distillation, folder: Path) -> None:
-        self.run = run
-        self.folder = folder
-
-    def take(self, event: Event) -> None:
-        pass
-
-    def save(self) -> None:
-        pass
-
-    def rescue(self, error: BaseException) -> None:
-        # The lock of a first process that is stopped is this program's own.
-        first_is_silent = isinstance(error, bilevel.SilentProcessError) and 0 in error.ranks
-        lock = None if self.run.half_done else orphaned(self.folder)
-        if self.run.half_done or (lock is None and not first_is_silent):
-            return
-        try:
-            state, path = self.run.state, self.folder / CHECKPOINT
-            if not path.exists() or read_tensors(path)[1]["step"] < state.step:
-                state.truncation.load_state_dict(self.run.schedule)
-                state.save(path, previous=self.folder / PREVIOUS)
-        finally:
-            if lock is not None:
-                lock.release()
-
-    def show(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
