@@ -169,7 +169,7 @@ def keep_tracebacks_in(folder: Path) -> None:
 
 def unexpected(error: Exception) -> int:
     """Tell an error that nobody expected in one line, and where its traceback is."""
-    from dd.runtime.culprit import gist
+    from dd.runtime.error_text import summary
     from dd.runtime.files import write_text
 
     trace = "".join(traceback.format_exception(error))
@@ -180,7 +180,7 @@ def unexpected(error: Exception) -> int:
     except OSError as problem:
         where = f"the traceback cannot be written: {problem}"
     advice = memory_advice(error)
-    fail(f"{f'{type(error).__name__}: {advice}' if advice else gist(error)}; {where}")
+    fail(f"{f'{type(error).__name__}: {advice}' if advice else summary(error)}; {where}")
     return FAILED
 
 

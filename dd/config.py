@@ -34,7 +34,7 @@ from dd.gin_text import (
     saved_text,
 )
 from dd.runtime.changes import WHEN_JUDGED
-from dd.runtime.culprit import culprit
+from dd.runtime.error_text import own_line
 from dd.runtime.memory import ran_out
 from dd.runtime.precision import Precision
 from dd.written import (
@@ -155,7 +155,7 @@ def network(name: str, experiment: Experiment) -> nn.Module:
     try:
         return networks.network_for(gin.get_configurable(name), experiment.image_format)
     except (ValueError, TypeError) as error:
-        raise ConfigError(one_line(error) + culprit(error)) from error
+        raise ConfigError(one_line(error) + own_line(error)) from error
 
 
 def _is_network(name: str) -> bool:
@@ -217,7 +217,7 @@ def load(
         OSError,
         bilevel.BilevelError,
     ) as error:
-        raise ConfigError(one_line(error) + culprit(error)) from error
+        raise ConfigError(one_line(error) + own_line(error)) from error
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dd.runtime.culprit import gist
+from dd.runtime.error_text import summary
 
 
 def network_for(make: Callable[..., nn.Module], image_format: Mapping[str, int]) -> nn.Module:
@@ -30,7 +30,7 @@ def network_for(make: Callable[..., nn.Module], image_format: Mapping[str, int])
     except (ValueError, TypeError):
         raise  # it says what it does not take
     except Exception as error:
-        raise ValueError(f"{described} cannot be made: {gist(error)}") from error
+        raise ValueError(f"{described} cannot be made: {summary(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{described} is a {type(network).__name__}, no torch.nn.Module")
     was_training = network.training
@@ -38,7 +38,7 @@ def network_for(make: Callable[..., nn.Module], image_format: Mapping[str, int])
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             found: Any = network.eval()(torch.zeros(2, channels, size, size))
     except Exception as error:
-        raise ValueError(f"{described} does not take them: {gist(error)}") from error
+        raise ValueError(f"{described} does not take them: {summary(error)}") from error
     finally:
         network.train(was_training)
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

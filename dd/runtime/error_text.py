@@ -1,4 +1,4 @@
-"""Where an error was raised, if that is in code of the user's own."""
+"""An error in words, with the line of the user's own code that raised it."""
 
 import sysconfig
 import traceback
@@ -9,7 +9,7 @@ _OURS = tuple(str(Path(__file__).parents[2] / name) for name in ("dd", "bilevel"
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
-def culprit(error: BaseException) -> str:
+def own_line(error: BaseException) -> str:
     """ " (in mine.py, line 3)", the innermost line of the user's own; empty if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         is_own = not frame.filename.startswith((*_OURS, *_INSTALLED, "<"))
@@ -18,10 +18,10 @@ def culprit(error: BaseException) -> str:
     return ""
 
 
-def gist(error: BaseException) -> str:
+def summary(error: BaseException) -> str:
     """The kind of an error, what it says, on one line, and where it is, if that is the user's."""
     words = " ".join(_first_words(error).split())
-    return f"{type(error).__name__}{f': {words}' if words else ''}{culprit(error)}"
+    return f"{type(error).__name__}{f': {words}' if words else ''}{own_line(error)}"
 
 
 def _first_words(error: BaseException) -> str:
