@@ -180,12 +180,17 @@ def check_params(params: Any) -> None:
 
 
 def check_batch(batch: Any) -> None:
-    """Raise `ProblemError` for what can be read only once, or has no dense derivative by φ."""
+    """Raise `ProblemError` for what can be read only once, or has no (dense) derivative by φ."""
     for name, leaf in named_leaves(batch):
         if isinstance(leaf, Iterator):
             raise ProblemError(
                 f"inner_batch returned {kind_of(leaf)} at {name!r}, which can be read only once, "
                 "and a step reads its batch more often: return a tuple or list of what it gives"
+            )
+        if isinstance(leaf, Tensor) and leaf.is_inference():
+            raise ProblemError(
+                f"inner_batch returned {kind_of(leaf)} at {name!r} that was made under "
+                "torch.inference_mode, which no derivative may use: use torch.no_grad, or clone it"
             )
         if needs_gradient(leaf) and not is_dense(leaf):
             raise ProblemError(
@@ -216,8 +221,13 @@ def check_metrics(value: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
 
 
 def check_scalar(value: Any, name: str) -> Tensor:
-    """`value`, or `ProblemError` unless it is a floating-point scalar tensor."""
-    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+    """`value`, or `ProblemError` unless it is a dense floating-point scalar tensor."""
+    if (
+        not isinstance(value, Tensor)
+        or value.dim()
+        or not value.is_floating_point()
+        or not is_dense(value)
+    ):
         raise ProblemError(
             f"{name} returned {kind_of(value)}; it must be a floating-point scalar tensor"
         )

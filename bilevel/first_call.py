@@ -22,6 +22,7 @@ from bilevel.contract.repeatable import (
     impure,
     is_same,
 )
+from bilevel.contract.second import SecondDerivatives
 from bilevel.contract.watch import Watch
 from bilevel.errors import ProblemError
 from bilevel.optim.side_by_side import check_side_by_side
@@ -42,7 +43,7 @@ LOSSES_AGAIN = 16
 
 @final
 class FirstCall:
-    """The checks of one first call: `begin`, then `step` before some of them, then `finish`.
+    """The checks of one first call: `begin`, then `step` before some of them, then `finish`, `over`.
 
     Args:
         inner: The inner loop.
@@ -58,6 +59,7 @@ class FirstCall:
         self.remarks = watch.remarks
         self._inner, self._estimator, self._watch = inner, estimator, watch
         self._kept: dict[int, Kept] = {}
+        self._second: SecondDerivatives | None = None
         self.at_first: tuple[Tensor, Any]
 
     def begin(
@@ -94,7 +96,7 @@ class FirstCall:
             ConfigurationError: The optimizer's derivative is not that of what it computes.
         """
         if briefly:
-            with self._inner.watched(self._watch, "inner_loss"):
+            with torch.enable_grad(), self._inner.watched(self._watch, "inner_loss"):
                 self._inner.loss(iterate.params.detach().requires_grad_(), detach(inputs.batch))
             return
         self._check_inner_loss(iterate, inputs)
@@ -125,6 +127,15 @@ class FirstCall:
             params = trajectory.kept[step].params.to(trajectory.first.params.device)
             losses[step] = self._inner.loss(params, detach(trajectory.inputs[step].batch))
         trajectory.check_repeated(losses)
+
+    def over(self) -> None:
+        """Look at the inner loss once more, when everything has been called as often as it will.
+
+        Raises:
+            ProblemError: Its second derivative is not what it was.
+        """
+        if self._second is not None:
+            self._second.check()
 
     def remarked(self, result: HypergradientResult) -> HypergradientResult:
         """The result with what was noticed in its status."""
@@ -176,6 +187,11 @@ class FirstCall:
             raise impure("inner_loss", float(loss), float(again))
         if not is_same(slope, other):
             raise impure("inner_loss", "one gradient", "another")
+        if twice:
+            with inner.watched(None):
+                second = SecondDerivatives(inner.loss, iterate.params, inputs.batch)
+                second.check()
+            self._second = self._second or second
         if functions and twice and self._is_wrong_twice(here, inputs.batch):
             names = ", ".join(function.__name__ for function in functions)
             self._remark(

@@ -248,6 +248,8 @@ class Hypergradient:
             ):
                 chosen = replace(trajectory.select(window), replica=replica)
                 result = self.estimator(chosen, outer_batch)
+                if first_call is not None:
+                    first_call.over()
             check_finite(result)
             results.append(result if first_call is None else first_call.remarked(result))
             clock.lap("backward")

@@ -92,4 +92,9 @@ def saved_storages(outputs: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
+    return (
+        tensor.layout is torch.strided
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        # A tangent of zeros has no memory.
+        and not tensor._is_zerotensor()
+    )
