@@ -28,6 +28,7 @@ from bilevel.errors import ProblemError
 from bilevel.optim.side_by_side import check_side_by_side
 from bilevel.random import Key
 from bilevel.recording.inner import InnerLoop
+from bilevel.recording.outer_gradient import outer_loss_value
 from bilevel.recording.trajectory import Trajectory
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult
@@ -128,14 +129,27 @@ class FirstCall:
             losses[step] = self._inner.loss(params, detach(trajectory.inputs[step].batch))
         trajectory.check_repeated(losses)
 
-    def over(self) -> None:
-        """Look at the inner loss once more, when everything has been called as often as it will.
+    def over(self, trajectory: Trajectory, outer_batch: Any) -> None:
+        """Look once more when everything has been called as often as it will be.
 
         Raises:
-            ProblemError: Its second derivative is not what it was.
+            ProblemError: A second derivative of the inner loss is not what it was; or the outer
+                loss, where it is evaluated more than once, differs when it is evaluated again.
         """
         if self._second is not None:
             self._second.check()
+        inner, repeats = self._inner, self._estimator.repeats_outer_loss
+        if not inner.has_outer_loss or not (repeats or inner.compiler is not None):
+            return
+        params = trajectory.iterate_at(trajectory.window.stop).params
+        outer = detach(self._variables.tree)
+        # Once in eager mode, where a graph does not show what is written to.
+        one, other = (
+            outer_loss_value(inner, params, outer, outer_batch)[0] if wanted else None
+            for wanted in (True, repeats)
+        )
+        if one is not None and other is not None and not is_same(one, other):
+            raise impure("outer_loss", float(one), float(other))
 
     def remarked(self, result: HypergradientResult) -> HypergradientResult:
         """The result with what was noticed in its status."""

@@ -8,10 +8,8 @@ does without, with a warning.
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.compiler.decompositions import DECOMPOSITIONS
+from bilevel.compiler.refusals import ValuesUnread, no_forward_mode_of_users
 from bilevel.compiler.rewriting import simplify
 
 #: A compiled function of tensors.
@@ -51,7 +50,7 @@ def trace(
     Derivatives that the function takes are in the graph. Tensors that it reaches otherwise than
     by its arguments become arguments.
     """
-    with torch.no_grad(), _TRACING, _no_forward_mode_of_users():
+    with torch.no_grad(), _TRACING, no_forward_mode_of_users(), ValuesUnread():
         graph = make_fx(function, decomposition_table=DECOMPOSITIONS)(*args)
     constants: dict[str, fx.Node] = {}
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1:]
@@ -65,48 +64,6 @@ def trace(
             graph.graph.erase_node(node)
     graph.graph = simplify(graph.graph)
     return graph, [getattr(graph, name) for name in constants]
-
-
-@contextmanager
-def _no_forward_mode_of_users() -> Iterator[None]:
-    """Inside, forward derivatives are taken by this package alone.
-
-    Tracing a derivative of somebody else's, as of `torch.func.jvp` in an inner loss, may end the
-    process: PyTorch has no memory for zeros that stand for tangents.
-    """
-    from torch._functorch import eager_transforms
-    from torch.autograd import forward_ad
-
-    places: tuple[tuple[Any, str], ...] = (
-        (eager_transforms, "_jvp_increment_nesting"),
-        (forward_ad, "enter_dual_level"),
-    )
-    before = [getattr(owner, name) for owner, name in places]
-
-    def guarded(enter: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            frame = sys._getframe(1)
-            while frame.f_back is not None and _is_of(frame, "torch", "contextlib"):
-                frame = frame.f_back
-            if not _is_of(frame, __name__.split(".")[0]):
-                raise NotImplementedError(
-                    "it takes a forward derivative, as torch.func.jvp, jacfwd and hessian do"
-                )
-            return enter(*args, **kwargs)
-
-        return called
-
-    try:
-        for (owner, name), enter in zip(places, before, strict=True):
-            setattr(owner, name, guarded(enter))
-        yield
-    finally:
-        for (owner, name), enter in zip(places, before, strict=True):
-            setattr(owner, name, enter)
-
-
-def _is_of(frame: Any, *packages: str) -> bool:
-    return str(frame.f_globals.get("__name__", "")).split(".")[0] in packages
 
 
 def compile_graph(graph: fx.GraphModule, args: Sequence[Tensor]) -> Compiled:

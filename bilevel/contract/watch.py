@@ -10,6 +10,7 @@ from typing import Any, final
 import optree
 from torch import Tensor
 
+from bilevel.compiler import is_tracing
 from bilevel.contract.graph import leaves_behind, leaves_of, nodes_of, nodes_so_far
 from bilevel.contract.held import modules_held_by
 from bilevel.contract.repeatable import is_same
@@ -71,7 +72,9 @@ class Watch:
             return strangers(function(*args, **kwargs))
 
         since = nodes_so_far()
-        arguments = None if method == "inner_loss" else _Arguments(method, args)
+        arguments = None
+        if method != "inner_loss" and not is_tracing():
+            arguments = _Arguments(method, args)
         returned = function(*args, **kwargs)
         if arguments is not None:
             arguments.check()
