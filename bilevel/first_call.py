@@ -44,7 +44,7 @@ LOSSES_AGAIN = 16
 
 @final
 class FirstCall:
-    """The checks of one first call: `begin`, then `step` before some of them, then `finish`, `over`.
+    """The checks of a first call: `begin`, `step` before some of them, `finish`, and `over`.
 
     Args:
         inner: The inner loop.
