@@ -235,7 +235,7 @@ def check_scalar(value: Any, name: str) -> Tensor:
 
 
 def check_hyperparameters(values: Any) -> dict[str, Any]:
-    """`values` as a dict, or `ProblemError` unless each is a tensor or a pytree of tensors."""
+    """`values` as a dict, or `ProblemError` unless each is a dense tensor or a pytree of them."""
     if not isinstance(values, Mapping):
         raise ProblemError(
             f"hyperparameters returned {kind_of(values)}; it must be a dict by name, as "
@@ -243,11 +243,15 @@ def check_hyperparameters(values: Any) -> dict[str, Any]:
         )
     for name, value in values.items():
         leaves = [value] if isinstance(value, Tensor) else optree.tree_leaves(value)
-        wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        wrong = [
+            leaf
+            for leaf in leaves
+            if not isinstance(leaf, Tensor) or not is_dense(leaf) or leaf.is_meta
+        ]
         if wrong or not leaves:
             kind = kind_of(wrong[0]) if wrong else "nothing"
             raise ProblemError(
-                f"hyperparameters()[{name!r}] holds {kind}; it must be a tensor, or a pytree of "
-                "tensors like the parameters"
+                f"hyperparameters()[{name!r}] holds {kind}; it must be a dense tensor, or a pytree "
+                "of such like the parameters"
             )
     return dict(values)

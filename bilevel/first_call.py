@@ -185,7 +185,8 @@ class FirstCall:
         if not any(leaf is here for leaf in leaves_of([loss])):
             raise ProblemError(
                 "inner_loss does not depend on the params it is given; call the model through "
-                "torch.func.functional_call(module, params, inputs)"
+                "torch.func.functional_call(module, params, inputs), and not under torch.no_grad, "
+                "torch.inference_mode or torch.utils.checkpoint(use_reentrant=True)"
             )
         functions = functions_of(loss)
         twice = self._estimator.uses_second_derivatives
@@ -240,6 +241,11 @@ class FirstCall:
             )
         if not is_same(one, other):
             raise impure("hyperparameters", one, other)
+        for name, value in one.items():
+            if not all(bool(torch.isfinite(leaf).all()) for leaf in optree.tree_leaves(value)):
+                raise ProblemError(
+                    f"hyperparameters()[{name!r}] is not finite at step {step}: {value}"
+                )
         if inner.has_step_loss:
             first, again = (
                 inner.step_loss(iterate.params, outer, step, self._key).detach() for _ in range(2)

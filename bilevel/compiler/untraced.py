@@ -3,12 +3,14 @@
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_REASON = "a hypergradient runs the functions of a problem, and differentiates them itself"
 
 
 def untraced(method: Callable[P, R]) -> Callable[P, R]:
@@ -18,18 +20,14 @@ def untraced(method: Callable[P, R]) -> Callable[P, R]:
     wait for who compile something.
     """
 
+    disabled: list[Callable[P, R]] = []
+
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" in sys.modules:
-            found: R = _disabled(method)(*args, **kwargs)
-            return found
-        return method(*args, **kwargs)
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(method, reason=_REASON))
+        return disabled[0](*args, **kwargs)
 
     return call
-
-
-@functools.cache
-def _disabled(method: Callable[..., Any]) -> Callable[..., Any]:
-    reason = "a hypergradient runs the user's functions and differentiates them itself"
-    disabled: Callable[..., Any] = torch.compiler.disable(method, reason=reason)
-    return disabled

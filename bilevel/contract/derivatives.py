@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.contract.second import other_second_derivative
 from bilevel.errors import BilevelError, ProblemError
 from bilevel.tree import in_double
 
@@ -70,6 +71,11 @@ _UNFIT = (
         "torch.utils.checkpoint, or another user of saved-tensor hooks, does not work in "
         "torch.func, through which {estimator} differentiates: use Adjoint(), which keeps the "
         "graph of one step in any case",
+    ),
+    (
+        "Nested forward mode AD",
+        "{estimator} takes forward derivatives, which PyTorch does not nest: call it outside "
+        "torch.autograd.forward_ad.dual_level, or use Adjoint()",
     ),
     (
         "use_reentrant",
@@ -273,6 +279,8 @@ def check_forward_mode(
     rounding = _rounding([*points, *beside])
     tolerance = 10 * rounding**0.5 * max(abs(one), abs(other)) + 1000 * rounding * direction.size
     if abs(one - other) > tolerance:
+        if abs(one - direction.reverse(reverse)) > tolerance:
+            raise other_second_derivative()
         name = type(estimator).__name__
         raise ProblemError(
             f"an inner step has another derivative in forward mode, which {name} uses, than in "

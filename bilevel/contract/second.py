@@ -37,12 +37,7 @@ class SecondDerivatives:
         """Raise `ProblemError` unless they are what they were."""
         now = self._taken()
         if not _is_same(self._products, now):
-            raise ProblemError(
-                "inner_loss is no pure function: run again at the same parameters and batch it has "
-                "the same value, but another second derivative. Look for a counter, a generator or "
-                "a buffer that it changes (docs/contract.md; bilevel.gradcheck looks at every "
-                "method)"
-            )
+            raise other_second_derivative()
 
     @torch.enable_grad()
     def _taken(self) -> list[Tensor]:
@@ -60,6 +55,15 @@ class SecondDerivatives:
         except RuntimeError:
             return []
         return list(found)
+
+
+def other_second_derivative() -> ProblemError:
+    """The error that says that the inner loss hides a state in its derivatives."""
+    return ProblemError(
+        "inner_loss is no pure function: run again at the same parameters and batch it has the "
+        "same value, but another second derivative. Look for a counter, a generator or a buffer "
+        "that it changes (docs/contract.md; bilevel.gradcheck looks at every method)"
+    )
 
 
 def _is_same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -241,10 +241,16 @@ class InnerLoop:
         """
         watch, methods = self._watch
         method = getattr(self.problem, name)
-        with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
-            if watch is not None and name in methods:
-                return watch(name, method, args, kwargs)
-            return method(*args, **kwargs)
+        try:
+            with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+                if watch is not None and name in methods:
+                    return watch(name, method, args, kwargs)
+                return method(*args, **kwargs)
+        except StopIteration as error:  # Python may take it for the end of a loop of ours.
+            raise ProblemError(
+                f"{name} raised StopIteration: an iterator that it reads is at its end. Begin it "
+                "anew there, as itertools.cycle does, or choose examples by `step`"
+            ) from error
 
     def check_optimizer(self, hyperparameters: Mapping[str, Any]) -> None:
         """Try an optimizer that is not all ours: is its derivative that of what it computes?
