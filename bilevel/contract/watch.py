@@ -16,7 +16,15 @@ from bilevel.contract.held import modules_held_by
 from bilevel.contract.repeatable import is_same
 from bilevel.errors import ProblemError
 from bilevel.problem import Problem
-from bilevel.tree import is_dense, is_differentiable, needs_gradient, partition, tensors_in
+from bilevel.tree import (
+    is_dense,
+    is_differentiable,
+    is_variable,
+    named_leaves,
+    needs_gradient,
+    partition,
+    tensors_in,
+)
 
 
 @final
@@ -82,6 +90,7 @@ class Watch:
         if method != "inner_loss":
             self._check_kept(method, _outputs(method, returned), given, since)
         if method == "init":
+            self._remark_shared(returned)
             self._versions = self._versions_of_buffers()
         else:
             self._check_buffers(method)
@@ -153,6 +162,23 @@ class Watch:
         )
         if remark not in self.remarks:
             self.remarks.append(remark)
+
+    def _remark_shared(self, params: Any) -> None:
+        """Say that one tensor under two names is two parameters: tied weights would be one."""
+        names: dict[Any, str] = {}
+        for name, leaf in named_leaves(params):
+            if not (is_variable(leaf) and leaf.numel()):
+                continue
+            memory = leaf.data_ptr(), leaf.shape, leaf.stride()
+            if memory in names:
+                remark = (
+                    f"init returned one tensor at {names[memory]!r} and {name!r}: they are two "
+                    "parameters that begin alike; return tied weights once, or clone what is meant "
+                    "to be two"
+                )
+                if remark not in self.remarks:
+                    self.remarks.append(remark)
+            names.setdefault(memory, name)
 
     def _check_outer_batch(self, batch: Any) -> None:
         if any(map(self._is_outer, leaves_of(partition(batch, needs_gradient)[0]))):

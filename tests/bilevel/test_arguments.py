@@ -150,6 +150,30 @@ def test_parameters_come_in_a_container_of_their_own(path):
     assert relative_error(result.grads, reference(Weighted(), weights())[1]) < 1e-8
 
 
+class Twice(Weighted):
+    """Two parameters that begin alike."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.second = second
+
+    def init(self, outer, *, generator):
+        one = torch.full((4,), 0.1, dtype=DTYPE)
+        return {"theta": one, "other": self.second(one), "bias": torch.ones(1, dtype=DTYPE)}
+
+    def predict(self, params, inputs):
+        return super().predict(params, inputs) + inputs @ params["other"]
+
+
+@every_path
+def test_one_tensor_under_two_names_is_two_parameters_and_that_is_said(path):
+    result = follow(path, Twice(lambda one: one), weights())
+    expected = follow(path, Twice(torch.clone), weights())
+    assert relative_error(result.grads, expected.grads) < 1e-12
+    assert "one tensor at 'other' and 'theta'" in result.stats.status
+    assert expected.stats.status == "ok"
+
+
 # --- what is in derivatives alone -----------------------------------------------------------------
 
 
