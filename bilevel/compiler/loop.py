@@ -9,10 +9,12 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.recording.stacking import NotAlikeError
-
 #: Why steps cannot be a loop.
 CHANGES = "a step changes the structure, the shapes or dtypes of what it carries"
+
+
+class NotAlikeError(Exception):
+    """Why steps cannot be made as one loop: a sentence."""
 
 
 @final

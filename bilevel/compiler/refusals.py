@@ -18,11 +18,6 @@ _READING = {
 }
 
 
-def is_tracing() -> bool:
-    """Whether this is called by a function that is being made a graph."""
-    return get_proxy_mode() is not None
-
-
 @final
 class ValuesUnread(TorchFunctionMode):
     """Inside, nothing but a constant is read by NumPy or Python. (`item()` fails by itself.)"""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.autograd.graph import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 #: The code that `once_differentiable` puts around every backward it marks.
 _ONCE = once_differentiable(lambda *args: None).__code__
@@ -73,6 +74,11 @@ def is_differentiable_once(function: type[Function]) -> bool:
 def inside_transform() -> bool:
     """Whether this is called inside a transform of `torch.func`, such as grad or vmap."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_tracing() -> bool:
+    """Whether this is called by a function that is being made a graph."""
+    return get_proxy_mode() is not None
 
 
 def saved_storages(outputs: Iterable[Tensor]) -> dict[int, int]:

@@ -10,8 +10,7 @@ from typing import Any, final
 import optree
 from torch import Tensor
 
-from bilevel.compiler import is_tracing
-from bilevel.contract.graph import leaves_behind, leaves_of, nodes_of, nodes_so_far
+from bilevel.contract.graph import is_tracing, leaves_behind, leaves_of, nodes_of, nodes_so_far
 from bilevel.contract.held import modules_held_by
 from bilevel.contract.repeatable import is_same
 from bilevel.errors import ProblemError
