@@ -236,7 +236,7 @@ class InnerLoop:
             self._watch = before
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """What a method of the problem returns: with autograd on, as it may differentiate itself."""
+        """What a method of the problem returns; autograd is on, as it may differentiate itself."""
         watch, methods = self._watch
         method = getattr(self.problem, name)
         try:
