@@ -18,7 +18,8 @@ from common import table, write_json
 from inner_methods import ours
 from inner_problems import MAML, LearnedRate, LinearCleaning, NetworkCleaning, Penalties
 
-from bilevel import hypergradient, inner, trajectory
+from bilevel import hypergradient
+from bilevel.recording import inner, trajectory
 
 PROBLEMS = (MAML, Penalties, LinearCleaning, NetworkCleaning, LearnedRate)
 COLUMNS = {

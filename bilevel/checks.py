@@ -180,12 +180,17 @@ def check_params(params: Any) -> None:
 
 
 def check_batch(batch: Any) -> None:
-    """Raise `ProblemError` for what can be read only once, or has no dense derivative by φ."""
+    """Raise `ProblemError` for what can be read only once, or has no (dense) derivative by φ."""
     for name, leaf in named_leaves(batch):
         if isinstance(leaf, Iterator):
             raise ProblemError(
                 f"inner_batch returned {kind_of(leaf)} at {name!r}, which can be read only once, "
                 "and a step reads its batch more often: return a tuple or list of what it gives"
+            )
+        if isinstance(leaf, Tensor) and leaf.is_inference():
+            raise ProblemError(
+                f"inner_batch returned {kind_of(leaf)} at {name!r} that was made under "
+                "torch.inference_mode, which no derivative may use: use torch.no_grad, or clone it"
             )
         if needs_gradient(leaf) and not is_dense(leaf):
             raise ProblemError(
@@ -216,8 +221,13 @@ def check_metrics(value: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:
 
 
 def check_scalar(value: Any, name: str) -> Tensor:
-    """`value`, or `ProblemError` unless it is a floating-point scalar tensor."""
-    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+    """`value`, or `ProblemError` unless it is a dense floating-point scalar tensor."""
+    if (
+        not isinstance(value, Tensor)
+        or value.dim()
+        or not value.is_floating_point()
+        or not is_dense(value)
+    ):
         raise ProblemError(
             f"{name} returned {kind_of(value)}; it must be a floating-point scalar tensor"
         )
@@ -225,7 +235,7 @@ def check_scalar(value: Any, name: str) -> Tensor:
 
 
 def check_hyperparameters(values: Any) -> dict[str, Any]:
-    """`values` as a dict, or `ProblemError` unless each is a tensor or a pytree of tensors."""
+    """`values` as a dict, or `ProblemError` unless each is a dense tensor or a pytree of them."""
     if not isinstance(values, Mapping):
         raise ProblemError(
             f"hyperparameters returned {kind_of(values)}; it must be a dict by name, as "
@@ -233,11 +243,15 @@ def check_hyperparameters(values: Any) -> dict[str, Any]:
         )
     for name, value in values.items():
         leaves = [value] if isinstance(value, Tensor) else optree.tree_leaves(value)
-        wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        wrong = [
+            leaf
+            for leaf in leaves
+            if not isinstance(leaf, Tensor) or not is_dense(leaf) or leaf.is_meta
+        ]
         if wrong or not leaves:
             kind = kind_of(wrong[0]) if wrong else "nothing"
             raise ProblemError(
-                f"hyperparameters()[{name!r}] holds {kind}; it must be a tensor, or a pytree of "
-                "tensors like the parameters"
+                f"hyperparameters()[{name!r}] holds {kind}; it must be a dense tensor, or a pytree "
+                "of such like the parameters"
             )
     return dict(values)

@@ -22,11 +22,13 @@ from bilevel.contract.repeatable import (
     impure,
     is_same,
 )
+from bilevel.contract.second_derivatives import SecondDerivatives
 from bilevel.contract.watch import Watch
 from bilevel.errors import ProblemError
 from bilevel.optim.side_by_side import check_side_by_side
 from bilevel.random import Key
 from bilevel.recording.inner import InnerLoop
+from bilevel.recording.outer_gradient import outer_loss_value
 from bilevel.recording.trajectory import Trajectory
 from bilevel.replicas import Replicas
 from bilevel.result import HypergradientResult
@@ -42,7 +44,7 @@ LOSSES_AGAIN = 16
 
 @final
 class FirstCall:
-    """The checks of one first call: `begin`, then `step` before some of them, then `finish`.
+    """The checks of a first call: `begin`, `step` before some of them, `finish`, and `over`.
 
     Args:
         inner: The inner loop.
@@ -58,6 +60,7 @@ class FirstCall:
         self.remarks = watch.remarks
         self._inner, self._estimator, self._watch = inner, estimator, watch
         self._kept: dict[int, Kept] = {}
+        self._second: SecondDerivatives | None = None
         self.at_first: tuple[Tensor, Any]
 
     def begin(
@@ -94,7 +97,7 @@ class FirstCall:
             ConfigurationError: The optimizer's derivative is not that of what it computes.
         """
         if briefly:
-            with self._inner.watched(self._watch, "inner_loss"):
+            with torch.enable_grad(), self._inner.watched(self._watch, "inner_loss"):
                 self._inner.loss(iterate.params.detach().requires_grad_(), detach(inputs.batch))
             return
         self._check_inner_loss(iterate, inputs)
@@ -125,6 +128,28 @@ class FirstCall:
             params = trajectory.kept[step].params.to(trajectory.first.params.device)
             losses[step] = self._inner.loss(params, detach(trajectory.inputs[step].batch))
         trajectory.check_repeated(losses)
+
+    def over(self, trajectory: Trajectory, outer_batch: Any) -> None:
+        """Look once more when everything has been called as often as it will be.
+
+        Raises:
+            ProblemError: A second derivative of the inner loss is not what it was; or the outer
+                loss, where it is evaluated more than once, differs when it is evaluated again.
+        """
+        if self._second is not None:
+            self._second.check()
+        inner, repeats = self._inner, self._estimator.repeats_outer_loss
+        if not inner.has_outer_loss or not (repeats or inner.compiler is not None):
+            return
+        params = trajectory.iterate_at(trajectory.window.stop).params
+        outer = detach(self._variables.tree)
+        # Once in eager mode, where a graph does not show what is written to.
+        one, other = (
+            outer_loss_value(inner, params, outer, outer_batch)[0] if wanted else None
+            for wanted in (True, repeats)
+        )
+        if one is not None and other is not None and not is_same(one, other):
+            raise impure("outer_loss", float(one), float(other))
 
     def remarked(self, result: HypergradientResult) -> HypergradientResult:
         """The result with what was noticed in its status."""
@@ -160,7 +185,8 @@ class FirstCall:
         if not any(leaf is here for leaf in leaves_of([loss])):
             raise ProblemError(
                 "inner_loss does not depend on the params it is given; call the model through "
-                "torch.func.functional_call(module, params, inputs)"
+                "torch.func.functional_call(module, params, inputs), and not under torch.no_grad, "
+                "torch.inference_mode or torch.utils.checkpoint(use_reentrant=True)"
             )
         functions = functions_of(loss)
         twice = self._estimator.uses_second_derivatives
@@ -176,6 +202,11 @@ class FirstCall:
             raise impure("inner_loss", float(loss), float(again))
         if not is_same(slope, other):
             raise impure("inner_loss", "one gradient", "another")
+        if twice:
+            with inner.watched(None):
+                second = SecondDerivatives(inner.loss, iterate.params, inputs.batch)
+                second.check()
+            self._second = self._second or second
         if functions and twice and self._is_wrong_twice(here, inputs.batch):
             names = ", ".join(function.__name__ for function in functions)
             self._remark(
@@ -210,6 +241,11 @@ class FirstCall:
             )
         if not is_same(one, other):
             raise impure("hyperparameters", one, other)
+        for name, value in one.items():
+            if not all(bool(torch.isfinite(leaf).all()) for leaf in optree.tree_leaves(value)):
+                raise ProblemError(
+                    f"hyperparameters()[{name!r}] is not finite at step {step}: {value}"
+                )
         if inner.has_step_loss:
             first, again = (
                 inner.step_loss(iterate.params, outer, step, self._key).detach() for _ in range(2)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.bridge import Bridge
 from bilevel.checks import check_device, check_flag, check_instance, check_integer
-from bilevel.compiler import constants_of, surroundings
+from bilevel.compiler import constants_of, surroundings, untraced
 from bilevel.contract.derivatives import missing_derivatives_named
 from bilevel.contract.graph import inside_transform
 from bilevel.contract.held import Snapshot, modules_held_by
@@ -162,6 +162,7 @@ class Hypergradient:
         self._watch: Watch | None = None
         self.keep_on = None if keep_on is None else check_device("keep_on", keep_on)
 
+    @untraced
     def __call__(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
     ) -> HypergradientResult:
@@ -248,6 +249,8 @@ class Hypergradient:
             ):
                 chosen = replace(trajectory.select(window), replica=replica)
                 result = self.estimator(chosen, outer_batch)
+                if first_call is not None:
+                    first_call.over(chosen, outer_batch)
             check_finite(result)
             results.append(result if first_call is None else first_call.remarked(result))
             clock.lap("backward")
@@ -255,6 +258,7 @@ class Hypergradient:
         result = results[0] if len(results) == 1 else mean(results)
         return replace(result, stats=replace(result.stats, seconds=clock.seconds))
 
+    @untraced
     def loss(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -296,12 +300,12 @@ class Hypergradient:
         """Of the first call and the second, which shows what was kept from the first."""
         if self._calls > 1:
             self._watch = None
-        elif self._watch is None:
-            self._watch = Watch(self.inner.problem, self.inner.optimizer)
-        if self._watch is not None:
-            self._watch.begin(outer)
+            return None
+        self._watch = self._watch or Watch(self.inner.problem, self.inner.optimizer)
+        self._watch.begin(outer)
         return self._watch
 
+    @untraced
     def backward(
         self, outer: Any, outer_batch: Any = None, generator: torch.Generator | None = None
     ) -> HypergradientResult:

@@ -136,7 +136,7 @@ class Problem(ABC):
         """
         return _OfFunctions(
             init=init,
-            inner_batch=inner_batch or _outer_itself,
+            inner_batch=_outer_itself if inner_batch is None else inner_batch,
             inner_loss=inner_loss,
             outer_loss=outer_loss,
             step_loss=step_loss,
@@ -204,7 +204,7 @@ class _OfFunctions(Problem):
 
     def __init__(self, **functions: Callable[..., Any] | None) -> None:
         for name, function in functions.items():
-            if function is not None:
+            if function is not None or name in ("init", "inner_loss"):
                 setattr(self, name, _Method(name, function))
 
     def init(self, outer: Any, *, generator: torch.Generator) -> Any:
@@ -221,7 +221,7 @@ class _OfFunctions(Problem):
 class _Method:
     """A function that stands for a method; a generator is passed on if it takes one."""
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any] | None) -> None:
         count, has_generator = _ARGUMENTS[name]
         if not callable(function):
             raise ConfigurationError(f"{name}={function!r}: it must be a function")

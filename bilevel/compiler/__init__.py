@@ -2,5 +2,7 @@
 
 from bilevel.compiler.compiler import Compiler, constants_of
 from bilevel.compiler.inductor import surroundings
+from bilevel.compiler.loop import NotAlikeError
+from bilevel.compiler.untraced import untraced
 
-__all__ = ["Compiler", "constants_of", "surroundings"]
+__all__ = ["Compiler", "NotAlikeError", "constants_of", "surroundings", "untraced"]

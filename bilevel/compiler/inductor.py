@@ -8,6 +8,7 @@ does without, with a warning.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.compiler.decompositions import DECOMPOSITIONS
+from bilevel.compiler.refusals import ValuesUnread, no_forward_mode_of_users
 from bilevel.compiler.rewriting import simplify
 
 #: A compiled function of tensors.
@@ -26,6 +28,9 @@ Compiled = Callable[[Sequence[Tensor]], list[Tensor]]
 EXAMPLE_LENGTH = 7
 
 _has_cpp_scan = True
+
+#: Tracing changes PyTorch's own functions meanwhile, so one thread does it at a time.
+_TRACING = threading.RLock()
 
 
 def surroundings() -> Hashable:
@@ -45,7 +50,7 @@ def trace(
     Derivatives that the function takes are in the graph. Tensors that it reaches otherwise than
     by its arguments become arguments.
     """
-    with torch.no_grad():
+    with torch.no_grad(), _TRACING, no_forward_mode_of_users(), ValuesUnread():
         graph = make_fx(function, decomposition_table=DECOMPOSITIONS)(*args)
     constants: dict[str, fx.Node] = {}
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1:]

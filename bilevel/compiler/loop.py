@@ -10,6 +10,13 @@ import optree
 import torch
 from torch import Tensor
 
+#: Why steps cannot be a loop.
+CHANGES = "a step changes the structure, the shapes or dtypes of what it carries"
+
+
+class NotAlikeError(Exception):
+    """Why steps cannot be made as one loop: a sentence."""
+
 
 @final
 class Call:
@@ -132,7 +139,7 @@ class Loop:
         if spec != self._carry_spec or [(x.shape, x.dtype) for x in after] != [
             (x.shape, x.dtype) for x in self.carry
         ]:
-            raise TypeError("a step changes the structure, the shapes or dtypes of what it carries")
+            raise TypeError(CHANGES)
         outputs, self._output_spec = optree.tree_flatten(y)
         return [output.detach() for output in (*after, *outputs)]
 
@@ -158,18 +165,30 @@ class Loop:
         )
 
     def step_by_step(self, call: Callable[..., Any]) -> tuple[Any, Any]:
-        """The loop with every step made by `call(function, *args)`."""
+        """The loop with every step made by `call(function, *args)`.
+
+        Raises:
+            NotAlikeError: The carry does not keep its structure, shapes and dtypes.
+        """
         fixed, carry, xs = self._given
         outputs = []
+        before = _form(carry)
         for index in range(self.length):
             x = optree.tree_map(lambda x, index=index: x[index], xs)
             carry, y = call(self._function, *fixed, carry, x)
+            if _form(carry) != before:
+                raise NotAlikeError(CHANGES)
             outputs.append(y)
         return carry, optree.tree_map(lambda *each: torch.stack(each), *outputs)
 
 
 def _without_values(leaf: Any) -> Any:
     return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+
+def _form(tree: Any) -> tuple[Any, ...]:
+    leaves, spec = optree.tree_flatten(tree)
+    return spec, *((x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves)
 
 
 def describe(leaf: Any) -> Hashable:

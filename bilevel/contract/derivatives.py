@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.contract.second_derivatives import other_second_derivative
 from bilevel.errors import BilevelError, ProblemError
 from bilevel.tree import in_double
 
@@ -25,6 +26,24 @@ _MISSING = (
 
 #: What PyTorch says of other code that an estimator cannot differentiate, and what to say instead.
 _UNFIT = (
+    (
+        "is being modified inplace",
+        "a method writes in place to one of its arguments: make a new tensor instead",
+    ),
+    (
+        "is being used in an in-place operation",
+        "a method writes in place to one of its arguments: make a new tensor instead",
+    ),
+    (
+        "Inference tensors cannot be saved for backward",
+        "a method uses a tensor that was made under torch.inference_mode, which no derivative may "
+        "use: make it under torch.no_grad, or clone it",
+    ),
+    (
+        "allow_mutation_on_saved_tensors",
+        "a method runs under torch.autograd.graph.allow_mutation_on_saved_tensors, which must "
+        "then be around all that is differentiated: make new tensors in the method instead",
+    ),
     (
         "modified by an inplace operation",
         "a tensor that the derivative of a step needs was written to in place after the step was "
@@ -52,6 +71,11 @@ _UNFIT = (
         "torch.utils.checkpoint, or another user of saved-tensor hooks, does not work in "
         "torch.func, through which {estimator} differentiates: use Adjoint(), which keeps the "
         "graph of one step in any case",
+    ),
+    (
+        "Nested forward mode AD",
+        "{estimator} takes forward derivatives, which PyTorch does not nest: call it outside "
+        "torch.autograd.forward_ad.dual_level, or use Adjoint()",
     ),
     (
         "use_reentrant",
@@ -92,6 +116,16 @@ _UNFIT = (
         "x.detach().requires_grad_()",
     ),
     (
+        "element 0 of tensors does not require grad",
+        "a method calls backward() for a tensor that does not require a gradient, as what is made "
+        "of batches and parameters need not: take derivatives inside a method by torch.func.grad",
+    ),
+    (
+        "backward() called inside a functorch transform",
+        "a method calls backward(), which does not work in torch.func, through which {estimator} "
+        "differentiates: take derivatives inside a method by torch.func.grad, or use Adjoint()",
+    ),
+    (
         "from user code:",
         "a function under torch.compile cannot be differentiated as {estimator} does: leave it as "
         "it is and use Hypergradient(compile=True)",
@@ -125,9 +159,10 @@ def missing_derivatives_named(estimator: object) -> Iterator[None]:
                 ) from error
         for words, sentence in _UNFIT:
             if words in text:
-                raise ProblemError(
-                    f"{sentence.format(estimator=name)} ({_first_line(text)})"
-                ) from error
+                sentence = sentence.format(estimator=name)
+                if sentence.startswith("a method "):
+                    sentence = f"{_method_of(error)}{sentence.removeprefix('a method')}"
+                raise ProblemError(f"{sentence} ({_first_line(text)})") from error
         raise
 
 
@@ -244,6 +279,8 @@ def check_forward_mode(
     rounding = _rounding([*points, *beside])
     tolerance = 10 * rounding**0.5 * max(abs(one), abs(other)) + 1000 * rounding * direction.size
     if abs(one - other) > tolerance:
+        if abs(one - direction.reverse(reverse)) > tolerance:
+            raise other_second_derivative()
         name = type(estimator).__name__
         raise ProblemError(
             f"an inner step has another derivative in forward mode, which {name} uses, than in "
@@ -261,6 +298,17 @@ def typical_size(point: Tensor) -> float:
 def _rounding(tensors: Sequence[Tensor]) -> float:
     """The rounding unit of the coarsest dtype among those of some tensors."""
     return max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+
+
+def _method_of(error: Exception) -> str:
+    """The method of the problem that raised an error; "a method" where it was raised later."""
+    found, trace = "a method", error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "_call" and "method" in frame.f_locals:
+            found = str(frame.f_locals["name"])
+        trace = trace.tb_next
+    return found
 
 
 def _first_line(text: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.autograd.graph import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 #: The code that `once_differentiable` puts around every backward it marks.
 _ONCE = once_differentiable(lambda *args: None).__code__
@@ -75,6 +76,11 @@ def inside_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_tracing() -> bool:
+    """Whether this is called by a function that is being made a graph."""
+    return get_proxy_mode() is not None
+
+
 def saved_storages(outputs: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of every storage that the graph of `outputs` keeps, and of theirs, by address."""
     outputs = list(outputs)
@@ -92,4 +98,9 @@ def saved_storages(outputs: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
+    return (
+        tensor.layout is torch.strided
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        # A tangent of zeros has no memory.
+        and not tensor._is_zerotensor()
+    )

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
+import optree
 from torch import Tensor
 
-from bilevel.contract.graph import leaves_behind, leaves_of, nodes_of, nodes_so_far
+from bilevel.contract.graph import is_tracing, leaves_behind, leaves_of, nodes_of, nodes_so_far
 from bilevel.contract.held import modules_held_by
+from bilevel.contract.repeatable import is_same
 from bilevel.errors import ProblemError
-from bilevel.tree import is_dense, needs_gradient, partition, tensors_in
+from bilevel.problem import Problem
+from bilevel.tree import (
+    is_dense,
+    is_differentiable,
+    is_variable,
+    named_leaves,
+    needs_gradient,
+    partition,
+    tensors_in,
+)
 
 
 @final
@@ -47,7 +60,7 @@ class Watch:
         Raises:
             ProblemError: What it returns depends on another tensor that requires a gradient than
                 its arguments, and that is no parameter of a module which the problem holds; or the
-                method changed a buffer.
+                method changed a buffer, or one of its arguments.
         """
         if method == "outer_loss":
             self._check_outer_batch(args[-1])
@@ -66,11 +79,17 @@ class Watch:
             return strangers(function(*args, **kwargs))
 
         since = nodes_so_far()
+        arguments = None
+        if method != "inner_loss" and not is_tracing():
+            arguments = _Arguments(method, args)
         returned = function(*args, **kwargs)
+        if arguments is not None:
+            arguments.check()
         self.judge(method, strangers(returned), again, args)
         if method != "inner_loss":
             self._check_kept(method, _outputs(method, returned), given, since)
         if method == "init":
+            self._remark_shared(returned)
             self._versions = self._versions_of_buffers()
         else:
             self._check_buffers(method)
@@ -143,6 +162,23 @@ class Watch:
         if remark not in self.remarks:
             self.remarks.append(remark)
 
+    def _remark_shared(self, params: Any) -> None:
+        """Say that one tensor under two names is two parameters: tied weights would be one."""
+        names: dict[Any, str] = {}
+        for name, leaf in named_leaves(params):
+            if not (is_variable(leaf) and leaf.numel()):
+                continue
+            memory = leaf.data_ptr(), leaf.shape, leaf.stride()
+            if memory in names:
+                remark = (
+                    f"init returned one tensor at {names[memory]!r} and {name!r}: they are two "
+                    "parameters that begin alike; return tied weights once, or clone what is meant "
+                    "to be two"
+                )
+                if remark not in self.remarks:
+                    self.remarks.append(remark)
+            names.setdefault(memory, name)
+
     def _check_outer_batch(self, batch: Any) -> None:
         if any(map(self._is_outer, leaves_of(partition(batch, needs_gradient)[0]))):
             raise ProblemError(
@@ -167,6 +203,55 @@ class Watch:
             for name, module in self._modules.items()
             for path, buffer in module.named_buffers()
         }
+
+
+@final
+class _Arguments:
+    """What a method is given, as it is before the call.
+
+    Args:
+        method: Its name.
+        args: Its arguments by position.
+    """
+
+    def __init__(self, method: str, args: tuple[Any, ...]) -> None:
+        self._method, self._args = method, args
+        self._names = list(inspect.signature(getattr(Problem, method)).parameters)[1:]
+        self._leaves = [optree.tree_flatten(arg) for arg in args]
+        # Of an outer batch, which may be large, what PyTorch itself notices must do.
+        self._values = [
+            [leaf.detach().clone() for leaf in leaves if is_differentiable(leaf)]
+            if name != "batch"
+            else None
+            for name, (leaves, _) in zip(self._names, self._leaves, strict=False)
+        ]
+        self._versions = [list(map(_version, leaves)) for leaves, _ in self._leaves]
+
+    def check(self) -> None:
+        """Raise `ProblemError` if one is not what it was."""
+        for index, (leaves, spec) in enumerate(self._leaves):
+            name, values = self._names[index], self._values[index]
+            now, spec_now = optree.tree_flatten(self._args[index])
+            # Parameters come in a container of their own, of which anything may be made.
+            is_other = spec_now != spec or any(map(operator.is_not, now, leaves))
+            if is_other and name != "params":
+                what = f"takes something out of its argument `{name}`, or puts something in"
+                advice = "work on a copy of it"
+            elif list(map(_version, leaves)) != self._versions[index] or (
+                values is not None and not is_same(values, list(filter(is_differentiable, leaves)))
+            ):
+                what = f"writes to its argument `{name}` in place"
+                advice = "make a new tensor instead"
+            else:
+                continue
+            raise ProblemError(
+                f"{self._method} {what}, which other methods and other steps are given as well: "
+                f"{advice}"
+            )
+
+
+def _version(leaf: object) -> int | None:
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None
 
 
 def _outputs(method: str, returned: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from bilevel.estimators.base import Estimator, WindowEnd, make_result
 from bilevel.estimators.recursion import BackwardRecursion, pull, pull_update
 from bilevel.random import Key
 from bilevel.recording.inner import InnerLoop
-from bilevel.recording.outer_gradient import OuterGradient
+from bilevel.recording.outer_gradient import OUTER_LOSS_APART, OuterGradient
 from bilevel.recording.short_run import ShortRun
 from bilevel.recording.trajectory import Trajectory
 from bilevel.recording.unrolled import Unrolled
@@ -208,7 +208,7 @@ def _of_short_run(trajectory: Trajectory, run: ShortRun) -> HypergradientResult:
     """dF/dφ from a run that was differentiated as it was made."""
     gradient, first = OuterGradient(trajectory), trajectory.first
     if run.cotangent is None:
-        raise ProblemError("outer_loss does not depend on the params it is given")
+        raise ProblemError(OUTER_LOSS_APART)
     gradient.add_of_loss(run.of_outer)
     steps = range(trajectory.window.stop)
     inputs = partition([trajectory.inputs[step] for step in steps], needs_gradient)[0]

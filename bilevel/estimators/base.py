@@ -28,6 +28,8 @@ class Estimator(ABC):
         uses_graph: Whether it differentiates a window that was recorded with its graph.
         runs_again: Whether it runs steps again for other φ, so that a batch which is not the same
             when it is made again would mislead it.
+        repeats_outer_loss: Whether it evaluates the outer loss more than once, so that one which is
+            another function every time would mislead it.
         uses_step_losses: Whether it can differentiate losses along the run.
         differentiates_optimizer: Whether it differentiates the optimizer's step.
         carries_over: What a call takes over from the one before, in words; empty where calls have
@@ -41,6 +43,7 @@ class Estimator(ABC):
     uses_second_derivatives: bool = True
     uses_graph: bool = False
     runs_again: bool = False
+    repeats_outer_loss: bool = False
     uses_step_losses: bool = True
     differentiates_optimizer: bool = True
     carries_over: str = ""

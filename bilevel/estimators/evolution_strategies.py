@@ -45,6 +45,7 @@ class EvolutionStrategies(Estimator):
 
     uses_second_derivatives = False
     runs_again = True
+    repeats_outer_loss = True
     differentiates_optimizer = False
     leaves_out = "the gradient is that of a smoothed outer loss, and sampled"
 

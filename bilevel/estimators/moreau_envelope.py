@@ -40,6 +40,7 @@ class MoreauEnvelope(Estimator):
     """
 
     uses_second_derivatives = False
+    repeats_outer_loss = True
     uses_step_losses = False
     differentiates_optimizer = False
     leaves_out = "the run is taken to have converged, and the penalty is finite"

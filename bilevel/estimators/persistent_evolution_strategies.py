@@ -61,6 +61,7 @@ class PersistentEvolutionStrategies(Estimator):
 
     uses_second_derivatives = False
     runs_again = True
+    repeats_outer_loss = True
     differentiates_optimizer = False
     leaves_out = "the gradient is that of a smoothed outer loss, and sampled"
     carries_over = "its particles"

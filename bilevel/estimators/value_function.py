@@ -43,6 +43,7 @@ class ValueFunction(Estimator):
     """
 
     uses_second_derivatives = False
+    repeats_outer_loss = True
     uses_step_losses = False
     differentiates_optimizer = False
     leaves_out = "the run is taken to have converged, and the penalty that is found is finite"

@@ -11,8 +11,9 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel.compiler import NotAlikeError
 from bilevel.recording.inner import InnerLoop
-from bilevel.recording.stacking import InputLayout, NotAlikeError, stack
+from bilevel.recording.stacking import InputLayout, stack
 from bilevel.variables import Iterate, StepInputs
 
 

@@ -22,6 +22,7 @@ from bilevel.variables import Iterate, StepInputs
 #: and by name.
 Watch = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+_AT_ITS_END = "an iterator that it reads is at its end: begin it anew, as itertools.cycle does"
 #: Per-step signals of every problem that a truncation schedule may ask for, as functions of the
 #: inner gradient; `Problem.signals` supplies further ones.
 SIGNALS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -235,16 +236,16 @@ class InnerLoop:
             self._watch = before
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """What a method of the problem returns: with autograd on, as it may differentiate itself.
-
-        Where nothing that it is given requires a gradient, that makes no graph.
-        """
+        """What a method of the problem returns; autograd is on, as it may differentiate itself."""
         watch, methods = self._watch
         method = getattr(self.problem, name)
-        with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
-            if watch is not None and name in methods:
-                return watch(name, method, args, kwargs)
-            return method(*args, **kwargs)
+        try:
+            with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+                if watch is not None and name in methods:
+                    return watch(name, method, args, kwargs)
+                return method(*args, **kwargs)
+        except StopIteration as error:  # Python may take it for the end of a loop of ours.
+            raise ProblemError(f"{name} raised StopIteration: {_AT_ITS_END}") from error
 
     def check_optimizer(self, hyperparameters: Mapping[str, Any]) -> None:
         """Try an optimizer that is not all ours: is its derivative that of what it computes?

@@ -47,6 +47,13 @@ class MicroBatches:
         return iter(zip(self.batches, self.weights, strict=True))
 
 
+#: What is wrong where no gradient reaches θ.
+OUTER_LOSS_APART = (
+    "outer_loss does not depend on the params it is given; call the model through "
+    "torch.func.functional_call(module, params, inputs), and not under torch.no_grad or "
+    "torch.inference_mode"
+)
+
 #: Cotangents of so many bytes, or of so many steps, are pulled back to φ at once.
 BLOCK_BYTES = 4 * 2**20
 BLOCK_STEPS = 32
@@ -120,7 +127,7 @@ class OuterGradient:
                 _outer_gradients, self._inner, params.detach(), self.variables.own_tree, batch
             )
             if params_grad is None and not self._inner.has_step_loss:
-                raise ProblemError("outer_loss does not depend on the params it is given")
+                raise ProblemError(OUTER_LOSS_APART)
             if loss is not None:
                 total = total.to(loss) + loss * weight
             for name, value in metrics.items():

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from bilevel.compiler import NotAlikeError
 from bilevel.errors import CompileWarning
 from bilevel.random import Key
 from bilevel.recording.block import Block, run_forward
 from bilevel.recording.inner import SIGNALS, InnerLoop
 from bilevel.recording.outer_gradient import MicroBatches, outer_loss_value
 from bilevel.recording.short_run import ShortRun
-from bilevel.recording.stacking import BLOCK_BYTES, InputLayout, NotAlikeError, varying_bytes
+from bilevel.recording.stacking import BLOCK_BYTES, InputLayout, varying_bytes
 from bilevel.recording.unrolled import KeptGraphs, Unrolled
 from bilevel.tree import detach, to_device
 from bilevel.variables import Iterate, OuterVariables, StepInputs

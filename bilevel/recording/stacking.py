@@ -10,15 +10,12 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel.compiler import NotAlikeError
 from bilevel.tree import needs_gradient, tensors_in
 from bilevel.variables import StepInputs
 
 #: So many bytes are stacked at once: few enough to be in the cache still when they are read.
 BLOCK_BYTES = 4 * 2**20
-
-
-class NotAlikeError(Exception):
-    """Why steps cannot be made as one loop: a sentence."""
 
 
 class Kind(NamedTuple):
