@@ -1,5 +1,6 @@
 """How the referee's problems are differentiated: every estimator that fits, and peers."""
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,8 +62,11 @@ def ours(
     """
 
     def make(problem: RefereeProblem, products: list[int]) -> Hypergradients:
+        # A problem that holds φ is another one, with other graphs, after every outer step.
+        without = copy.copy(problem)
+        without.position = {}
         made = bilevel.Hypergradient(
-            AsProblem(problem),
+            AsProblem(without),
             bilevel.optim.sgd(problem.rate, momentum=0.0 if carried_on else problem.momentum),
             steps=carried_on or problem.steps,
             truncation=None if window is None else truncation.Last(window),
