@@ -18,7 +18,7 @@ outer rate of one grid; the rate that is first within a hundredth of the least F
 its rate for --seconds from each of --starts other φ_0. Clocks stand while it makes its first three
 calls, with which imports, compilation, checks and caches are behind it, and while F*(φ) is judged,
 in float64: the outer loss at the inner optimum of φ, by L-BFGS, or at the end of its run. The
-digits have 1.5 times as many seconds, the photographs 3 times.
+digits have 1.5 times as many seconds, the photographs twice.
 
 A gap is F* less the least that any method found from the same start, over what it was at first.
 Seconds until a gap are interpolated between steps that were judged. Rows of the JSON, one a method

@@ -196,7 +196,7 @@ class Digits(Cleaning):
 class Photographs(Cleaning):
     """CIFAR-10 in colour at 8×8 pixels, half of the labels to train on random."""
 
-    wrong, patience = 0.5, 3.0
+    wrong, patience = 0.5, 2.0
     counts: tuple[int, int, int]
 
     def __init__(self, folder: Path) -> None:
