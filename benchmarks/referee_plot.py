@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from referee_report import LEVELS, Row, by_problem
 
 #: What is drawn, and how: this library's lines are solid, the others' dashed.
@@ -16,15 +17,16 @@ STYLES = {
     "AmIGO": ("C1", "-"),
     "AmIGO, compiled": ("C3", "-"),
     "Penalty": ("C5", "-"),
-    "by hand": ("C7", "--"),
+    "by hand": ("0.3", "--"),
+    "by hand, CG(20)": ("0.65", "--"),
     "higher": ("C6", "--"),
     "torchopt": ("C4", "--"),
-    "boat, RAD": ("C2", "--"),
-    "boat, CG(20)": ("C1", "--"),
+    "boat, RAD": ("tan", "--"),
+    "boat, CG(20)": ("olive", "--"),
     "jax + optax": ("k", "--"),
     "jaxopt, CG(20)": ("k", ":"),
 }
-COLUMNS = 4
+COLUMNS = 3
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -49,10 +51,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 )
         axes.set(title=problem, xlabel="processor seconds", ylabel="gap, of that at the start")
         axes.set_ylim(LEVELS[-1] / 1.3, LEVELS[0] * 1.3)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     for axes in panels[len(problems) :]:
         axes.axis("off")
     names = [name for name in STYLES if name in handles]
-    panels[len(problems)].legend([handles[name] for name in names], names, loc="center", ncols=1)
+    panels[len(problems)].legend([handles[name] for name in names], names, loc="center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

@@ -63,13 +63,17 @@ class Standings:
         rows: Of one problem.
 
     Attributes:
-        ours: The names of this library's methods.
-        methods: Those of all.
+        methods: The names of all.
+        ours: Of this library's.
+        jax: Of JAX's.
+        pytorch: Of the others, which are of PyTorch.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.methods = list(dict.fromkeys(row["method"] for row in rows))
         self.ours = {row["method"] for row in rows if row["ours"]}
+        self.jax = {name for name in self.methods if name.startswith("jax")}
+        self.pytorch = set(self.methods) - self.ours - self.jax
         least: dict[int, float] = {}
         runs = [row for row in rows if "curve" in row]
         for row in runs:
@@ -95,38 +99,36 @@ class Standings:
         return sorted(there, key=lambda name: statistics.median(self.seconds(name, level)))
 
     def level(self) -> float:
-        """The last of 90 % and 99 % of the way that anybody went from every start."""
-        return 0.01 if self.order(0.01) else 0.1
+        """99 % of the way where this library went it, otherwise 90 %."""
+        return 0.01 if self.first(self.ours, 0.01) else 0.1
 
-    def verdict(self) -> str:
-        """Whether this library is first, or within the spread: its least not above their most."""
+    def first(self, names: set[str], level: float) -> str | None:
+        """The first of these, if any came there."""
+        return next((name for name in self.order(level) if name in names), None)
+
+    def beside(self, others: set[str]) -> str:
+        """This library's first beside the first of others; "within the spread" if its least is not
+        above their most."""
         level = self.level()
-        here, there = self.first(ours=True), self.first(ours=False)
+        here, there = self.first(self.ours, level), self.first(others, level)
         if here is None or there is None:
-            return "first" if there is None else "not there"
+            return "neither is there" if here is there else "not there" if there else "alone there"
         mine, theirs = self.seconds(here, level), self.seconds(there, level)
         ratio = statistics.median(mine) / statistics.median(theirs)
         if ratio <= 1:
-            return f"first, in {ratio:.2f} of the time"
-        if min(mine) <= max(theirs):
-            return "within the spread"
-        return f"{ratio:.1f} times as long"
+            return f"first: {_digits(ratio)} of the time"
+        return (
+            "within the spread" if min(mine) <= max(theirs) else f"{_digits(ratio)} times as long"
+        )
 
-    def first(self, *, ours: bool) -> str | None:
-        """The first of this library, or of the others."""
-        found = [name for name in self.order(self.level()) if (name in self.ours) == ours]
-        return found[0] if found else None
-
-    def shown(self, method: str | None, level: float) -> str:
+    def shown(self, method: str, level: float) -> str:
         """Median of the seconds, with the least and the most."""
-        found = [] if method is None else self.seconds(method, level)
-        if not found:
-            return "–"
+        found = self.seconds(method, level)
         return f"{_digits(statistics.median(found))} ({_digits(min(found))}–{_digits(max(found))})"
 
 
-def _digits(seconds: float) -> str:
-    return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.2g}"
+def _digits(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def by_problem(rows: Sequence[Row]) -> dict[str, Standings]:
@@ -139,44 +141,39 @@ def by_problem(rows: Sequence[Row]) -> dict[str, Standings]:
 
 
 def first_table(rows: Sequence[Row]) -> str:
-    """Who is first on each problem, here and elsewhere."""
+    """Who is first on each problem: here, elsewhere in PyTorch, and in JAX."""
     lines = []
     for name, found in by_problem(rows).items():
-        here, there = found.first(ours=True), found.first(ours=False)
-        lines.append(
-            {
-                "problem": name,
-                "what it is": KINDS[name],
-                "first here": here or "–",
-                "seconds": found.shown(here, found.level()),
-                "first elsewhere": there or "–",
-                "seconds ": found.shown(there, found.level()),
-                "this library is": found.verdict(),
-            }
-        )
+        level = found.level()
+        line = {"problem": name, "what it is": KINDS[name], "of the way": f"{1 - level:.0%}"}
+        groups = {"here": found.ours, "in PyTorch": found.pytorch, "in JAX": found.jax}
+        for group, names in groups.items():
+            first = found.first(names, level)
+            line[f"first {group}"] = first or "–"
+            if first is not None:
+                line[f"first {group}"] += f": {found.shown(first, level)}"
+        line["beside PyTorch"] = found.beside(found.pytorch)
+        line["beside JAX"] = found.beside(found.jax)
+        lines.append(line)
     return markdown(lines)
 
 
 def which_table(rows: Sequence[Row]) -> str:
-    """This library's eager methods on each problem: the fastest, and those that go nowhere near."""
+    """This library's eager methods on each problem: how far they came, the fastest first."""
     lines = []
     for name, found in by_problem(rows).items():
-        level = found.level()
-        eager = [x for x in found.methods if x in found.ours and not x.endswith(", compiled")]
-        there = [x for x in found.order(level) if x in eager]
-        least = statistics.median(found.seconds(there[0], level)) if there else math.nan
-        ratios = [statistics.median(found.seconds(x, level)) / least for x in there]
-        right = [f"{x} {ratio:.1f}" for x, ratio in zip(there, ratios, strict=True)]
-        near = [x for x in eager if x not in there and found.seconds(x, 0.1)]
-        far = [x for x in eager if x not in there and x not in near]
-        lines.append(
-            {
-                "problem": name,
-                "99 % of the way, in times the fastest": "; ".join(right) or "–",
-                "90 %, not 99 %": "; ".join(near) or "–",
-                "less": "; ".join(far) or "–",
-            }
-        )
+        eager = {x for x in found.ours if not x.endswith(", compiled")}
+        line = {"problem": name}
+        left = [x for x in found.methods if x in eager]
+        for level in (0.01, 0.1):
+            there = [x for x in found.order(level) if x in left]
+            seconds = [statistics.median(found.seconds(x, level)) for x in there]
+            line[f"{1 - level:.0%} of the way, in seconds"] = "; ".join(
+                f"{x} {_digits(each)}" for x, each in zip(there, seconds, strict=True)
+            )
+            left = [x for x in left if x not in there]
+        line["less"] = "; ".join(left)
+        lines.append({key: value or "–" for key, value in line.items()})
     return markdown(lines)
 
 
