@@ -159,8 +159,10 @@ def main() -> None:
         )
         both = {"problem": name, "method": method, "ours": METHODS[method].ours}
         rows += [both | row for row in found]
-        if args.json is not None:
+        if args.json is not None:  # which may take long, and be gone on with
             write(args.json, rows, args)
+    if args.json is not None:
+        write(args.json, rows, args)
     print(" | ".join(f"{name}: {value}" for name, value in machine().items()), end="\n\n")
     print(tables(rows))
     if args.plot is not None:
