@@ -37,6 +37,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/hypergradient.py --windows 10 40 --repeats 2 --methods compiled --json runs/bench/hypergradient.json
 	$(BIN)/python benchmarks/memory.py --threads 1 --json runs/bench/memory.json
 	$(BIN)/python benchmarks/inner_loops.py --short --json runs/bench/inner_loops.json
+	$(BIN)/python benchmarks/referee.py --short --json runs/bench/referee.json
 
 examples: .venv/installed
 	@for example in examples/*.py; do \

@@ -1,6 +1,7 @@
 """One hypergradient at an inner optimum, by conjugate gradients: of this library and by hand."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,24 @@ import bilevel
 ITERATIONS = {"implicit-10": 10, "implicit-50": 50}
 
 
-def inner_optimum(problem: InnerProblem, outer: Params) -> Params:
-    """θ* for some outer variables, by L-BFGS from the problem's start, in its dtype."""
-    params = {name: value.clone().requires_grad_() for name, value in problem.start.items()}
+def inner_optimum(
+    problem: InnerProblem, outer: Params, start: Params | None = None, tolerance: float = 1e-11
+) -> Params:
+    """θ* for some outer variables, by L-BFGS, in the problem's dtype.
+
+    Args:
+        problem: Whose inner loss is the same at every step.
+        outer: φ.
+        start: Default: the problem's.
+        tolerance: Of the largest entry of the gradient.
+    """
+    begin = problem.start if start is None else start
+    params = {name: value.clone().requires_grad_() for name, value in begin.items()}
     batch = {name: value.detach() for name, value in problem.batch(outer, 0).items()}
     optimizer = torch.optim.LBFGS(
         list(params.values()),
         max_iter=3000,
-        tolerance_grad=1e-11,
+        tolerance_grad=tolerance,
         tolerance_change=0,
         history_size=50,
         line_search_fn="strong_wolfe",
@@ -87,19 +98,28 @@ def plain(optimum: Optimum) -> Call:
         gradient = grad(
             problem.inner_loss(params, problem.batch(outer, 0)), leaves, create_graph=True
         )
-        residual = list(grad(problem.outer_loss(params, outer), leaves))
-        x, direction = [torch.zeros_like(value) for value in leaves], residual
-        size = dot(residual, residual)
-        for _ in range(optimum.iterations):
-            product = grad(gradient, leaves, direction, retain_graph=True)
-            along = size / dot(direction, product)
-            x = [a + along * b for a, b in zip(x, direction, strict=True)]
-            residual = [a - along * b for a, b in zip(residual, product, strict=True)]
-            size, before = dot(residual, residual), size
-            direction = [a + size / before * b for a, b in zip(residual, direction, strict=True)]
+        slope = grad(problem.outer_loss(params, outer), leaves)
+        x = conjugate_gradients(gradient, leaves, slope, optimum.iterations)
         return list(grad(gradient, list(outer.values()), [-value for value in x]))
 
     return call
+
+
+def conjugate_gradients(
+    gradient: Sequence[Tensor], leaves: list[Tensor], slope: Sequence[Tensor], iterations: int
+) -> list[Tensor]:
+    """The x of Hx = slope, where H is the derivative of `gradient` by `leaves`."""
+    residual = list(slope)
+    x, direction = [torch.zeros_like(value) for value in leaves], residual
+    size = dot(residual, residual)
+    for _ in range(iterations):
+        product = grad(gradient, leaves, direction, retain_graph=True)
+        along = size / dot(direction, product)
+        x = [a + along * b for a, b in zip(x, direction, strict=True)]
+        residual = [a - along * b for a, b in zip(residual, product, strict=True)]
+        size, before = dot(residual, residual), size
+        direction = [a + size / before * b for a, b in zip(residual, direction, strict=True)]
+    return x
 
 
 def dot(left: Any, right: Any) -> Tensor:

@@ -153,9 +153,10 @@ def losses(problem: str, data: Data) -> tuple[Callable[..., Any], Callable[..., 
     return distilled, classified(conv_net)
 
 
-def unrolled(problem: str, data: Data, remat: bool) -> Callable[[Tree], Any]:
+def unrolled(
+    inner: Callable[..., Any], outer_loss: Callable[..., Any], data: Data, remat: bool
+) -> Callable[[Tree], Any]:
     """The gradient of F through one scan."""
-    inner, outer_loss = losses(problem, data)
     settings = data.settings
     first = settings["steps"] - settings["window"]
 
@@ -227,7 +228,7 @@ def main() -> None:
         if problem.startswith("implicit"):
             function = implicit("penalties", data.settings["iterations"], data, method == "jaxopt")
         else:
-            function = unrolled(problem, data, method == "jax-remat")
+            function = unrolled(*losses(problem, data), data, method == "jax-remat")
 
         def call() -> list[Any]:
             found = jax.block_until_ready(function(data.outer))

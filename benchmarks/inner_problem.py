@@ -1,12 +1,16 @@
 """What the benchmark of inner loops knows of a problem."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
+
+#: Makes one hypergradient, a list in the order of `InnerProblem.outer`.
+Call = Callable[[], list[Tensor]]
 
 
 class InnerProblem(ABC):

@@ -80,6 +80,13 @@ def work(args: argparse.Namespace) -> None:
     print(json.dumps({"MB": peak_memory(call)}))
 
 
+def hand_over(problem: Any, path: Path) -> None:
+    """Write what `inner_jax.Data` reads: the tensors, as NPZ, and the numbers beside it."""
+    tensors = {name: value.detach().numpy() for name, value in problem.tensors().items()}
+    path.with_suffix(".json").write_text(json.dumps(problem.settings()))
+    np.savez(path, **tensors)
+
+
 class Bench:
     """All processes of one problem.
 
@@ -111,10 +118,7 @@ class Bench:
         if method.startswith("jax"):
             data = self.folder / f"data-{length}.npz"
             if not data.exists():
-                made = make(self.problem, self.fresh, length)
-                tensors = {name: value.numpy() for name, value in made.tensors().items()}
-                data.with_suffix(".json").write_text(json.dumps(made.settings()))
-                np.savez(data, **tensors)
+                hand_over(make(self.problem, self.fresh, length), data)
             words = [self.jax, str(HERE / "inner_jax.py"), self.problem, method, str(data)]
             return [*words, str(gradient), mode], environment
         batches = "fresh" if self.fresh else "shared"

@@ -1,5 +1,6 @@
 """The benchmark scripts run, and what they write has the promised form."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from fake_data import write_tiny_imagenet
@@ -211,24 +213,92 @@ def test_inner_loops_benchmark_writes_sound_tables(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_referee_writes_a_sound_table_of_each_problem(tmp_path):
-    out = tmp_path / "result.json"
+def test_the_referee_writes_sound_rows_of_each_method_and_start(tmp_path):
+    out, picture = tmp_path / "result.json", tmp_path / "plot.png"
     methods = ["by hand", "Implicit, CG(20)", "AmIGO", "Penalty", "FirstOrder, Last(1)"]
-    options = ["--problems", "quadratic", "--seconds", "1.5", "--json", str(out)]
+    options = ["--problems", "quadratic", "--seconds", "1.5", "--starts", "2"]
     script = ROOT / "benchmarks" / "referee.py"
-    benchmark([sys.executable, str(script), "--methods", *methods, *options])
+    words = [sys.executable, str(script), "--methods", *methods, *options, "--json", str(out)]
+    printed = benchmark([*words, "--plot", str(picture)]).stdout
+    assert "first in PyTorch" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
     result = json.loads(out.read_text())
-    assert result["summary"] == {"seconds a run": 1.5}
-    rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == methods
-    assert not any(row["remark"] for row in rows.values())
-    # The four that converge to the hypergradient at the optimum end at the same outer loss.
-    best = min(row["F*"] for row in rows.values())
-    for method in methods[:-1]:
-        assert rows[method]["F*"] == pytest.approx(best, rel=1e-2)
-        assert 0 < rows[method]["s, 90%"] <= rows[method]["s, 99%"]
-        assert 0 < rows[method]["evals, 90%"] <= rows[method]["evals, 99%"]
-    assert rows["FirstOrder, Last(1)"]["F*"] > best
+    assert result["summary"] == {"seconds a run": 1.5, "starts": 2}
+    rows = {(row["method"], row["start"]): row for row in result["rows"]}
+    assert list(rows) == [(method, start) for method in methods for start in (1, 2)]
+    least = min(row["curve"][-1][2] for row in rows.values())
+    for (method, _), row in rows.items():
+        assert not row["remark"]
+        seconds, evaluations, values = zip(*row["curve"], strict=True)
+        assert list(seconds) == sorted(seconds)
+        assert list(evaluations) == sorted(evaluations)
+        # The four that converge to the hypergradient at the optimum get there, the other does not.
+        there = values[-1] - least < 0.01 * (values[0] - least)
+        assert there == (method != methods[-1])
+    again = benchmark([*words, "--problems", "quadratic"]).stdout
+    assert printed.split("\n", 1)[1] == again.split("\n", 1)[1]  # It has them all.
+
+
+@pytest.fixture
+def referee(monkeypatch):
+    """The referee's modules by name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return lambda name: importlib.import_module(f"referee_{name}")
+
+
+def test_the_referee_says_what_is_left_out(referee, monkeypatch):
+    methods = referee("methods")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    left_out = methods.left_out()
+    assert left_out["boat, RAD"].startswith("left out: boat_torch and higher not installed")
+    assert not any(method.ours for name, method in methods.METHODS.items() if name in left_out)
+
+
+def test_the_referee_judges_a_network_where_its_run_ends(referee, monkeypatch, tmp_path):
+    class Photographs:
+        """As many as are taken, at random."""
+
+        def __init__(self, root, train, download):
+            draw = np.random.default_rng(0)
+            self.data = draw.integers(0, 256, (3500, 32, 32, 3), dtype=np.uint8)
+            self.targets = draw.integers(0, 10, 3500).tolist()
+
+    monkeypatch.setattr(referee("problems"), "CIFAR10", Photographs)
+    problem = referee("problems").problems(tmp_path)["cifar10-network"]()
+    problem.begin(1)
+    judge = referee("run").Judge(problem)
+    judged = judge(problem.position)
+    assert judged == judge.begin(1)
+
+    problem.double()
+    outer = {name: value.detach() for name, value in problem.position.items()}
+    params = {name: value.clone().requires_grad_() for name, value in problem.start.items()}
+    optimizer = torch.optim.SGD(params.values(), lr=problem.rate, momentum=problem.momentum)
+    for _ in range(40):
+        optimizer.zero_grad()
+        problem.inner_loss(params, problem.batch(outer, 0)).backward()
+        optimizer.step()
+    assert judged == pytest.approx(float(problem.outer_loss(params, outer).detach()))
+    assert judge.test_error == problem.test_error(params)
+
+
+def test_the_referee_interpolates_between_the_steps_that_it_judged(referee):
+    curve = [(0.0, 0, 3.0), (1.0, 10, 2.02), (2.0, 20, 2.0)]
+    crossings = referee("report").crossings
+    # From a gap of 1 to one of 0.02 in a second, on a line in the logarithm.
+    expected = math.log(0.1) / math.log(0.02)
+    assert crossings(curve, 2.0)[0.1] == pytest.approx(expected)
+    assert crossings(curve, 2.0, of=1)[0.1] == pytest.approx(10 * expected)
+    assert 1 < crossings(curve, 2.0)[0.002] < 2
+    assert crossings(curve[:2], 2.0)[0.01] is None
+
+
+def test_the_page_of_estimators_is_what_the_referee_measured(referee, tmp_path):
+    page = tmp_path / "estimators.md"
+    before = (ROOT / "docs" / "estimators.md").read_text()
+    page.write_text(before)
+    referee("report").write_docs(ROOT / "benchmarks" / "results" / "referee_cpu.json", page)
+    assert page.read_text() == before
 
 
 class LabelRobustScore:
