@@ -230,10 +230,14 @@ def registered(selector: str) -> Any:
 
 
 def registered_names() -> list[str]:
-    """Every name that a configuration can use, those from modules of one's own among them."""
+    """Every name that a configuration can use, those from modules of one's own among them.
+
+    One that two modules have is none: it must be written with its module.
+    """
     # gin lists what is registered nowhere else.
     known = [selector for selector, _ in gin.config._REGISTRY.items()]
-    return [name.rpartition(".")[2] for name in known if not name.startswith("gin.")]
+    names = (name.rpartition(".")[2] for name in known if not name.startswith("gin."))
+    return [name for name in names if registered(name) is not None]
 
 
 def parameters(configuration: str) -> dict[str, str]:

@@ -425,7 +425,13 @@ FORMS = {
 
 
 @pytest.mark.filterwarnings("ignore::bilevel.errors.CompileWarning")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, marks=pytest.mark.slow if form in ("deeper", "another shape") else ())
+        for form in FORMS
+    ],
+)
 def test_a_state_that_changes_its_form_is_no_loop(form):
     found = compiled(Weighted(), 12, optimizer=FORMS[form])(weights(), None, seeded(0))
     expected = made(Weighted(), FORMS[form], 12)(weights(), None, seeded(0))

@@ -180,7 +180,7 @@ def test_a_configuration_that_refers_to_itself_is_refused(
         ("no/ConvNet.width = 8", r"main.gin, line 2: .*nothing refers to the scope 'no'"),
         ("ConvNet.width 8", "main.gin, line 2"),
         ("import nothing_of_that_name", "main.gin, line 2: .*nothing_of_that_name"),
-        ("adam.lr = %rat", "%rat is not set"),
+        ("adam.lr = %rat", r"%rat in adam\.lr .* is not set"),
     ],
 )
 def test_a_message_names_the_file_and_the_line(line: str, said: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import (
 )
 
 import dd
+import gin
 from dd.api.bindings import dataset_bindings, keep
 from dd.data import arrays, to_unit_range
 
@@ -174,6 +175,14 @@ def test_a_name_of_nothing_is_told_with_those_of_datasets(name: str, tmp_path: P
         dd.distil(name, run_dir=tmp_path / "run")
     assert "standardize" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_two_modules_have_stands_in_the_way_of_no_message(tmp_path: Path) -> None:
+    for module in ("one", "two"):
+        gin.external_configurable(lambda: None, name="of_both", module=module)
+    with pytest.raises(FileNotFoundError, match="no such dataset") as error:
+        dd.distil("of_bot", run_dir=tmp_path / "run")
+    assert "of_both" not in str(error.value)
 
 
 def test_a_folder_takes_other_data_until_a_run_has_begun(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import arguments, one_error
@@ -23,6 +24,10 @@ class Interrupting:
 
 sys.meta_path.insert(0, Interrupting())
 """
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def started(
@@ -62,7 +67,9 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(
     assert (ended.returncode, ended.stderr) == (130, "\ninterrupted\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, slow(signal.SIGINT), slow(getattr(signal, "SIGHUP", 1))]
+)
 def test_a_signal_before_anything_is_begun_is_one_line(
     number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -73,7 +80,7 @@ def test_a_signal_before_anything_is_begun_is_one_line(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("shell", [">&-", "<&-", ">&- <&-"])
+@pytest.mark.parametrize("shell", [slow(">&-"), slow("<&-"), ">&- <&-"])
 def test_closed_streams_end_no_command(shell: str, tmp_path: Path) -> None:
     ended = started(tmp_path, ["dd.export", "digits-ipc1", "--format=npz"], shell)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -81,7 +88,7 @@ def test_closed_streams_end_no_command(shell: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["dd.evaluate", "--help"], ["dd.export", "digits-ipc1", "--out=Bücher"]]
+    "words", [["dd.evaluate", "--help"], slow(["dd.export", "digits-ipc1", "--out=Bücher"])]
 )
 def test_letters_that_a_terminal_has_not_end_no_command(words: list[str], tmp_path: Path) -> None:
     ended = started(tmp_path, words, PYTHONIOENCODING="ascii")
@@ -97,7 +104,7 @@ def test_a_folder_whose_name_is_no_text_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("blocks", [8, 32])
+@pytest.mark.parametrize("blocks", [slow(8), 32])
 def test_a_file_that_may_not_grow_is_one_line_and_no_traceback(blocks: int, tmp_path: Path) -> None:
     words = arguments("run", Distiller__outer_steps=20, Evaluator__full_data_networks=0)
     line = 'ulimit -f "$0" && exec "$@"'
