@@ -43,8 +43,9 @@ class InnerProblem(ABC):
 
     def __init__(self, length: float = 1.0, *, fresh: bool = False) -> None:
         self.steps = max(2, round(self.full_steps * length))
-        width = self.full_window or self.full_steps
-        self.window = min(self.steps, max(1, round(width * length)))
+        self.window = self.steps
+        if self.full_window is not None:
+            self.window = min(self.steps, max(1, round(self.full_window * length)))
         self.fresh = fresh
         self.rows: Tensor | None = None
         self.make(torch.Generator().manual_seed(0))

@@ -60,6 +60,7 @@ def test_evolution_strategies_are_unbiased(start, stop):
     assert deviation(result, exact * 1.5) > 6
 
 
+@pytest.mark.slow
 def test_persistent_evolution_strategies_are_unbiased_and_truncated_ones_are_not():
     """Segments of one step; the third call is the gradient through all three."""
     case = gentle()

@@ -109,6 +109,7 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_learned_penalty_is_the_one_that_a_search_finds(name):
     problem, optimizer, estimator, fitted, bracket, steps = EXAMPLES[name]

@@ -309,6 +309,7 @@ def test_with_alignment_adjoint_equals_reverse(n: int, seed: int) -> None:
     assert not torch.allclose(adjoint.grads["images"], without.grads["images"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aligned", [(), (torch.tensor([2, 0]),)], ids=["all", "some"])
 def test_with_alignment_the_outer_loss_can_be_traced_for_compilation(
     aligned: tuple[Tensor, ...],

@@ -104,7 +104,7 @@ def test_a_folder_whose_name_is_no_text_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("blocks", [slow(8), 32])
+@pytest.mark.parametrize("blocks", [slow(8), slow(32)])
 def test_a_file_that_may_not_grow_is_one_line_and_no_traceback(blocks: int, tmp_path: Path) -> None:
     words = arguments("run", Distiller__outer_steps=20, Evaluator__full_data_networks=0)
     line = 'ulimit -f "$0" && exec "$@"'
