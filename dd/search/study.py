@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from bilevel import ConfigurationError
@@ -43,6 +44,8 @@ def open_study(url: str, name: str, description: Mapping[str, Any]) -> optuna.St
             grace_period=SILENCE_SECONDS,
             heartbeat_stale_trial_callback=try_again,
         )
+        if url.startswith("sqlite:"):
+            _one_at_a_time(storage.engine)
         study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -63,6 +66,24 @@ def open_study(url: str, name: str, description: Mapping[str, Any]) -> optuna.St
             )
         study.set_user_attr(what, value)
     return study
+
+
+def _one_at_a_time(engine: sqlalchemy.Engine) -> None:
+    """Have every transaction of SQLite's begin with the lock for writing.
+
+    Else two processes may both read that a trial waits, and both begin it: SQLite has no lock for
+    what is read in order to be written, and Python begins no transaction for reading.
+    """
+
+    def connected(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # Python begins none
+
+    def begun(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    sqlalchemy.event.listen(engine, "connect", connected)
+    sqlalchemy.event.listen(engine, "begin", begun)
+    engine.dispose()  # connections from before
 
 
 def search(

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dd import config, evaluate, sweep
 from dd.search.space import SPACES, Parameter, parameter, space
 
 optuna = pytest.importorskip("optuna")
+from dd.search.study import open_study  # noqa: E402, which needs optuna
 
 VARY = "--vary=Distiller.image_lr = log(1e-3, 1)"
 
@@ -28,6 +30,29 @@ def words(folder: Path, *more: str, **changes: Any) -> list[str]:
 def found_in(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
     return found
+
+
+# The study.
+
+
+def test_no_trial_that_waits_is_begun_twice(tmp_path: Path) -> None:
+    """By four threads, each with connections of its own, as processes have."""
+    url = f"sqlite:///{tmp_path / 'sweep.db'}"
+    study = open_study(url, "study", {})
+    for _ in range(24):
+        study.enqueue_trial({})
+    begun: list[int] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        begun.append(trial.number)
+        return 0.0
+
+    def work(_: int) -> None:
+        open_study(url, "study", {}).optimize(objective, n_trials=6)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert sorted(begun) == list(range(24))
 
 
 # The space.
