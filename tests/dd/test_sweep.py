@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,11 @@ def test_every_value_of_a_space_that_comes_with_dd_is_one_that_its_recipe_takes(
 
 
 def test_trials_are_run_directories_and_the_best_comes_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Else all trials may draw what is wrong.
+    seeded = partial(optuna.samplers.TPESampler, seed=0)
+    monkeypatch.setattr(optuna.samplers, "TPESampler", seeded)
     folder = tmp_path / "sweep"
     choice = "--vary=SyntheticDataset.start = choice('real', 'noise', 'wrong')"
     assert sweep.main(words(folder, VARY, choice, "--trials=4")) == 0
