@@ -285,8 +285,7 @@ def _gist(message: str) -> str:
     if missing:
         return f"{missing[1]} needs values for {missing[2]}"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    where = [line for line in lines if line.startswith("In call to configurable")]
-    inside = re.search(r"In call to configurable '([\w.]+)'", where[0]) if where else None
+    inside = re.search(r"^\s*In call to configurable '([\w.]+)'", message, re.MULTILINE)
     gist = lines[0] if lines else ""
     gist = re.sub(
         r"[\w.]+\(\) missing \d+ required .*arguments?: (.*)", r"it needs a value for \1", gist
@@ -317,6 +316,5 @@ def changeable(mark: str) -> Callable[[str], bool]:
 def judges(owner: str) -> bool:
     """Whether it is a network, of one's own too, or one of `JUDGES`."""
     target = registered(owner) if owner else None
-    if target is None:
-        return False
-    return (isinstance(target, type) and issubclass(target, JUDGES)) or _is_network(owner)
+    is_judge = isinstance(target, type) and issubclass(target, JUDGES)
+    return is_judge or (target is not None and _is_network(owner))
